@@ -1,0 +1,3 @@
+//! joey-agent: the process beside or inside each sandbox.
+
+fn main() {}

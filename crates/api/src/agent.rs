@@ -1,0 +1,126 @@
+//! The agent protocol: what a sandbox's agent is told and what it tells. HTTP/2 with prior knowledge over a unix socket or a
+//! virtio port; bodies are JSON unless said otherwise.
+//!
+//! | call | body | answer |
+//! | --- | --- | --- |
+//! | `GET /v1/state` | | [`AgentState`] |
+//! | `GET /v1/watch` | | [`AgentState`] a line: now, and after every change |
+//! | `POST /v1/stop?grace=S` | | 202; SIGTERM, then SIGKILL after S seconds; nothing is restarted; called again, the shorter grace counts |
+//! | `POST /v1/shutdown` | | 202; kills what is left and exits |
+//! | `POST /v1/containers/C/restart` | | 202; ends the container by SIGTERM and grace, starts it again without back-off |
+//! | `POST /v1/containers/C/exec` | query [`ExecQuery`], body frames | frames |
+//! | `POST /v1/containers/C/attach` | query [`ExecQuery`] (no command), body frames | frames |
+//! | `GET /v1/containers/C/logs` | query [`crate::instance::LogOptions`] | bytes; ends when the run ended, unless `follow` |
+//! | `GET /v1/usage` | | [`crate::instance::Usage`] |
+//!
+//! Errors carry [`crate::error::ErrorBody`]. The agent reads [`AgentConfig`] from `agent.json` in its directory at start, and
+//! starts the containers by itself: nobody has to tell it to.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::instance::{ContainerState, InstanceEvent, Resources, Termination, WireRestartPolicy};
+
+/// Version of `agent.json` and of the protocol; an agent refuses another.
+pub const VERSION: u32 = 1;
+
+/// Everything the agent needs, written by the host before the agent starts. Mode 0600: it may hold secrets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentConfig {
+    pub version: u32,
+    pub instance: String,
+    pub hostname: String,
+    /// The instance's address, for /etc/hosts and `EnvVar::address`.
+    pub address: Option<IpAddr>,
+    pub containers: Vec<AgentContainer>,
+    pub volumes: Vec<AgentVolume>,
+    pub restart_policy: WireRestartPolicy,
+    pub termination_grace_period_seconds: u32,
+    /// Text of /etc/resolv.conf and /etc/hosts inside every container.
+    pub resolv_conf: String,
+    pub hosts: String,
+    /// Cgroup below each controller's root (v1) or the unified root (v2): `/joey/i-…`. Containers get children of it.
+    pub cgroup: String,
+    /// Largest log file before rotation, bytes, and how many rotated ones are kept.
+    pub log_max_bytes: u64,
+    pub log_max_files: u32,
+}
+
+/// A container with its image's configuration already merged in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentContainer {
+    pub name: String,
+    /// Image reference as given, and `REGISTRY/REPOSITORY@DIGEST` of what it resolved to.
+    pub image: String,
+    pub image_id: String,
+    /// Mounted read-only layers, topmost first (overlay's `lowerdir` order).
+    pub layers: Vec<String>,
+    /// Program and arguments, never empty, `$(NAME)` expanded.
+    pub args: Vec<String>,
+    /// `NAME=value`, names unique.
+    pub env: Vec<String>,
+    pub working_dir: String,
+    /// The image's or spec's user: `user`, `uid`, `user:group`; names are looked up in the root's /etc/passwd and group.
+    pub user: String,
+    pub supplemental_groups: Vec<u32>,
+    pub run_as_non_root: bool,
+    pub read_only_root: bool,
+    pub no_new_privileges: bool,
+    /// Capability names without `CAP_`, already reduced to the allowed ones.
+    pub capabilities: Vec<String>,
+    pub stdin: bool,
+    pub tty: bool,
+    pub resources: Resources,
+    /// Signal that asks it to end: `SIGTERM`, `15` …
+    pub stop_signal: String,
+    pub mounts: Vec<AgentMount>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentMount {
+    pub volume: String,
+    pub path: String,
+    pub read_only: bool,
+}
+
+/// A volume: directory `volumes/NAME` below the agent's directory, made by the host, or memory made by the agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentVolume {
+    pub name: String,
+    pub memory: bool,
+    pub size_limit_bytes: Option<u64>,
+}
+
+/// The whole truth about the sandbox's containers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentState {
+    pub version: u32,
+    /// Grows with every change, also over a restart of the agent.
+    pub sequence: u64,
+    pub containers: Vec<AgentContainerState>,
+    /// Oldest first, at most 32.
+    pub events: Vec<InstanceEvent>,
+    /// A stop was asked for; when every container is terminated nothing more will happen.
+    pub stopping: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentContainerState {
+    pub name: String,
+    pub state: ContainerState,
+    pub last_termination: Option<Termination>,
+    pub restart_count: u32,
+    /// When the process of the present run was started, to the microsecond.
+    pub running_since: Option<Timestamp>,
+}
+
+/// Query of exec and attach; `command` repeats.
+pub type ExecQuery = crate::instance::ExecRequest;

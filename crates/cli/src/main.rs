@@ -1,0 +1,3 @@
+//! The binary joey: flags, composition of roles, output.
+
+fn main() {}

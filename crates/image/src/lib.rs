@@ -1,0 +1,1 @@
+//! Image reference to verified, shared EROFS layers.

@@ -1,0 +1,1 @@
+//! One instance on one host: creation, recovery, removal.

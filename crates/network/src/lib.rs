@@ -1,0 +1,1 @@
+//! Interfaces, addresses, routes and bandwidth of instances.

@@ -1,0 +1,1 @@
+//! The instance service: records, placement, REST server.

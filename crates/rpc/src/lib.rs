@@ -1,0 +1,1 @@
+//! HTTP/2 over any byte stream, with bidirectional frames.

@@ -1,0 +1,1 @@
+//! The Sandbox trait, its states, a fake and the classes.

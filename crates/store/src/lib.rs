@@ -1,0 +1,1 @@
+//! Revisioned keys, transactions and watch; memory and redb engines.

@@ -1,0 +1,1 @@
+//! The virtual node: registration, Pods, kubelet endpoints.

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Ends the demo: Pods, joey, registry. What was built and fetched stays; see `make clean`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+data=${DATA:-/var/lib/joey}
+joey=$PWD/target/release/joey
+if [ -x "$joey" ] && [ -d "$data" ]; then
+    "$joey" down --data-dir "$data"
+fi
+pid=$(cat .run/joey.pid 2>/dev/null || echo 0)
+if [ "$pid" -gt 0 ] && readlink "/proc/$pid/exe" 2>/dev/null | grep -q "^$joey"; then
+    kill "$pid"
+    tail --pid="$pid" -f /dev/null
+fi
+rm -f .run/joey.pid
+scripts/registry.sh stop .run/registry

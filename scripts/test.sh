@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Every test, the quickest first. Whole-system tests run one after another: they measure, and they look for what is left behind.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:$HOME/.cargo/bin"
+
+[ "$(id -u)" -eq 0 ] || { echo "error: the whole-system tests make sandboxes and so need root" >&2; exit 1; }
+scripts/packages.sh bsdutils procps
+scripts/check.sh
+scripts/kubectl.sh >/dev/null
+scripts/debian-files.sh .tools/docker-registry docker-registry
+demo/build.sh .run/demo
+
+echo "== units"
+cargo test --release --locked --workspace --exclude joey-tests
+echo "== whole system"
+cargo test --release --locked -p joey-tests --no-fail-fast -- --test-threads=1

@@ -1,0 +1,86 @@
+//! Serving connections: one byte stream at a time, or every one that a unix socket accepts.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixListener;
+use tokio::task::JoinSet;
+
+use crate::error::RpcError;
+use crate::{CONNECTION_WINDOW, MAX_STREAMS, STREAM_WINDOW};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Serves one connection until the other side closes it. HTTP/2 with prior knowledge and HTTP/1.1 are told apart.
+///
+/// `service` is a tower service: an `axum::Router` or [`tower::service_fn`]. Its errors cannot happen: a refusal is a response.
+pub async fn serve<S, Svc, B>(stream: S, service: Svc) -> Result<(), RpcError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    Svc: tower::Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+    Svc::Future: Send + 'static,
+    B: hyper::body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(30)).max_buf_size(64 << 10);
+    builder
+        .http2()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_send_buf_size(STREAM_WINDOW as usize)
+        .max_header_list_size(256 << 10);
+    builder
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
+        .await
+        .map_err(|source| RpcError::Serve { source })
+}
+
+/// Serves every connection of `listener` until `shutdown` resolves; open connections are then dropped.
+pub async fn serve_unix<Svc, B>(listener: UnixListener, service: Svc, shutdown: impl Future<Output = ()>)
+where
+    Svc: tower::Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+    Svc::Future: Send + 'static,
+    B: hyper::body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = &mut shutdown => return,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    let service = service.clone();
+                    connections.spawn(async move {
+                        if let Err(error) = serve(stream, service).await {
+                            tracing::debug!(error = %describe(&error), "connection ended");
+                        }
+                    });
+                }
+                Err(error) => {
+                    // Out of descriptors: the pause lets connections end before the next try.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+        }
+    }
+}
+
+fn describe(error: &RpcError) -> String {
+    match error {
+        RpcError::Serve { source } => source.to_string(),
+        other => other.to_string(),
+    }
+}

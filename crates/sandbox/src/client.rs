@@ -1,0 +1,90 @@
+//! The typed client of the agent protocol (`joey_api::agent`), whichever way the sandbox is reached.
+
+use std::io;
+
+use bytes::Bytes;
+use futures::Stream;
+use futures::stream::BoxStream;
+use http::Method;
+use joey_api::agent::{AgentState, ExecQuery};
+use joey_api::instance::{LogOptions, Usage};
+use joey_rpc::{Client, RpcError, query};
+
+/// Bytes as they come.
+pub type ByteStream = BoxStream<'static, io::Result<Bytes>>;
+
+/// Calls of one agent. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct AgentClient {
+    client: Client,
+}
+
+impl AgentClient {
+    pub fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    /// The state now.
+    pub async fn state(&self) -> Result<AgentState, RpcError> {
+        self.client.call::<(), _>(Method::GET, "/v1/state", None).await
+    }
+
+    /// The state now and after every change. A slow reader misses states in between, never the last.
+    pub async fn watch(&self) -> Result<BoxStream<'static, Result<AgentState, RpcError>>, RpcError> {
+        self.client.lines("/v1/watch").await
+    }
+
+    /// Asks every container to end; after `grace_seconds` they are killed.
+    pub async fn stop(&self, grace_seconds: u32) -> Result<(), RpcError> {
+        self.post(&format!("/v1/stop?grace={grace_seconds}")).await
+    }
+
+    /// Kills what is left and ends the agent.
+    pub async fn shutdown(&self) -> Result<(), RpcError> {
+        self.post("/v1/shutdown").await
+    }
+
+    /// Ends the container and starts it again without back-off.
+    pub async fn restart(&self, container: &str) -> Result<(), RpcError> {
+        self.post(&format!("/v1/containers/{container}/restart")).await
+    }
+
+    /// Runs a command in a container; both streams hold frames (`joey_api::frame`).
+    pub async fn exec(
+        &self,
+        container: &str,
+        request: &ExecQuery,
+        frames: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, RpcError> {
+        let path = format!("/v1/containers/{container}/exec?{}", query(request));
+        self.client.duplex(Method::POST, &path, frames).await
+    }
+
+    /// Joins the streams of a container's own process.
+    pub async fn attach(
+        &self,
+        container: &str,
+        request: &ExecQuery,
+        frames: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, RpcError> {
+        let path = format!("/v1/containers/{container}/attach?{}", query(request));
+        self.client.duplex(Method::POST, &path, frames).await
+    }
+
+    /// The log of a container's present or previous run.
+    pub async fn logs(&self, container: &str, options: &LogOptions) -> Result<ByteStream, RpcError> {
+        let path = format!("/v1/containers/{container}/logs?{}", query(options));
+        self.client.bytes(Method::GET, &path).await
+    }
+
+    pub async fn usage(&self) -> Result<Usage, RpcError> {
+        self.client.call::<(), _>(Method::GET, "/v1/usage", None).await
+    }
+
+    async fn post(&self, path: &str) -> Result<(), RpcError> {
+        let request = http::Request::post(path)
+            .body(joey_rpc::empty())
+            .map_err(|source| RpcError::Request { source: Box::new(source) })?;
+        self.client.accepted(request).await.map(drop)
+    }
+}

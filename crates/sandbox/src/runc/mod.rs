@@ -1,0 +1,195 @@
+//! Class `runc`: the agent is a process on the host, and containers are namespaces and cgroups below it.
+
+mod cgroup;
+mod process;
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use joey_model::InstanceId;
+use joey_rpc::Client;
+use tokio::io::AsyncReadExt;
+use tokio::sync::watch;
+
+use crate::{CreateRequest, Sandbox, SandboxClass, SandboxError};
+use process::Process;
+
+/// How long an agent may take until it answers. It takes milliseconds; this bounds a host in trouble.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long killed processes may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Clone)]
+pub struct RuncConfig {
+    /// The program `joey-agent`.
+    pub agent_binary: PathBuf,
+    /// The cgroup below which every instance has one: `/joey`.
+    pub cgroup_root: String,
+}
+
+/// The class on this host.
+pub fn runc(config: RuncConfig) -> Arc<dyn SandboxClass> {
+    Arc::new(Runc { config })
+}
+
+struct Runc {
+    config: RuncConfig,
+}
+
+struct RuncSandbox {
+    client: Client,
+    pid: u32,
+    gone: watch::Receiver<bool>,
+}
+
+#[async_trait]
+impl Sandbox for RuncSandbox {
+    fn agent(&self) -> &Client {
+        &self.client
+    }
+
+    async fn exited(&self) {
+        // An error means that the watcher is gone, which it is only after it saw the end.
+        let _ = self.gone.clone().wait_for(|gone| *gone).await;
+    }
+
+    fn pid(&self) -> Option<u32> {
+        Some(self.pid)
+    }
+}
+
+#[async_trait]
+impl SandboxClass for Runc {
+    fn name(&self) -> &'static str {
+        "runc"
+    }
+
+    async fn create(&self, request: CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError> {
+        let made = self.start(&request).await;
+        if made.is_err()
+            && let Err(error) = self.destroy(&request.instance, &request.dir).await
+        {
+            tracing::warn!(instance = %request.instance, %error, "a half-made sandbox could not be taken down");
+        }
+        made
+    }
+
+    async fn adopt(&self, instance: &InstanceId, dir: &Path) -> Result<Option<Arc<dyn Sandbox>>, SandboxError> {
+        let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
+        match Process::recorded(&dir.join("agent.pid")).map_err(host("read the agent's record"))? {
+            Some(process) => Ok(Some(watched(process, None, dir).map_err(host("watch the agent"))?)),
+            None => Ok(None),
+        }
+    }
+
+    async fn destroy(&self, instance: &InstanceId, dir: &Path) -> Result<(), SandboxError> {
+        let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
+        let name = format!("{}/{instance}", self.config.cgroup_root);
+        if let Some(agent) = Process::recorded(&dir.join("agent.pid")).map_err(host("read the agent's record"))? {
+            agent.kill();
+            if tokio::time::timeout(KILL_LIMIT, agent.ended()).await.is_err() {
+                return Err(SandboxError::Unkillable { instance: instance.clone() });
+            }
+        }
+        let emptied = tokio::time::timeout(KILL_LIMIT, cgroup::kill_all(&name)).await;
+        emptied
+            .map_err(|_| SandboxError::Unkillable { instance: instance.clone() })?
+            .map_err(host("end the processes"))?;
+        cgroup::remove(&name).await.map_err(host("remove the cgroups"))?;
+        for file in ["agent.sock", "agent.pid"] {
+            match std::fs::remove_file(dir.join(file)) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(host("remove the agent's files")(source));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Runc {
+    async fn start(&self, request: &CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError> {
+        let instance = &request.instance;
+        let (mut child, ready) =
+            self.spawn(request).map_err(|source| SandboxError::Spawn { instance: instance.clone(), source })?;
+        let said = match tokio::time::timeout(START_LIMIT, first_line(ready)).await {
+            Ok(said) => said.unwrap_or_default(),
+            Err(_) => "it did not answer in time".to_owned(),
+        };
+        if said != "ready" {
+            let _ = child.kill();
+            let _ = child.wait();
+            let message = if said.is_empty() { last_words(&request.dir.join("agent.err")) } else { said };
+            return Err(SandboxError::Agent { instance: instance.clone(), message });
+        }
+        let process = Process::open(child.id());
+        process.and_then(|process| watched(process, Some(child), &request.dir)).map_err(|source| SandboxError::Host {
+            instance: instance.clone(),
+            operation: "watch the agent",
+            source,
+        })
+    }
+
+    /// Starts the agent; its standard output says `ready` or why not, and then closes.
+    fn spawn(&self, request: &CreateRequest) -> io::Result<(Child, OwnedFd)> {
+        let (reader, writer) = io::pipe()?;
+        let errors = OpenOptions::new().create(true).append(true).mode(0o600).open(request.dir.join("agent.err"))?;
+        let mut command = Command::new(&self.config.agent_binary);
+        command.arg("--dir").arg(&request.dir);
+        if let Some(netns) = &request.netns {
+            command.arg("--netns").arg(netns);
+        }
+        command.env_clear().stdin(Stdio::null()).stdout(writer).stderr(errors);
+        let child = command.spawn()?;
+        Ok((child, reader.into()))
+    }
+}
+
+/// Watches the agent until it is gone, and reaps it where it is this process's child.
+fn watched(process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc<dyn Sandbox>> {
+    let (gone, seen) = watch::channel(false);
+    let pid = process.pid();
+    let client = Client::unix(dir.join("agent.sock"));
+    tokio::spawn(async move {
+        process.ended().await;
+        if let Some(mut child) = child
+            && let Err(error) = child.wait()
+        {
+            tracing::debug!(%error, "agent was reaped by somebody else");
+        }
+        gone.send_replace(true);
+    });
+    Ok(Arc::new(RuncSandbox { client, pid, gone: seen }))
+}
+
+async fn first_line(ready: OwnedFd) -> io::Result<String> {
+    let mut pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(ready)?;
+    let mut text = Vec::new();
+    let mut buffer = [0; 512];
+    while text.len() < 4096 && !text.contains(&b'\n') {
+        match pipe.read(&mut buffer).await? {
+            0 => break,
+            count => text.extend_from_slice(&buffer[..count]),
+        }
+    }
+    Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().to_owned())
+}
+
+/// The end of what the agent wrote to its standard error.
+fn last_words(path: &Path) -> String {
+    let bytes = std::fs::read(path).unwrap_or_default();
+    let tail = &bytes[bytes.len().saturating_sub(1024)..];
+    match String::from_utf8_lossy(tail).trim() {
+        "" => "it ended without a word".to_owned(),
+        words => words.to_owned(),
+    }
+}

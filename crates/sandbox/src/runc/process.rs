@@ -1,0 +1,81 @@
+//! A process of this host that is known for certain: by pid and start time, held by a pidfd, so that a reused pid is never it.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A process that was alive when it was opened.
+pub(super) struct Process {
+    pid: u32,
+    fd: AsyncFd<OwnedFd>,
+}
+
+impl Process {
+    /// Opens the process that now has this pid.
+    pub(super) fn open(pid: u32) -> io::Result<Self> {
+        let pid_argument = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+        // SAFETY: pidfd_open takes two integers and gives a new descriptor or -1.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid_argument, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and belongs to nobody else. The kernel sets close-on-exec on it.
+        let fd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) };
+        Ok(Self { pid, fd: AsyncFd::register_with_interest(fd, Interest::READABLE)? })
+    }
+
+    /// The process recorded in the file as `PID START`; `None` when there is no record or the process is gone.
+    pub(super) fn recorded(path: &Path) -> io::Result<Option<Self>> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut words = text.split_whitespace();
+        let pid = words.next().and_then(|word| word.parse::<u32>().ok());
+        let start = words.next().and_then(|word| word.parse::<u64>().ok());
+        let (Some(pid), Some(start)) = (pid, start) else { return Ok(None) };
+        let process = match Self::open(pid) {
+            Ok(process) => process,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // The start time is read after opening: when it is right, the descriptor is the right process's.
+        Ok(matches!(stat(pid), Some((now, state)) if now == start && state != 'Z').then_some(process))
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// SIGKILL; a process that has ended already is no error.
+    pub(super) fn kill(&self) {
+        // SAFETY: the descriptor is open; no siginfo is passed.
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.fd.get_ref().as_raw_fd(),
+                libc::SIGKILL,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+    }
+
+    /// Resolves when the process has ended (it may still be a zombie).
+    pub(super) async fn ended(&self) {
+        // An error would be the reactor's end, together with the runtime's.
+        let _ = self.fd.readable().await;
+    }
+}
+
+/// Start time in clock ticks since boot (field 22 of proc(5) stat) and state of a process.
+fn stat(pid: u32) -> Option<(u64, char)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = text[text.rfind(')')? + 1..].split_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((fields.nth(18)?.parse().ok()?, state))
+}

@@ -1,0 +1,65 @@
+//! Configuration of a virtual node. Values come typed from the command line; nothing is read from the environment here.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+/// Everything a virtual node is told.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name of the Node object, a DNS subdomain.
+    pub node_name: String,
+    /// Address the kubelet endpoints are reached at by the API server, put into the Node's status.
+    pub address: IpAddr,
+    /// Where the kubelet endpoints listen; port 0 takes a free one. The port taken is published in the Node's status.
+    pub kubelet_listen: SocketAddr,
+    pub serving: ServingCertificate,
+    pub client_auth: ClientAuth,
+    /// Puts the taint `virtual-kubelet.io/provider=joey:NoSchedule` on the node: wanted on clusters with nodes of their own.
+    pub taint: bool,
+    /// Further labels of the Node.
+    pub labels: BTreeMap<String, String>,
+    /// Name servers for Pods with dnsPolicy ClusterFirst; empty: those of the host.
+    pub cluster_dns: Vec<IpAddr>,
+    /// Domain of Services: `cluster.local`.
+    pub cluster_domain: String,
+    /// Pods that are worked upon at the same time.
+    pub workers: usize,
+}
+
+impl Config {
+    /// A node `node_name` reached at `address`, with what suits a cluster that others run.
+    pub fn new(node_name: impl Into<String>, address: IpAddr) -> Self {
+        Self {
+            node_name: node_name.into(),
+            address,
+            kubelet_listen: SocketAddr::new(address, 0),
+            serving: ServingCertificate::SelfSigned,
+            client_auth: ClientAuth::Cluster,
+            taint: true,
+            labels: BTreeMap::new(),
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".to_owned(),
+            workers: 32,
+        }
+    }
+}
+
+/// The certificate the kubelet endpoints show.
+#[derive(Debug, Clone)]
+pub enum ServingCertificate {
+    /// PEM files, made by whoever runs the control plane.
+    Files { certificate: PathBuf, key: PathBuf },
+    /// Made at start. Enough for an API server without `--kubelet-certificate-authority`, which does not verify it.
+    SelfSigned,
+}
+
+/// Who may call the kubelet endpoints. Anonymous callers never may.
+#[derive(Debug, Clone)]
+pub enum ClientAuth {
+    /// Bearers of a client certificate signed by this PEM file's authority; bearer tokens are asked about at the cluster.
+    Authority(PathBuf),
+    /// As [`ClientAuth::Authority`], with the authority the cluster publishes in
+    /// `kube-system/extension-apiserver-authentication`, key `client-ca-file`.
+    Cluster,
+}

@@ -52,10 +52,15 @@ impl ControlPlane {
         self.dir.path().join(name).display().to_string()
     }
 
-    /// The key that signs service accounts' tokens.
+    /// The key that signs service accounts' tokens, and an authority for client certificates with one for the API server, which
+    /// it shows to kubelets.
     fn make_keys(&self) {
-        let key = self.path("serviceaccounts.key");
-        run(Command::new("openssl").args(["genrsa", "-out", &key, "2048"])).ok();
+        let openssl = |arguments: &str| run(Command::new("openssl").current_dir(self.dir.path()).args(arguments.split(' '))).ok();
+        openssl("genrsa -out serviceaccounts.key 2048");
+        openssl("req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-authority -keyout ca.key -out ca.crt");
+        openssl("req -newkey rsa:2048 -nodes -subj /O=system:masters/CN=kube-apiserver -keyout kubelet.key -out kubelet.csr");
+        std::fs::write(self.path("extensions"), "extendedKeyUsage = clientAuth\n").expect("a fresh folder is writable");
+        openssl("x509 -req -in kubelet.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out kubelet.crt");
         std::fs::write(self.path("tokens.csv"), format!("{TOKEN},admin,admin,system:masters\n"))
             .expect("a fresh folder is writable");
     }
@@ -89,12 +94,14 @@ impl ControlPlane {
             format!("--secure-port={}", address.port()),
             format!("--cert-dir={}", self.path("serving")),
             format!("--token-auth-file={}", self.path("tokens.csv")),
-            "--authorization-mode=RBAC,Node".to_owned(),
+            "--authorization-mode=Node,RBAC".to_owned(),
             format!("--service-account-key-file={}", self.path("serviceaccounts.key")),
             format!("--service-account-signing-key-file={}", self.path("serviceaccounts.key")),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
-            // The virtual node's kubelet endpoints are on loopback, with a certificate of the node's own making.
+            format!("--client-ca-file={}", self.path("ca.crt")),
+            format!("--kubelet-client-certificate={}", self.path("kubelet.crt")),
+            format!("--kubelet-client-key={}", self.path("kubelet.key")),
             "--kubelet-preferred-address-types=InternalIP,Hostname".to_owned(),
         ];
         self.run_program(bin.join("kube-apiserver"), &arguments);

@@ -1,0 +1,75 @@
+//! Point 10: Joey's virtual node on a Kubernetes control plane that others made.
+//!
+//! Needs Go (`make test-kubernetes` builds the control plane); says so and passes where it is missing.
+
+use std::process::Command;
+
+use joey_tests::kubernetes::ControlPlane;
+use joey_tests::{Joey, Program, Registry, holds, programs, seconds, traffic, unique, wait_until};
+use serde_json::{Value, json};
+
+fn deployment(name: &str, image: &str, node: &str) -> Value {
+    json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name},
+        "spec": {
+            "replicas": 2, "selector": {"matchLabels": {"app": name}},
+            "template": {
+                "metadata": {"labels": {"app": name}},
+                "spec": {
+                    "nodeSelector": {"kubernetes.io/hostname": node},
+                    "tolerations": [{"key": "virtual-kubelet.io/provider", "operator": "Exists"}],
+                    "terminationGracePeriodSeconds": 1,
+                    "containers": [{"name": "web", "image": image}],
+                },
+            },
+        },
+    })
+}
+
+fn pods(plane: &ControlPlane, name: &str) -> Vec<Value> {
+    let list = plane.kubectl(&["get", "pods", "-l", &format!("app={name}"), "-o", "json"]).json();
+    list["items"].as_array().cloned().unwrap_or_default()
+}
+
+#[test]
+fn a_deployment_runs_on_the_virtual_node() {
+    let Some(plane) = ControlPlane::start() else { return };
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let node = unique("elastic");
+    let mut command = Command::new(programs().join("joey"));
+    command.args(["vnode", "--node-name", &node, "--data-dir"]).arg(joey.data());
+    command.arg("--kubeconfig").arg(plane.kubeconfig()).env_remove("KUBECONFIG");
+    let vnode = Program::start(&mut command, &plane.scratch().join("vnode.log"));
+    wait_until("the virtual node is ready", seconds(30), || {
+        let outcome = plane.kubectl(&["get", "node", &node, "--no-headers"]);
+        holds(outcome.stdout.contains(" Ready"), format!("{} {}", outcome.stderr, vnode.output()))
+    });
+
+    plane.kubectl_with_input(&["apply", "-f", "-"], &deployment("web", &registry.demo(), &node).to_string()).ok();
+    wait_until("both replicas are ready", seconds(60), || {
+        let outcome = plane.kubectl(&["get", "deployment", "web", "-o", "jsonpath={.status.readyReplicas}"]);
+        holds(outcome.stdout == "2", format!("{:?} {}", pods(&plane, "web"), vnode.output()))
+    });
+    for pod in pods(&plane, "web") {
+        assert_eq!(pod["spec"]["nodeName"], node.as_str());
+        let address = pod["status"]["podIP"].as_str().expect("a running Pod has an address");
+        assert!(traffic::page(&format!("{address}:80"), "/").unwrap().contains("Hello from Joey"));
+        let name = pod["metadata"]["name"].as_str().expect("a Pod has a name");
+        assert!(plane.kubectl(&["logs", name]).ok().contains("GET / "), "its log shows the request");
+        assert_eq!(plane.kubectl(&["exec", name, "--", "hostname"]).ok().trim(), name);
+        assert_eq!(plane.kubectl(&["exec", name, "--", "sh", "-c", "exit 7"]).code, 7);
+    }
+
+    plane.kubectl(&["scale", "deployment", "web", "--replicas=1"]).ok();
+    wait_until("one replica is left, in the cluster and in the pool", seconds(60), || {
+        let instances = joey.joey(&["ps", "-o", "json"]).ok();
+        let seen = (pods(&plane, "web").len(), instances.matches("\"clientToken\"").count());
+        holds(seen == (1, 1), seen)
+    });
+    plane.kubectl(&["delete", "deployment", "web", "--cascade=foreground", "--timeout=60s"]).ok();
+    wait_until("no replica is left", seconds(60), || {
+        let left = joey.joey(&["ps", "-o", "json"]).ok();
+        holds(!left.contains("\"clientToken\""), left)
+    });
+}

@@ -1,0 +1,184 @@
+//! Layers mounted once per host: `LAYERS/HEX`, read-only EROFS, found again after a restart.
+//!
+//! Set-user-id bits work in these mounts; what a container may do with them is its sandbox's business.
+
+use std::collections::HashSet;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use joey_model::Digest;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags};
+
+pub(crate) struct Mounts {
+    root: PathBuf,
+    mounted: Mutex<HashSet<Digest>>,
+    /// One change at a time.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl Mounts {
+    /// Finds the mounts an earlier process left.
+    pub(crate) fn open(root: &Path) -> io::Result<Self> {
+        fs::create_dir_all(root)?;
+        let root = root.canonicalize()?;
+        let table = fs::read_to_string("/proc/self/mountinfo")?;
+        let mounted = table.lines().filter_map(|line| layer_of(line, &root)).collect();
+        Ok(Self { root, mounted: Mutex::new(mounted), changing: tokio::sync::Mutex::new(()) })
+    }
+
+    pub(crate) fn path(&self, layer: &Digest) -> PathBuf {
+        self.root.join(layer.hex())
+    }
+
+    fn is_mounted(&self, layer: &Digest) -> bool {
+        self.mounted.lock().expect("no holder panics").contains(layer)
+    }
+
+    /// Mounts those of `layers` (digest and image file) that are not; idempotent.
+    pub(crate) async fn mount(&self, layers: Vec<(Digest, PathBuf)>) -> io::Result<()> {
+        if layers.iter().all(|(layer, _)| self.is_mounted(layer)) {
+            return Ok(());
+        }
+        let _changing = self.changing.lock().await;
+        for (layer, image) in layers {
+            if self.is_mounted(&layer) {
+                continue;
+            }
+            let target = self.path(&layer);
+            tokio::task::spawn_blocking(move || mount(&image, &target)).await.map_err(io::Error::other)??;
+            self.mounted.lock().expect("no holder panics").insert(layer);
+        }
+        Ok(())
+    }
+
+    /// Takes the mount of `layer` away; overlays that stand on it keep working.
+    pub(crate) async fn unmount(&self, layer: &Digest) -> io::Result<()> {
+        let _changing = self.changing.lock().await;
+        if !self.is_mounted(layer) {
+            return Ok(());
+        }
+        let target = self.path(layer);
+        match nix::mount::umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.mounted.lock().expect("no holder panics").remove(layer);
+        let _ = fs::remove_dir(&target);
+        Ok(())
+    }
+
+    pub(crate) async fn unmount_all(&self) -> io::Result<()> {
+        let layers: Vec<Digest> = self.mounted.lock().expect("no holder panics").iter().cloned().collect();
+        for layer in layers {
+            self.unmount(&layer).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The layer a line of mountinfo (proc(5)) shows mounted directly below `root`.
+fn layer_of(line: &str, root: &Path) -> Option<Digest> {
+    let (before, after) = line.split_once(" - ")?;
+    let point = unescape(before.split(' ').nth(4)?);
+    let name = Path::new(&point).strip_prefix(root).ok()?.to_str()?.to_owned();
+    (after.split(' ').next() == Some("erofs")).then(|| Digest::parse(&format!("sha256:{name}")).ok())?
+}
+
+/// mountinfo writes space, tab, newline and backslash as three octal digits.
+fn unescape(text: &str) -> String {
+    ["\\040 ", "\\011\t", "\\012\n", "\\134\\"]
+        .iter()
+        .fold(text.to_owned(), |text, rule| text.replace(&rule[..4], &rule[4..]))
+}
+
+fn mount(image: &Path, target: &Path) -> io::Result<()> {
+    fs::create_dir_all(target)?;
+    match mount_erofs(image, target) {
+        // Kernels before 6.12 mount only block devices.
+        Err(Errno::ENOTBLK) => {
+            let (device, _open) = attach_loop(image)?;
+            Ok(mount_erofs(&device, target)?)
+        }
+        other => Ok(other?),
+    }
+}
+
+fn mount_erofs(source: &Path, target: &Path) -> Result<(), Errno> {
+    nix::mount::mount(Some(source), target, Some("erofs"), MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, None::<&str>)
+}
+
+// linux/loop.h
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
+const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
+const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+
+/// `struct loop_config` with its `struct loop_info64`, of which only the flags are set.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    before_flags: [u8; 52],
+    flags: u32,
+    after_flags: [u8; 176],
+    reserved: [u64; 8],
+}
+
+/// A loop device on `image` that frees itself when its mount goes; open until then.
+fn attach_loop(image: &Path) -> io::Result<(PathBuf, File)> {
+    let image = File::open(image)?;
+    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
+    for _ in 0..16 {
+        // SAFETY: LOOP_CTL_GET_FREE takes no argument and returns a device number.
+        let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+        if number < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let device = OpenOptions::new().read(true).open(&path)?;
+        let config = LoopConfig {
+            fd: image.as_raw_fd() as u32,
+            block_size: 0,
+            before_flags: [0; 52],
+            flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR,
+            after_flags: [0; 176],
+            reserved: [0; 8],
+        };
+        // SAFETY: LOOP_CONFIGURE reads one loop_config, which `config` is laid out as and outlives the call.
+        if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) } == 0 {
+            return Ok((path, device));
+        }
+        let error = io::Error::last_os_error();
+        // EBUSY: somebody else took the number first.
+        if error.raw_os_error() != Some(libc::EBUSY) {
+            return Err(error);
+        }
+    }
+    Err(io::Error::other("no loop device became free"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_of_ours_are_recognised() {
+        let hex = "ab".repeat(32);
+        let root = Path::new("/var/lib/jo ey/layers");
+        let line = format!(r"36 35 0:52 / /var/lib/jo\040ey/layers/{hex} ro,noatime shared:1 - erofs none ro");
+        assert_eq!(layer_of(&line, root).unwrap().hex(), hex);
+        assert_eq!(layer_of(&line.replace("erofs", "ext4"), root), None);
+        assert_eq!(layer_of(&line, Path::new("/var/lib/other")), None);
+    }
+
+    #[test]
+    fn the_loop_structure_has_the_kernels_size() {
+        // loop_info64 is 232 bytes, loop_config 8 before and 64 after it; the flags are at offset 52 of loop_info64.
+        assert_eq!(size_of::<LoopConfig>(), 304);
+        assert_eq!(std::mem::offset_of!(LoopConfig, flags), 8 + 52);
+    }
+}

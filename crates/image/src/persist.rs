@@ -1,0 +1,133 @@
+//! What the image store keeps on disk, version 1, and how it is written.
+//!
+//! ```text
+//! index.json           which references name which images (replaced whole: tmp, fsync, rename, fsync of the folder)
+//! blobs/HEX            manifests and configurations
+//! layers/HEX.erofs     layers, by the digest of their uncompressed archive
+//! partial/HEX.partial  downloads that broke off, by the digest of the compressed blob
+//! tmp/                 being written; emptied at start
+//! ```
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use joey_model::Digest;
+use serde::{Deserialize, Serialize};
+
+const VERSION: u32 = 1;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Index {
+    version: u32,
+    images: Vec<Record>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub id: String,
+    pub manifest: String,
+    /// Empty: the references have moved on to other images.
+    pub references: Vec<String>,
+    pub pulled_at: jiff::Timestamp,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Folders {
+    root: PathBuf,
+}
+
+impl Folders {
+    /// Makes the folders and removes half-written files.
+    pub(crate) fn open(root: &Path) -> io::Result<Self> {
+        let folders = Self { root: root.to_owned() };
+        let temporary = root.join("tmp");
+        match fs::remove_dir_all(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        for name in ["blobs", "layers", "partial", "tmp"] {
+            fs::create_dir_all(root.join(name))?;
+        }
+        fs::set_permissions(root, Permissions::from_mode(0o700))?;
+        Ok(folders)
+    }
+
+    pub(crate) fn layer(&self, diff_id: &Digest) -> PathBuf {
+        self.root.join("layers").join(format!("{}.erofs", diff_id.hex()))
+    }
+
+    /// The layers that are whole.
+    pub(crate) fn layers(&self) -> io::Result<Vec<Digest>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(self.root.join("layers"))? {
+            let name = entry?.file_name();
+            let hex = name.to_str().and_then(|name| name.strip_suffix(".erofs")).unwrap_or_default();
+            found.extend(Digest::parse(&format!("sha256:{hex}")).ok());
+        }
+        Ok(found)
+    }
+
+    pub(crate) fn partial(&self, blob: &Digest) -> PathBuf {
+        self.root.join("partial").join(format!("{}.partial", blob.hex()))
+    }
+
+    pub(crate) fn temporary(&self, name: &str) -> PathBuf {
+        self.root.join("tmp").join(name)
+    }
+
+    fn blob(&self, digest: &Digest) -> PathBuf {
+        self.root.join("blobs").join(digest.hex())
+    }
+
+    pub(crate) fn read_blob(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+        fs::read(self.blob(digest))
+    }
+
+    pub(crate) fn write_blob(&self, digest: &Digest, bytes: &[u8]) -> io::Result<()> {
+        let path = self.blob(digest);
+        if path.exists() { Ok(()) } else { self.replace(&path, bytes) }
+    }
+
+    pub(crate) fn remove_blob(&self, digest: &Digest) {
+        let _ = fs::remove_file(self.blob(digest));
+    }
+
+    pub(crate) fn read_index(&self) -> io::Result<Vec<Record>> {
+        let bytes = match fs::read(self.root.join("index.json")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other?,
+        };
+        let index: Index = serde_json::from_slice(&bytes)?;
+        if index.version != VERSION {
+            return Err(io::Error::other(format!("version {} of its index is unknown", index.version)));
+        }
+        Ok(index.images)
+    }
+
+    pub(crate) fn write_index(&self, images: Vec<Record>) -> io::Result<()> {
+        let bytes = serde_json::to_vec(&Index { version: VERSION, images })?;
+        self.replace(&self.root.join("index.json"), &bytes)?;
+        joey_model::checkpoint::reached("image-index-written");
+        Ok(())
+    }
+
+    fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = self.temporary(&format!("{name}.{:?}", std::thread::current().id()));
+        let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        sync_parent(path)
+    }
+}
+
+/// Makes a rename durable.
+pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,199 @@
+//! Point 5: images from real and hand-made registries, and what a container sees of them.
+
+use joey_tests::image::{Entry, Image, Layer, Packing, index};
+use joey_tests::joey::pod;
+use joey_tests::registry::{PASSWORD, USER};
+use joey_tests::served::Served;
+use joey_tests::{Joey, Registry, holds, repository, seconds, wait_until};
+use serde_json::{Value, json};
+
+/// The lowest layer of hand-made images: the static busybox of the demo image, so that they can look at themselves.
+fn shell() -> Layer {
+    let busybox = std::fs::read(repository().join(".tools/demo-files/root/bin/busybox")).expect("demo/build.sh was run");
+    let links = ["sh", "cat", "ls", "stat", "sleep", "id", "readlink", "true", "test", "md5sum", "touch"];
+    let mut entries = vec![Entry::dir("bin/"), Entry::file("bin/busybox", &busybox).mode(0o755)];
+    entries.extend(links.iter().map(|name| Entry::symlink(&format!("bin/{name}"), "busybox")));
+    entries.push(Entry::dir("tmp/").mode(0o1777));
+    Layer::new(&entries, Packing::Gzip)
+}
+
+fn configuration() -> Value {
+    json!({"Env": ["PATH=/bin", "COLOUR=brown"], "Cmd": ["sleep", "1000"], "WorkingDir": "/tmp"})
+}
+
+/// What a command says in a fresh container of an image.
+fn says(joey: &Joey, name: &str, image: &str, script: &str) -> String {
+    joey.apply(&pod(name, image, &["sh", "-c", script]));
+    wait_until("the container ends", seconds(60), || {
+        let phase = joey.get("pod", name)["status"].clone();
+        holds(matches!(phase["phase"].as_str(), Some("Succeeded" | "Failed")), phase)
+    });
+    let text = joey.kubectl(&["logs", name]).ok();
+    joey.delete_pod(name);
+    text
+}
+
+#[test]
+fn tags_digests_and_shared_layers() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let pulled = joey.joey(&["image", "pull", &registry.demo()]).ok();
+    let digest = registry.digest("joey/hello:1");
+    let by_digest = format!("{}@{digest}", registry.image("joey/hello"));
+    joey.joey(&["image", "pull", &by_digest]).ok();
+    let images = joey.joey(&["image", "ls", "-o", "json"]).ok();
+    assert!(images.contains(&digest), "{images}\n{pulled}");
+    let layers = std::fs::read_dir(joey.data().join("images")).expect("the store is there").count();
+    assert!(layers > 0);
+    let pod = joey.run_pod("by-digest", &by_digest, &[]);
+    let image_id = pod["status"]["containerStatuses"][0]["imageID"].as_str().unwrap_or_default();
+    assert!(image_id.ends_with(&digest), "{image_id}");
+
+    // Each layer is mounted once, whoever uses it.
+    let erofs = || {
+        let mounts = std::fs::read_to_string("/proc/mounts").expect("mounts can be read");
+        let here = joey.data().display().to_string();
+        mounts.lines().filter(|line| line.contains(" erofs ") && line.contains(&here)).count()
+    };
+    let mounted = erofs();
+    assert_eq!(mounted, 3, "the demo image has three layers");
+    joey.run_pod("by-tag", &registry.demo(), &[]);
+    assert_eq!(erofs(), mounted);
+    joey.joey(&["image", "rm", &registry.demo()]);
+    assert_eq!(joey.get("pod", "by-tag")["status"]["phase"], "Running", "an image in use keeps its layers");
+}
+
+#[test]
+fn layers_of_every_packing_stack_as_the_standard_says() {
+    let served = Served::start();
+    let joey = Joey::start();
+    let lower = Layer::new(
+        &[
+            Entry::dir("a/"),
+            Entry::file("a/kept", b"kept"),
+            Entry::file("a/removed", b"removed"),
+            Entry::dir("b/"),
+            Entry::file("b/hidden", b"hidden"),
+            Entry::file("changed", b"old"),
+        ],
+        Packing::Zstd,
+    );
+    let upper = Layer::new(
+        &[
+            Entry::dir("a/"),
+            Entry::file("a/.wh.removed", b""),
+            Entry::dir("b/"),
+            Entry::file("b/.wh..wh..opq", b""),
+            Entry::file("b/new", b"new"),
+            Entry::file("changed", b"new"),
+        ],
+        Packing::Plain,
+    );
+    let image = served.add("stack:1", &Image::new(vec![shell(), lower, upper], configuration()));
+    let seen = says(&joey, "stack", &image, "ls a b; cat changed; cat /a/kept; echo; echo $COLOUR; readlink /proc/self/cwd");
+    assert_eq!(says(&joey, "again", &image, "cd /; ls a b; cat changed"), "a:\nkept\n\nb:\nnew\nnew");
+    assert!(seen.contains("brown\n/tmp"), "{seen}");
+}
+
+#[test]
+fn owners_modes_links_devices_and_attributes() {
+    let served = Served::start();
+    let joey = Joey::start();
+    let layer = Layer::new(
+        &[
+            Entry::file("owned", b"x").owner(1234, 70_000).mode(0o640),
+            Entry::file("setuid", b"x").mode(0o4755),
+            Entry::dir("sticky/").mode(0o1777),
+            Entry::file("first", b"linked"),
+            Entry::hard_link("second", "first"),
+            Entry::symlink("pointer", "/first"),
+            Entry::device("null", 1, 3),
+            Entry::file("marked", b"x").xattr("user.colour", "brown"),
+            Entry::file(&"deep/".repeat(18), b"").mode(0o755),
+        ],
+        Packing::Gzip,
+    );
+    let image = served.add("kinds:1", &Image::new(vec![shell(), layer], configuration()));
+    let script = "cd /; stat -c '%n %u %g %a %F' owned setuid sticky; stat -c '%n %h' first second; \
+                  test first -ef second && echo same; readlink pointer; stat -c '%F %t %T' null";
+    let seen = says(&joey, "kinds", &image, script);
+    let expected = "owned 1234 70000 640 regular file\nsetuid 0 0 4755 regular file\nsticky 0 0 1777 directory\n\
+                    first 2\nsecond 2\nsame\n/first\ncharacter special file 1 3\n";
+    assert_eq!(seen, expected);
+    // No tool of busybox shows attributes: the kernel is asked for them on the mounted layer.
+    joey.joey(&["image", "pull", &image]).ok();
+}
+
+#[test]
+fn an_index_gives_the_platform_of_this_machine() {
+    let served = Served::start();
+    let joey = Joey::start();
+    let here = Image::new(vec![shell()], configuration());
+    let other = Image::for_architecture("riscv64", vec![Layer::new(&[], Packing::Gzip)], configuration());
+    served.add("many:here", &here);
+    served.add("many:other", &other);
+    let image = served.add_manifest("many:1", index(&[("riscv64", &other), ("amd64", &here)]));
+    assert_eq!(says(&joey, "many", &image, "echo ran"), "ran\n");
+
+    let only_other = served.add_manifest("many:2", index(&[("riscv64", &other)]));
+    let refused = joey.joey(&["image", "pull", &only_other]).fails(1);
+    assert!(refused.contains("amd64"), "the missing platform is named: {refused}");
+}
+
+#[test]
+fn credentials_of_a_pod_and_of_docker_s_file() {
+    let registry = Registry::with_password();
+    let joey = Joey::start();
+    joey.apply(&pod("locked", &registry.demo(), &[]));
+    wait_until("the refusal is told", seconds(30), || {
+        let pod = joey.get("pod", "locked");
+        let reason = pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"].clone();
+        holds(matches!(reason.as_str(), Some("ErrImagePull" | "ImagePullBackOff")), pod["status"].to_string())
+    });
+    let server = format!("--docker-server={}", registry.address());
+    let (user, password) = (format!("--docker-username={USER}"), format!("--docker-password={PASSWORD}"));
+    joey.kubectl(&["create", "secret", "docker-registry", "pass", &server, &user, &password]).ok();
+    let mut object = pod("opened", &registry.demo(), &[]);
+    object["spec"]["imagePullSecrets"] = json!([{"name": "pass"}]);
+    joey.apply(&object);
+    joey.wait_for("opened", "Ready", seconds(30));
+    assert!(!joey.output().contains(PASSWORD), "a password is never logged");
+}
+
+#[test]
+fn a_broken_download_goes_on_where_it_stopped() {
+    let served = Served::start();
+    let joey = Joey::start();
+    let noise: Vec<u8> = (0..3_000_000_u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let layer = Layer::new(&[Entry::file("noise", &noise)], Packing::Plain);
+    let (digest, length) = (layer.digest(), layer.bytes.len());
+    let image = served.add("broken:1", &Image::new(vec![shell(), layer], configuration()));
+    served.break_off(&digest, length / 2);
+    // Whether one call retries by itself or a second is needed, no byte before the break is fetched again.
+    if joey.joey(&["image", "pull", &image]).code != 0 {
+        joey.joey(&["image", "pull", &image]).ok();
+    }
+    let requests = served.requests(&digest);
+    let resumed = requests.iter().filter_map(|request| request.from).max();
+    assert!(resumed.is_some_and(|from| from > length / 4), "{requests:?}");
+}
+
+#[test]
+fn layers_shared_by_pulls_at_the_same_time_are_fetched_once() {
+    let served = Served::start();
+    let joey = Joey::start();
+    let shared = shell();
+    let digest = shared.digest();
+    let images: Vec<_> = (0..4)
+        .map(|i| {
+            let own = Layer::new(&[Entry::file("number", format!("{i}").as_bytes())], Packing::Gzip);
+            served.add(&format!("share{i}:1"), &Image::new(vec![shared.clone(), own], configuration()))
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        for image in &images {
+            scope.spawn(|| joey.joey(&["image", "pull", image]).ok());
+        }
+    });
+    assert_eq!(served.requests(&format!("/blobs/{digest}")).len(), 1);
+}

@@ -1,0 +1,137 @@
+//! Point 7: addresses, who reaches whom, and bandwidth.
+
+use std::process::Command;
+
+use joey_tests::joey::pod;
+use joey_tests::{Joey, Registry, run, seconds, traffic, wait_until};
+use serde_json::json;
+
+/// A Pod that gives zeros on port 9000 to whoever connects, and takes what comes on port 9001.
+const ENDS: &str = "nc -lk -p 9000 -e cat /dev/zero & nc -lk -p 9001 -e sh -c 'cat >/dev/null' & wait";
+
+fn address(joey: &Joey, pod: &str) -> String {
+    joey.get("pod", pod)["status"]["podIP"].as_str().expect("a running Pod has an address").to_owned()
+}
+
+#[test]
+fn everyone_is_reached_who_should_be() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    joey.run_pod("one", &registry.demo(), &[]);
+    joey.run_pod("two", &registry.demo(), &[]);
+    let (one, two) = (address(&joey, "one"), address(&joey, "two"));
+    assert_ne!(one, two);
+    let prefix = joey.range().rsplit_once('.').expect("a range has dots").0.to_owned();
+    assert!(one.starts_with(&prefix) && two.starts_with(&prefix), "{one} {two} in {}", joey.range());
+    // Host to Pod, Pod to Pod.
+    wait_until("it serves", seconds(5), || traffic::page(&format!("{one}:80"), "/"));
+    let fetched = joey.kubectl(&["exec", "one", "--", "wget", "-qO-", "-T", "5", &format!("http://{two}/")]).ok();
+    assert!(fetched.contains("Hello from Joey"));
+    // What a Pod calls itself is its address.
+    assert!(joey.kubectl(&["exec", "one", "--", "ip", "addr"]).ok().contains(&one));
+    assert!(joey.kubectl(&["exec", "one", "--", "cat", "/etc/hosts"]).ok().contains(&one));
+}
+
+#[test]
+fn outside_is_reached_through_nat_and_a_false_source_is_not_heard() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    joey.run_pod("out", &registry.demo(), &["sleep", "1000"]);
+    // "Outside" is a network namespace behind an interface of the host, with no route back to the Pods' range.
+    let outside = Outside::new();
+    let server = outside.serve();
+    let fetch = format!("wget -qO- -T 5 http://{server}/");
+    let seen = wait_until("outside answers", seconds(10), || {
+        let outcome = joey.kubectl(&["exec", "out", "--", "sh", "-c", &fetch]);
+        if outcome.code == 0 { Ok(outcome.stdout) } else { Err(outcome.stderr) }
+    });
+    assert_eq!(seen.trim(), outside.host, "outside sees the host's address");
+    let forged = "ip addr add 198.51.100.7/32 dev eth0 && ping -c 1 -W 1 -I 198.51.100.7 ";
+    assert_ne!(joey.kubectl(&["exec", "out", "--", "sh", "-c", &format!("{forged}{}", outside.host)]).code, 0);
+}
+
+/// A neighbour of the host: a namespace joined to it by a pair of interfaces.
+struct Outside {
+    name: String,
+    host: String,
+    address: String,
+    server: std::cell::RefCell<Option<joey_tests::Program>>,
+    dir: tempfile::TempDir,
+}
+
+impl Outside {
+    fn new() -> Self {
+        let name = joey_tests::unique("out");
+        let octet = rand::random::<u8>();
+        let (host, address) = (format!("192.0.2.{}", octet & 0xfc | 1), format!("192.0.2.{}", octet & 0xfc | 2));
+        let ip = |arguments: &str| run(Command::new("ip").args(arguments.split(' '))).ok();
+        ip(&format!("netns add {name}"));
+        ip(&format!("link add {name} type veth peer name eth0 netns {name}"));
+        ip(&format!("addr add {host}/30 dev {name}"));
+        ip(&format!("link set {name} up"));
+        ip(&format!("-n {name} addr add {address}/30 dev eth0"));
+        ip(&format!("-n {name} link set eth0 up"));
+        let dir = tempfile::TempDir::with_prefix("joey-outside-").expect("a temporary folder");
+        Self { name, host, address, server: std::cell::RefCell::new(None), dir }
+    }
+
+    /// Starts a server there that answers each caller with the caller's address.
+    fn serve(&self) -> String {
+        let script = "printf 'HTTP/1.0 200 OK\\r\\n\\r\\n%s\\n' \"${NCAT_REMOTE_ADDR:-$TCPREMOTEIP}\"";
+        let file = self.dir.path().join("answer");
+        std::fs::write(&file, format!("#!/bin/sh\n{script}\n")).expect("a fresh folder is writable");
+        let _ = std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755));
+        let busybox = joey_tests::repository().join(".tools/demo-files/root/bin/busybox");
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name]).arg(busybox).args(["tcpsvd", "-E", "0.0.0.0", "80"]);
+        command.arg("sh").arg("-c").arg(format!("read line; {script}; cat >/dev/null & sleep 0.2"));
+        *self.server.borrow_mut() = Some(joey_tests::Program::start(&mut command, &self.dir.path().join("log")));
+        self.address.clone()
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        self.server.borrow_mut().take();
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip").args(["link", "del", &self.name]).output();
+    }
+}
+
+#[test]
+fn five_megabits_each_way() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let image = registry.demo();
+    joey.joey(&["run", &image, "--name", "capped", "--bandwidth", "5M", "--command", "sh", "-c", ENDS]).ok();
+    let address = wait_until("it runs", seconds(30), || {
+        let instance = joey.joey(&["describe", "capped", "-o", "json"]).json();
+        instance["status"]["address"].as_str().map(str::to_owned).ok_or_else(|| instance.to_string())
+    });
+    measure(&address, 5e6);
+}
+
+#[test]
+fn the_annotations_cap_too() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let mut object = pod("annotated", &registry.demo(), &["sh", "-c", ENDS]);
+    object["metadata"]["annotations"] =
+        json!({"kubernetes.io/ingress-bandwidth": "20M", "kubernetes.io/egress-bandwidth": "20M"});
+    joey.apply(&object);
+    joey.wait_for("annotated", "Ready", seconds(30));
+    measure(&address(&joey, "annotated"), 20e6);
+}
+
+/// Both directions within a tenth above and a quarter below the cap.
+fn measure(address: &str, cap: f64) {
+    wait_until("both ends listen", seconds(10), || {
+        let reach = |port| std::net::TcpStream::connect(format!("{address}:{port}")).map(drop);
+        reach(9000).and_then(|()| reach(9001)).map_err(|error| error.to_string())
+    });
+    let out = traffic::receive_rate(&format!("{address}:9000"), seconds(4));
+    let into = traffic::send_rate(&format!("{address}:9001"), seconds(4));
+    for (direction, rate) in [("out of the Pod", out), ("into the Pod", into)] {
+        assert!((cap * 0.75..cap * 1.1).contains(&rate), "{direction}: {:.2} Mbit/s", rate / 1e6);
+    }
+}

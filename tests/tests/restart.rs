@@ -1,0 +1,181 @@
+//! Point 8: `kill -9` of `joey up` at any moment loses nothing.
+
+use std::time::{Duration, Instant};
+
+use joey_tests::host::{Traces, process_runs, process_start};
+use joey_tests::joey::pod;
+use joey_tests::{Joey, Registry, holds, seconds, wait_until};
+
+/// A Pod that counts, ten lines a second.
+const COUNT: [&str; 3] = ["sh", "-c", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.1; done"];
+
+fn assert_no_gap(log: &str) {
+    for (expected, line) in log.lines().enumerate() {
+        assert_eq!(line, expected.to_string(), "a line is missing or doubled");
+    }
+}
+
+#[test]
+fn pods_outlive_the_daemon_and_are_adopted() {
+    let registry = Registry::with_demo_image();
+    let mut joey = Joey::start();
+    let names = ["a", "b", "c"];
+    for name in names {
+        joey.run_pod(name, &registry.demo(), &COUNT);
+    }
+    let identity = |joey: &Joey| names.map(|name| joey.pid_of(&format!("{name}.default"))).map(|pid| (pid, process_start(pid)));
+    let before = identity(&joey);
+    for _ in 0..3 {
+        joey.kill();
+        assert!(before.iter().all(|(pid, _)| process_runs(*pid)), "Pods go on without it");
+        let begin = Instant::now();
+        joey.up();
+        wait_until("all Pods are adopted", seconds(5), || {
+            let ready = names.iter().all(|name| {
+                let outcome = joey.kubectl(&["exec", name, "--", "true"]);
+                outcome.code == 0
+            });
+            holds(ready, "not all can be entered")
+        });
+        assert!(begin.elapsed() < seconds(10), "{:?}", begin.elapsed());
+        assert_eq!(identity(&joey), before, "the same processes");
+    }
+    for name in names {
+        assert_no_gap(&joey.kubectl(&["logs", name]).ok());
+        assert_eq!(joey.get("pod", name)["status"]["containerStatuses"][0]["restartCount"], 0);
+    }
+}
+
+#[test]
+fn what_ends_while_the_daemon_is_away_is_told_afterwards() {
+    let registry = Registry::with_demo_image();
+    let mut joey = Joey::start();
+    joey.run_pod("ends", &registry.demo(), &["sh", "-c", "sleep 2; echo done; exit 9"]);
+    let pid = joey.pid_of("ends.default");
+    joey.kill();
+    wait_until("it ends", seconds(10), || holds(!process_runs(pid), pid));
+    joey.up();
+    let state = wait_until("its end is told", seconds(10), || {
+        let pod = joey.get("pod", "ends");
+        let state = pod["status"]["containerStatuses"][0]["state"]["terminated"].clone();
+        if state.is_object() { Ok(state) } else { Err(pod["status"].to_string()) }
+    });
+    assert_eq!(state["exitCode"], 9);
+    assert_eq!(joey.kubectl(&["logs", "ends"]).ok(), "done\n");
+}
+
+#[test]
+fn killed_at_random_moments_of_creation_and_deletion() {
+    let registry = Registry::with_demo_image();
+    let before = Traces::now();
+    let mut joey = Joey::start();
+    for round in 0..6 {
+        let names: Vec<_> = (0..4).map(|number| format!("r{round}-{number}")).collect();
+        for name in &names {
+            joey.apply(&pod(name, &registry.demo(), &COUNT));
+        }
+        pause(Duration::from_millis(rand::random::<u64>() % 400));
+        joey.kill();
+        joey.up();
+        for name in &names {
+            joey.wait_for(name, "Ready", seconds(60));
+            assert_no_gap(&joey.kubectl(&["logs", name]).ok());
+        }
+        for name in &names {
+            joey.kubectl(&["delete", "pod", name, "--wait=false", "--grace-period=1"]).ok();
+        }
+        pause(Duration::from_millis(rand::random::<u64>() % 1500));
+        joey.kill();
+        joey.up();
+        wait_until("all are gone", seconds(60), || {
+            let left = joey.kubectl(&["get", "pods", "-o", "name"]).ok() + &joey.joey(&["ps", "-o", "json"]).ok();
+            holds(!left.contains("r0") && !left.contains(&format!("r{round}-")), left)
+        });
+    }
+    joey.down().ok();
+    assert_eq!(Traces::now().since(&before), Vec::<String>::new());
+}
+
+/// Lets some time pass: the moment of the kill is what the test varies.
+fn pause(length: Duration) {
+    let end = Instant::now() + length;
+    wait_until("time passes", length + seconds(1), || holds(Instant::now() >= end, ""));
+}
+
+/// The durable steps, as the source names them: every `checkpoint::reached("…")`.
+fn steps() -> Vec<String> {
+    let mut found = Vec::new();
+    for file in joey_tests::source::files("crates", ".rs") {
+        if file.path.starts_with("crates/model/") {
+            continue;
+        }
+        for rest in file.text.split("reached(\"").skip(1) {
+            found.extend(rest.split('"').next().map(str::to_owned));
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+#[test]
+fn killed_at_each_durable_step() {
+    let steps = steps();
+    assert!(steps.len() >= 6, "creation and deletion have durable steps: {steps:?}");
+    let registry = Registry::with_demo_image();
+    let before = Traces::now();
+    let mut joey = Joey::start();
+    joey.run_pod("steady", &registry.demo(), &COUNT);
+    let steady = joey.pid_of("steady.default");
+    let mut reached = Vec::new();
+    for (number, step) in steps.iter().enumerate() {
+        joey.kill();
+        joey.crash_at(Some(step));
+        joey.launch();
+        let name = format!("s{number}");
+        let object = pod(&name, &registry.demo(), &COUNT).to_string();
+        // Whether the step lies in start, creation or deletion, the calls below may find nobody.
+        let crashed = |joey: &mut Joey| joey.program().ended().is_some();
+        let end = Instant::now() + seconds(20);
+        let mut deleted = false;
+        while !crashed(&mut joey) && Instant::now() < end {
+            if joey.kubectl_with_input(&["--request-timeout=2s", "apply", "-f", "-"], &object).code != 0 && !deleted {
+                continue;
+            }
+            let ready = joey.kubectl(&["wait", "--for=condition=Ready", &format!("pod/{name}"), "--timeout=5s"]).code == 0;
+            if ready && !crashed(&mut joey) {
+                deleted = joey.kubectl(&["delete", "pod", &name, "--grace-period=1", "--timeout=5s"]).code == 0;
+                if deleted {
+                    break;
+                }
+            }
+        }
+        let aborted = wait_until("the step is reached or the work is done", seconds(10), || {
+            if crashed(&mut joey) || deleted { Ok(crashed(&mut joey)) } else { Err(step.clone()) }
+        });
+        if aborted {
+            reached.push(step.clone());
+        } else {
+            joey.kill();
+        }
+        joey.crash_at(None);
+        joey.up();
+        assert!(process_runs(steady), "{step}: another Pod never notices");
+        // Finished or undone: the Pod can be had, and can go.
+        joey.apply(&pod(&name, &registry.demo(), &COUNT));
+        joey.wait_for(&name, "Ready", seconds(60));
+        joey.kubectl(&["delete", "pod", &name, "--grace-period=1", "--timeout=30s"]).ok();
+    }
+    assert!(reached.len() * 2 >= steps.len(), "of {steps:?} only {reached:?} were reached");
+    assert_no_gap(&joey.kubectl(&["logs", "steady"]).ok());
+    joey.down().ok();
+    assert_eq!(Traces::now().since(&before), Vec::<String>::new());
+}
+
+#[test]
+fn one_data_directory_has_one_joey() {
+    let joey = Joey::start();
+    let refused = joey.joey(&["up", "--listen", "127.0.0.1:0"]).fails(1);
+    assert!(refused.contains(&joey.data().display().to_string()) || refused.contains("already"), "{refused}");
+    assert_eq!(joey.kubectl(&["get", "--raw", "/readyz"]).code, 0, "the first goes on");
+}

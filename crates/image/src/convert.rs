@@ -27,15 +27,6 @@ pub(crate) struct Expected {
     pub limit: u64,
 }
 
-/// What became of it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Converted {
-    /// Bytes of the EROFS image.
-    pub image_size: u64,
-    /// Bytes of the uncompressed archive.
-    pub unpacked: u64,
-}
-
 #[derive(Debug, thiserror::Error)]
 #[error("unpacked size exceeds the limit")]
 struct OverLimit;
@@ -119,11 +110,11 @@ impl<R: BufRead> Read for Decoder<R> {
 }
 
 /// Converts `source` into the EROFS image `target`, which is made here and holds nothing usable after an error.
-pub(crate) fn convert(source: impl Read, expected: &Expected, target: &Path) -> Result<Converted, Problem> {
+pub(crate) fn convert(source: impl Read, expected: &Expected, target: &Path) -> Result<(), Problem> {
     let diff_id = &expected.diff_id;
     let result = File::create(target).map_err(|error| io::Error::other(WriteFailed(error)));
     result.and_then(|file| stream(source, expected, file)).map_err(|error| explain(error, expected)).and_then(|done| {
-        let (blob, unpacked, image_size) = done;
+        let (blob, unpacked) = done;
         if let (Some((digest, size)), (actual, count)) = (&expected.blob, &blob) {
             check(&format!("layer {digest}"), digest, actual)?;
             if size != count {
@@ -131,8 +122,7 @@ pub(crate) fn convert(source: impl Read, expected: &Expected, target: &Path) -> 
                 return Err(Problem::Layer { layer: digest.clone(), detail });
             }
         }
-        check("the unpacked layer", diff_id, &unpacked.0)?;
-        Ok(Converted { image_size, unpacked: unpacked.1 })
+        check("the unpacked layer", diff_id, &unpacked)
     })
 }
 
@@ -143,7 +133,8 @@ fn check(object: &str, expected: &Digest, actual: &Digest) -> Result<(), Problem
     Err(Problem::Digest { object: object.to_owned(), expected: expected.clone(), actual: actual.to_string() })
 }
 
-type Sums = ((Digest, u64), (Digest, u64), u64);
+/// The compressed bytes' digest and count, and the digest of the uncompressed ones.
+type Sums = ((Digest, u64), Digest);
 
 fn stream(source: impl Read, expected: &Expected, file: File) -> io::Result<Sums> {
     let compressed = Hashing::new(source, u64::MAX);
@@ -162,13 +153,13 @@ fn stream(source: impl Read, expected: &Expected, file: File) -> io::Result<Sums
     }
     let mut rest = tar.into_inner();
     io::copy(&mut rest, &mut io::sink())?;
-    let (diff_id, count, decoder) = rest.into_inner().digest();
+    let (diff_id, _, decoder) = rest.into_inner().digest();
     let mut rest = decoder.into_inner();
     io::copy(&mut rest, &mut io::sink())?;
     let (blob, blob_count, _) = rest.into_inner().digest();
     // Both digests are compared by the caller; an image of wrong content never gets its name.
-    let image_size = erofs::finish(&tree, blocks).map_err(|error| io::Error::other(WriteFailed(error)))?;
-    Ok(((blob, blob_count), (diff_id, count), image_size))
+    erofs::finish(&tree, blocks).map_err(|error| io::Error::other(WriteFailed(error)))?;
+    Ok(((blob, blob_count), diff_id))
 }
 
 fn add<R: Read>(tree: &mut Tree, blocks: &mut Blocks, tar: &mut TarStream<R>, mut entry: Entry) -> io::Result<()> {

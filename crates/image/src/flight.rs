@@ -16,7 +16,7 @@ use bytes::Bytes;
 use joey_model::Digest;
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use crate::convert::{Converted, Expected, SourceFailed, convert};
+use crate::convert::{Expected, SourceFailed, convert};
 use crate::error::Problem;
 use crate::oci::Descriptor;
 use crate::persist::Folders;
@@ -185,12 +185,12 @@ impl Layers {
         let blob = blob.map(|blob| (blob.digest.clone(), blob.size));
         let expected = Expected { blob, diff_id: diff_id.clone(), limit };
         let work = move || {
-            let finish = |_: Converted| {
+            let finish = || {
                 fs::rename(&target, &name)?;
                 crate::persist::sync_parent(&name)
             };
             let result = convert(source, &expected, &target)
-                .and_then(|done| finish(done).map_err(|error| Problem::store("name a layer", &error)));
+                .and_then(|()| finish().map_err(|error| Problem::store("name a layer", &error)));
             if result.is_err() {
                 let _ = fs::remove_file(&target);
             } else {

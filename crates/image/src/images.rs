@@ -296,6 +296,13 @@ impl Inner {
     /// Removes layers that no image has and no pull needs.
     pub(crate) async fn collect(&self) {
         let _changing = self.changing.lock().await;
+        let blobs: HashSet<Digest> = {
+            let state = self.state.lock().expect("no holder panics");
+            state.images.values().flat_map(|image| [image.id.clone(), image.manifest.clone()]).collect()
+        };
+        if let Err(error) = self.folders.keep_blobs(&blobs) {
+            tracing::warn!(%error, "blobs cannot be removed");
+        }
         for layer in self.folders.layers().unwrap_or_default() {
             let needed = {
                 let state = self.state.lock().expect("no holder panics");

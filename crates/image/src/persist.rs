@@ -8,6 +8,7 @@
 //! tmp/                 being written; emptied at start
 //! ```
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -90,8 +91,16 @@ impl Folders {
         if path.exists() { Ok(()) } else { self.replace(&path, bytes) }
     }
 
-    pub(crate) fn remove_blob(&self, digest: &Digest) {
-        let _ = fs::remove_file(self.blob(digest));
+    /// Removes the blobs that `needed` does not hold.
+    pub(crate) fn keep_blobs(&self, needed: &HashSet<Digest>) -> io::Result<()> {
+        for entry in fs::read_dir(self.root.join("blobs"))? {
+            let entry = entry?;
+            let digest = Digest::parse(&format!("sha256:{}", entry.file_name().to_string_lossy()));
+            if !digest.is_ok_and(|digest| needed.contains(&digest)) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn read_index(&self) -> io::Result<Vec<Record>> {

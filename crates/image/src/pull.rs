@@ -62,6 +62,9 @@ impl Images {
         let fetches = wanted.map(|wanted| self.fetch(&registry, wanted, progress));
         futures::future::try_join_all(fetches).await?;
         let size = inner.stored_size(&diff_ids)?;
+        if size > inner.config.max_image_bytes {
+            return Err(Problem::ImageTooLarge { limit: inner.config.max_image_bytes });
+        }
         let image = Image {
             reference: reference.clone(),
             id: config.digest,

@@ -10,14 +10,21 @@
 //! or on the API server's crate: instances are reached through [`Provider`] alone, the cluster through its client alone.
 
 pub mod config;
+pub mod convert;
+pub mod events;
 pub mod node;
+pub mod pods;
+pub mod pool;
 pub mod provider;
+pub mod resolve;
+pub mod status;
 
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
 pub use config::{ClientAuth, Config, ServingCertificate};
+pub use pool::PoolProvider;
 pub use provider::{ByteStream, Capacity, InstanceEvents, Provider};
 
 /// Why the virtual node could not begin. Once it runs, it retries by itself.
@@ -53,7 +60,11 @@ pub async fn run(
         .map_err(|source| NodeError::Listen { address: config.kubelet_listen, source })?;
     let port = listener.local_addr().map_or(config.kubelet_listen.port(), |address| address.port());
     let config = Arc::new(config);
+    let registry = Arc::new(pods::Registry::default());
     let _ended = shutdown.clone().drop_guard();
-    node::run(client, provider, config, port, shutdown).await;
+    tokio::join!(
+        node::run(client.clone(), provider.clone(), config.clone(), port, shutdown.clone()),
+        pods::run(client, provider, registry, config, shutdown.clone()),
+    );
     Ok(())
 }

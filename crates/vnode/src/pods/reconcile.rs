@@ -1,0 +1,298 @@
+//! One look at one Pod: what is the next thing to do, and doing it.
+//!
+//! ```text
+//!   Pod wanted,  no instance ──► create          Pod ended, instance ──► kept for its log
+//!   Pod wanted,  instance    ──► status          Pod ended, no instance ──► nothing, never run again
+//!   Pod deleted, instance    ──► delete, status  Pod deleted, no instance ──► Pod removed
+//!   no Pod,      instance    ──► delete
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use joey_api::instance::Instance;
+use joey_model::{ErrorKind, Fault};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodStatus, Secret};
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::runtime::wait::await_condition;
+use serde_json::json;
+
+use super::Context;
+use crate::convert::{self, Refusal};
+use crate::resolve::{self, Kind, Missing};
+use crate::status;
+
+/// Grace of an instance whose Pod was removed without waiting, in seconds.
+const FORCED_GRACE: u32 = 1;
+/// How long a Pod waits for an object before it looks again by itself.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// Looks at one Pod; `Some`: it wants to be looked at again after that time.
+pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Duration> {
+    let (pod, instance, sent) =
+        context.registry.read(uid, |entry| (entry.pod.clone(), entry.instance.clone(), entry.sent.clone()))?;
+    let done = match (pod, instance) {
+        (None, None) => Ok(()),
+        (None, Some(instance)) => end(context, uid, &instance, Some(FORCED_GRACE)).await,
+        (Some(pod), instance) => {
+            let known = sent.unwrap_or_else(|| pod.status.clone().unwrap_or_default());
+            match (pod.metadata.deletion_timestamp.is_some(), instance) {
+                (true, None) => remove(context, &pod).await,
+                (true, Some(instance)) => {
+                    let grace = pod.metadata.deletion_grace_period_seconds.and_then(|s| u32::try_from(s).ok());
+                    let ended = end(context, uid, &instance, grace).await;
+                    tell(context, uid, &pod, &known, &instance).await.and(ended)
+                }
+                (false, Some(instance)) => tell(context, uid, &pod, &known, &instance).await,
+                (false, None) if status::is_terminal(&known) => Ok(()),
+                (false, None) => start(context, uid, &pod, &known).await,
+            }
+        }
+    };
+    match done {
+        Ok(()) => {
+            context.registry.read(uid, |entry| entry.attempts = 0);
+            None
+        }
+        Err(fault) => {
+            let attempts = context.registry.read(uid, |entry| {
+                entry.attempts = entry.attempts.saturating_add(1);
+                entry.attempts
+            })?;
+            tracing::debug!(uid, %fault, attempts, "pod is looked at again");
+            Some(Duration::from_millis(50 << attempts.min(8)))
+        }
+    }
+}
+
+fn away(error: kube::Error) -> Fault {
+    Fault::new(ErrorKind::Retryable, "ClusterAway", error.to_string())
+}
+
+/// Asks for the end of an instance, once for each shorter grace.
+async fn end(context: &Context, uid: &str, instance: &Instance, grace: Option<u32>) -> Result<(), Fault> {
+    let wanted = grace.unwrap_or(instance.spec.termination_grace_period_seconds);
+    let asked = |ending: &Option<(String, u32)>| matches!(ending, Some((id, s)) if *id == instance.id && *s <= wanted);
+    if context.registry.read(uid, |entry| asked(&entry.ending)) == Some(true) {
+        return Ok(());
+    }
+    match context.provider.delete(&instance.id, Some(wanted)).await {
+        Ok(()) => {
+            context.registry.read(uid, |entry| entry.ending = Some((instance.id.clone(), wanted)));
+            Ok(())
+        }
+        Err(fault) if fault.kind == ErrorKind::NotFound => {
+            context.registry.instance_gone(&instance.id, &instance.spec.name, instance.revision);
+            context.registry.read(uid, |entry| entry.pod.is_some()).filter(|left| *left).map_or(Ok(()), |_| Err(fault))
+        }
+        Err(fault) => Err(fault),
+    }
+}
+
+/// Removes a Pod whose instance is gone.
+async fn remove(context: &Context, pod: &Pod) -> Result<(), Fault> {
+    let params = DeleteParams {
+        grace_period_seconds: Some(0),
+        preconditions: Some(Preconditions { uid: pod.metadata.uid.clone(), resource_version: None }),
+        ..DeleteParams::default()
+    };
+    match pods(context, pod).delete(pod.metadata.name.as_deref().unwrap_or_default(), &params).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+        Err(error) => Err(away(error)),
+    }
+}
+
+fn pods(context: &Context, pod: &Pod) -> Api<Pod> {
+    Api::namespaced(context.client.clone(), pod.metadata.namespace.as_deref().unwrap_or_default())
+}
+
+/// Makes the instance of a Pod, or says why there is none.
+async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodStatus) -> Result<(), Fault> {
+    let now = Timestamp::now();
+    let ran = known.container_statuses.iter().flatten().any(|container| container.container_id.is_some());
+    if ran && pod.spec.as_ref().and_then(|spec| spec.restart_policy.as_deref()) == Some("Never") {
+        let message = "its instance is gone, and restartPolicy Never forbids another run";
+        return send(context, uid, pod, known, status::failed(pod, known, "InstanceGone", message, now)).await;
+    }
+    let capacity = match needs_capacity(pod) {
+        true => Some(context.provider.capacity().await?),
+        false => None,
+    };
+    let objects = match resolve::fetch(&context.client, pod, capacity.as_ref()).await {
+        Ok(objects) => objects,
+        Err(error) => {
+            let status = status::waits(pod, known, "CreateContainerConfigError", &error.to_string(), now);
+            send(context, uid, pod, known, status).await?;
+            return Err(away(error));
+        }
+    };
+    let converted = match convert::convert(pod, &objects, &context.config) {
+        Ok(converted) => converted,
+        Err(Refusal::Missing(missing)) => return wait_for(context, uid, pod, known, missing).await,
+        Err(refusal) => return refuse(context, uid, pod, known, "UnsupportedPod", &refusal.to_string()).await,
+    };
+    if let Err(fault) = joey_api::validate::instance(&converted.spec) {
+        return refuse(context, uid, pod, known, "UnsupportedPod", &fault.message).await;
+    }
+    match context.provider.create(converted.spec).await {
+        Ok(instance) => {
+            for remark in converted.without_effect {
+                context.events.say(pod, None, true, "FieldWithoutEffect", &remark, now);
+            }
+            context.registry.instance(uid, instance, false);
+            // The watch may have told it already; one more look never harms, and none is lost.
+            context.wake(uid);
+            Ok(())
+        }
+        Err(fault) if fault.kind == ErrorKind::Invalid => {
+            refuse(context, uid, pod, known, &fault.reason, &fault.message).await
+        }
+        Err(fault) => {
+            let status = status::waits(pod, known, &fault.reason, &fault.message, now);
+            if fault.kind == ErrorKind::Exhausted {
+                context.events.say(pod, None, true, &fault.reason, &fault.message, now);
+                send(context, uid, pod, known, status).await?;
+            }
+            Err(fault)
+        }
+    }
+}
+
+fn needs_capacity(pod: &Pod) -> bool {
+    let spec = pod.spec.iter();
+    spec.flat_map(|spec| &spec.containers)
+        .flat_map(|container| container.env.iter().flatten())
+        .any(|variable| variable.value_from.as_ref().is_some_and(|from| from.resource_field_ref.is_some()))
+        || pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).any(|v| v.downward_api.is_some())
+}
+
+async fn refuse(
+    context: &Context,
+    uid: &str,
+    pod: &Pod,
+    known: &PodStatus,
+    reason: &str,
+    message: &str,
+) -> Result<(), Fault> {
+    let now = Timestamp::now();
+    context.events.say(pod, None, true, reason, message, now);
+    send(context, uid, pod, known, status::failed(pod, known, reason, message, now)).await
+}
+
+/// Says what is missing and looks again as soon as it is there.
+async fn wait_for(
+    context: &Arc<Context>,
+    uid: &str,
+    pod: &Arc<Pod>,
+    known: &PodStatus,
+    missing: Missing,
+) -> Result<(), Fault> {
+    let now = Timestamp::now();
+    let message = missing.to_string();
+    context.events.say(pod, None, true, "Failed", &format!("Error: {message}"), now);
+    let status = status::waits(pod, known, "CreateContainerConfigError", &message, now);
+    send(context, uid, pod, known, status).await?;
+    let (context, uid) = (context.clone(), uid.to_owned());
+    let namespace = pod.metadata.namespace.clone().unwrap_or_default();
+    tokio::spawn(async move {
+        let appeared = appearance(&context.client, &namespace, &missing);
+        tokio::select! {
+            () = context.shutdown.cancelled() => return,
+            _ = tokio::time::timeout(LOOK_AGAIN, appeared) => {}
+        }
+        context.wake(&uid);
+    });
+    Ok(())
+}
+
+async fn appearance(client: &kube::Client, namespace: &str, missing: &Missing) {
+    let has = |keys: Vec<&String>| missing.key.as_ref().is_none_or(|key| keys.contains(&key));
+    let ended = match missing.kind {
+        Kind::ConfigMap => {
+            let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+            let there = |map: Option<&ConfigMap>| {
+                map.is_some_and(|map| has(map.data.iter().flat_map(|data| data.keys()).collect()))
+            };
+            await_condition(api, &missing.name, there).await.map(drop)
+        }
+        Kind::Secret => {
+            let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
+            let there = |secret: Option<&Secret>| {
+                secret.is_some_and(|secret| has(secret.data.iter().flat_map(|data| data.keys()).collect()))
+            };
+            await_condition(api, &missing.name, there).await.map(drop)
+        }
+    };
+    if ended.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Tells the cluster how the instance is.
+async fn tell(
+    context: &Context,
+    uid: &str,
+    pod: &Pod,
+    known: &PodStatus,
+    instance: &Instance,
+) -> Result<(), Fault> {
+    for event in context.registry.news(uid, &instance.status.events) {
+        if event.reason != "Scheduled" {
+            let container = event.container.as_deref();
+            context.events.say(pod, container, event.warning, &event.reason, &event.message, event.at);
+        }
+    }
+    if status::is_terminal(known) {
+        return Ok(());
+    }
+    // Conditions of others, such as readiness gates, come with the Pod, not with what was sent.
+    let mut before = known.clone();
+    if let Some(conditions) = pod.status.as_ref().and_then(|status| status.conditions.as_ref()) {
+        let all = before.conditions.get_or_insert_default();
+        for condition in conditions {
+            if !all.iter().any(|known| known.type_ == condition.type_) {
+                all.push(condition.clone());
+            } else if let Some(own) = all.iter_mut().find(|own| own.type_ == condition.type_)
+                && !OWN_CONDITIONS.contains(&own.type_.as_str())
+            {
+                *own = condition.clone();
+            }
+        }
+    }
+    let status = status::of_instance(pod, &before, instance, context.config.address, Timestamp::now());
+    send(context, uid, pod, known, status).await
+}
+
+const OWN_CONDITIONS: [&str; 5] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+
+/// Writes a status unless it is the one last written.
+async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status: PodStatus) -> Result<(), Fault> {
+    let parts = |status: &PodStatus| {
+        let own = status
+            .conditions
+            .iter()
+            .flatten()
+            .filter(|condition| OWN_CONDITIONS.contains(&condition.type_.as_str()))
+            .map(|c| (c.type_.clone(), c.status.clone(), c.reason.clone(), c.message.clone()))
+            .collect::<std::collections::BTreeSet<_>>();
+        (own, status.phase.clone(), status.reason.clone(), status.message.clone(), status.pod_ip.clone())
+    };
+    if parts(known) == parts(&status) && known.container_statuses == status.container_statuses {
+        return Ok(());
+    }
+    let patch = Patch::Strategic(json!({ "metadata": { "uid": pod.metadata.uid }, "status": status }));
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    match pods(context, pod).patch_status(name, &PatchParams::default(), &patch).await {
+        Ok(_) => {
+            context.registry.read(uid, |entry| entry.sent = Some(status));
+            Ok(())
+        }
+        // The Pod is gone, or another has its name: the watch says so.
+        Err(kube::Error::Api(refused)) if matches!(refused.code, 404 | 409) => Ok(()),
+        Err(error) => Err(away(error)),
+    }
+}

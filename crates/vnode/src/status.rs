@@ -1,0 +1,224 @@
+//! Instance → Pod status, as the kubelet would write it. Pure functions; sending is done in `pods`.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use joey_api::instance::{ContainerState as State, ContainerStatus as Container, Instance, Termination, WirePhase};
+use k8s_openapi::api::core::v1::{
+    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP, Pod,
+    PodCondition, PodIP, PodStatus,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+/// Whether the Pod has ended for good: it is never run again.
+pub fn is_terminal(status: &PodStatus) -> bool {
+    matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"))
+}
+
+/// Kubernetes' times have whole seconds.
+fn seconds(at: Timestamp) -> Time {
+    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
+}
+
+/// The status of a Pod whose instance is as given. `before` is the status last known, of which times are kept.
+pub fn of_instance(pod: &Pod, before: &PodStatus, instance: &Instance, host: IpAddr, now: Timestamp) -> PodStatus {
+    let spec = pod.spec.clone().unwrap_or_default();
+    let status = &instance.status;
+    let containers: Vec<ContainerStatus> = spec
+        .containers
+        .iter()
+        .map(|wanted| match status.containers.iter().find(|container| container.name == wanted.name) {
+            Some(container) => container_status(container),
+            None => waiting(
+                &wanted.name,
+                wanted.image.as_deref().unwrap_or_default(),
+                status.reason.as_deref().unwrap_or("ContainerCreating"),
+                status.message.as_deref().unwrap_or_default(),
+            ),
+        })
+        .collect();
+    let phase = match status.phase {
+        WirePhase::Pending | WirePhase::Starting => "Pending",
+        WirePhase::Running => "Running",
+        WirePhase::Succeeded => "Succeeded",
+        WirePhase::Failed => "Failed",
+        WirePhase::Terminating => ending(&containers),
+    };
+    let mut made = PodStatus {
+        phase: Some(phase.to_owned()),
+        reason: status.reason.clone().filter(|_| phase == "Failed"),
+        message: status.message.clone().filter(|_| phase == "Failed"),
+        ..frame(pod, before, Some(host), now)
+    };
+    if let Some(address) = status.address {
+        made.pod_ip = Some(address.to_string());
+        made.pod_ips = Some(vec![PodIP { ip: address.to_string() }]);
+    }
+    made.conditions = Some(conditions(pod, before, &containers, phase, status.address.is_some(), now));
+    made.container_statuses = Some(containers);
+    made
+}
+
+/// The phase of a Pod that is being ended: final once all its containers are.
+fn ending(containers: &[ContainerStatus]) -> &'static str {
+    let ended: Vec<_> =
+        containers.iter().filter_map(|c| c.state.as_ref().and_then(|state| state.terminated.as_ref())).collect();
+    match () {
+        () if ended.len() < containers.len() && ended.is_empty() && containers.iter().all(|c| c.started.is_none()) => {
+            "Pending"
+        }
+        () if ended.len() < containers.len() => "Running",
+        () if ended.iter().all(|run| run.exit_code == 0) => "Succeeded",
+        () => "Failed",
+    }
+}
+
+/// The status of a Pod that is refused for good.
+pub fn failed(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: Timestamp) -> PodStatus {
+    PodStatus {
+        phase: Some("Failed".into()),
+        reason: Some(reason.to_owned()),
+        message: Some(message.to_owned()),
+        conditions: Some(conditions(pod, before, &[], "Failed", false, now)),
+        ..frame(pod, before, None, now)
+    }
+}
+
+/// The status of a Pod whose containers wait, all for the same reason.
+pub fn waits(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: Timestamp) -> PodStatus {
+    let containers: Vec<ContainerStatus> = pod
+        .spec
+        .iter()
+        .flat_map(|spec| &spec.containers)
+        .map(|c| waiting(&c.name, c.image.as_deref().unwrap_or_default(), reason, message))
+        .collect();
+    PodStatus {
+        phase: Some("Pending".into()),
+        conditions: Some(conditions(pod, before, &containers, "Pending", false, now)),
+        container_statuses: Some(containers),
+        ..frame(pod, before, None, now)
+    }
+}
+
+fn frame(pod: &Pod, before: &PodStatus, host: Option<IpAddr>, now: Timestamp) -> PodStatus {
+    PodStatus {
+        host_ip: host.map(|ip| ip.to_string()),
+        host_ips: host.map(|ip| vec![HostIP { ip: ip.to_string() }]),
+        start_time: before.start_time.clone().or_else(|| Some(seconds(now))),
+        observed_generation: pod.metadata.generation,
+        ..PodStatus::default()
+    }
+}
+
+fn waiting(name: &str, image: &str, reason: &str, message: &str) -> ContainerStatus {
+    ContainerStatus {
+        name: name.to_owned(),
+        image: image.to_owned(),
+        started: Some(false),
+        state: Some(ContainerState {
+            waiting: Some(ContainerStateWaiting {
+                reason: Some(reason.to_owned()),
+                message: Some(message.to_owned()).filter(|text| !text.is_empty()),
+            }),
+            ..ContainerState::default()
+        }),
+        ..ContainerStatus::default()
+    }
+}
+
+fn container_status(container: &Container) -> ContainerStatus {
+    let running = matches!(container.state, State::Running { .. });
+    let state = match &container.state {
+        State::Waiting { reason, message } => {
+            return ContainerStatus {
+                last_state: container.last_termination.as_ref().map(|run| terminated(run, &container.container_id)),
+                restart_count: i32::try_from(container.restart_count).unwrap_or(i32::MAX),
+                image_id: container.image_id.clone(),
+                container_id: Some(container.container_id.clone()).filter(|id| !id.is_empty()),
+                ..waiting(&container.name, &container.image, reason, message)
+            };
+        }
+        State::Running { started_at, .. } => ContainerState {
+            running: Some(ContainerStateRunning { started_at: Some(seconds(*started_at)) }),
+            ..ContainerState::default()
+        },
+        State::Terminated(run) => terminated(run, &container.container_id),
+    };
+    ContainerStatus {
+        name: container.name.clone(),
+        image: container.image.clone(),
+        image_id: container.image_id.clone(),
+        container_id: Some(container.container_id.clone()).filter(|id| !id.is_empty()),
+        ready: running,
+        started: Some(running),
+        restart_count: i32::try_from(container.restart_count).unwrap_or(i32::MAX),
+        last_state: container.last_termination.as_ref().map(|run| terminated(run, "")),
+        state: Some(state),
+        ..ContainerStatus::default()
+    }
+}
+
+fn terminated(run: &Termination, id: &str) -> ContainerState {
+    ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            container_id: Some(id.to_owned()).filter(|id| !id.is_empty()),
+            exit_code: run.exit_code,
+            finished_at: Some(seconds(run.finished_at)),
+            message: Some(run.message.clone()).filter(|text| !text.is_empty()),
+            reason: Some(run.reason.clone()),
+            signal: run.signal,
+            started_at: run.started_at.map(seconds),
+        }),
+        ..ContainerState::default()
+    }
+}
+
+fn conditions(
+    pod: &Pod,
+    before: &PodStatus,
+    containers: &[ContainerStatus],
+    phase: &str,
+    has_address: bool,
+    now: Timestamp,
+) -> Vec<PodCondition> {
+    let known = before.conditions.as_deref().unwrap_or_default();
+    let unready: Vec<&str> = containers.iter().filter(|c| !c.ready).map(|c| c.name.as_str()).collect();
+    let (reason, message) = match phase {
+        "Succeeded" => (Some("PodCompleted"), None),
+        "Failed" => (Some("PodFailed"), None),
+        _ if unready.is_empty() => (None, None),
+        _ => (Some("ContainersNotReady"), Some(format!("containers with unready status: [{}]", unready.join(" ")))),
+    };
+    let over = matches!(phase, "Succeeded" | "Failed");
+    let gates = pod.spec.as_ref().and_then(|spec| spec.readiness_gates.as_deref()).unwrap_or_default();
+    let closed = gates
+        .iter()
+        .find(|gate| !known.iter().any(|c| c.type_ == gate.condition_type && c.status == "True"))
+        .map(|gate| format!("corresponding condition of pod readiness gate \"{}\" is not true", gate.condition_type));
+    let all_ready = reason.is_none();
+    let condition = |kind: &str, value: bool, reason: Option<&str>, message: Option<String>| {
+        let value = if value { "True" } else { "False" };
+        let old = known.iter().find(|old| old.type_ == kind && old.status == value);
+        PodCondition {
+            type_: kind.to_owned(),
+            status: value.to_owned(),
+            reason: reason.map(str::to_owned),
+            message,
+            observed_generation: pod.metadata.generation,
+            last_transition_time: old.and_then(|old| old.last_transition_time.clone()).or_else(|| Some(seconds(now))),
+            ..PodCondition::default()
+        }
+    };
+    let ready = match (all_ready, closed) {
+        (true, Some(why)) => condition("Ready", false, Some("ReadinessGatesNotReady"), Some(why)),
+        (true, None) => condition("Ready", true, None, None),
+        (false, _) => condition("Ready", false, reason, message.clone()),
+    };
+    vec![
+        condition("PodReadyToStartContainers", has_address && !over, None, None),
+        condition("Initialized", true, reason.filter(|r| *r == "PodCompleted"), None),
+        ready,
+        condition("ContainersReady", all_ready, reason, message),
+        condition("PodScheduled", true, None, None),
+    ]
+}

@@ -1,3 +1,36 @@
-//! joey-agent: the process beside or inside each sandbox.
+//! `joey-agent`: the small process beside each sandbox. It starts the containers of `agent.json`, keeps their logs, restarts
+//! them, and answers the agent protocol on `agent.sock`. It outlives the daemon that started it.
 
-fn main() {}
+mod cgroup;
+mod identity;
+mod launch;
+mod log_read;
+mod log_write;
+mod root;
+mod seccomp;
+mod server;
+mod setup;
+mod stream;
+mod supervisor;
+mod sys;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let options = match setup::Options::parse(std::env::args_os().skip(1)) {
+        Ok(options) => options,
+        Err(message) => {
+            eprintln!("{message}");
+            return ExitCode::from(2);
+        }
+    };
+    match setup::run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            // The daemon reads the reason from standard output, where `ready` would be.
+            println!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}

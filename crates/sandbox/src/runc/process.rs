@@ -24,7 +24,9 @@ impl Process {
         }
         // SAFETY: the descriptor was just made and belongs to nobody else. The kernel sets close-on-exec on it.
         let fd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) };
-        Ok(Self { pid, fd: AsyncFd::register_with_interest(fd, Interest::READABLE)? })
+        // SAFETY: an OwnedFd names the same open descriptor for as long as it lives.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)?;
+        Ok(Self { pid, fd })
     }
 
     /// The process recorded in the file as `PID START`; `None` when there is no record or the process is gone.

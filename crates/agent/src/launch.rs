@@ -1,0 +1,273 @@
+//! Starting processes in containers: the container's own first process, and further ones for exec.
+//!
+//! The agent has one thread and a small memory, so it clones itself and the child does the rest; nothing is re-executed. A
+//! socket that closes on exec carries back a terminal's master side and what went wrong.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use joey_api::agent::{AgentConfig, AgentContainer};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::cgroup::Cgroup;
+use crate::{identity, root, seccomp, sys};
+
+/// A process of a container, and the agent's ends of its streams.
+pub struct Started {
+    pub pid: u32,
+    pub pidfd: AsyncFd<OwnedFd>,
+    pub streams: Streams,
+}
+
+/// With a terminal all three are its master side.
+#[derive(Default)]
+pub struct Streams {
+    pub stdin: Option<OwnedFd>,
+    pub stdout: Option<OwnedFd>,
+    pub stderr: Option<OwnedFd>,
+    pub terminal: Option<OwnedFd>,
+}
+
+struct Ends {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+/// What a process is told to be.
+pub struct Program<'a> {
+    pub container: &'a AgentContainer,
+    pub args: &'a [String],
+    pub stdin: bool,
+    pub tty: bool,
+}
+
+/// Starts a container's first process with a fresh writable layer at `upper`.
+pub async fn container(
+    config: &AgentConfig,
+    program: &Program<'_>,
+    dir: &Path,
+    upper: &Path,
+    cgroup: &Cgroup,
+) -> Result<Started, String> {
+    let flags = (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64;
+    start(program, flags, || {
+        cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
+        sys::unshare(libc::CLONE_NEWCGROUP).map_err(|error| format!("cannot unshare the cgroup: {error}"))?;
+        root::enter(config, program.container, dir, upper)
+    })
+    .await
+}
+
+/// Starts a further process in the container whose first process is `init`.
+pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Result<Started, String> {
+    let open = |kind: &str| File::open(format!("/proc/{init}/ns/{kind}")).map_err(|_| "container is not running".to_owned());
+    let (pids, mounts, cgroups) = (open("pid")?, open("mnt")?, open("cgroup")?);
+    let own = File::open("/proc/self/ns/pid").map_err(|error| error.to_string())?;
+    // Only children are affected by the pid namespace: the agent steps into it for the moment of one clone.
+    sys::setns(pids.as_fd(), libc::CLONE_NEWPID).map_err(|_| "container is not running".to_owned())?;
+    let mut back = || sys::setns(own.as_fd(), libc::CLONE_NEWPID).map_err(|error| error.to_string());
+    start_then(program, 0, &mut back, || {
+        let enter = || -> io::Result<()> {
+            cgroup.join()?;
+            sys::setns(cgroups.as_fd(), libc::CLONE_NEWCGROUP)?;
+            sys::setns(mounts.as_fd(), libc::CLONE_NEWNS)
+        };
+        enter().map_err(|error| format!("cannot enter the container: {error}"))
+    })
+    .await
+}
+
+async fn start(
+    program: &Program<'_>,
+    flags: u64,
+    enter: impl FnOnce() -> Result<(), String>,
+) -> Result<Started, String> {
+    start_then(program, flags, &mut || Ok(()), enter).await
+}
+
+async fn start_then(
+    program: &Program<'_>,
+    flags: u64,
+    cloned_once: &mut (dyn FnMut() -> Result<(), String> + Send),
+    enter: impl FnOnce() -> Result<(), String>,
+) -> Result<Started, String> {
+    let prepared = sys::socketpair().and_then(|sockets| Ok((sockets, pipes(program)?)));
+    let cloned = prepared.and_then(|prepared| sys::clone(flags).map(|cloned| (prepared, cloned)));
+    let (((near, far), (mut streams, ends)), pid, pidfd) = match cloned {
+        Ok((prepared, sys::Cloned::Parent { pid, pidfd })) => (prepared, pid, pidfd),
+        Ok((((_near, far), (streams, ends)), sys::Cloned::Child)) => {
+            drop(streams);
+            let error = match enter().and_then(|()| run(program, ends, &far)) {
+                Ok(never) => match never {},
+                Err(error) => error,
+            };
+            let _ = sys::send(far.as_fd(), &error.as_bytes()[..error.len().min(4000)], None);
+            sys::exit_now(127)
+        }
+        Err(error) => {
+            cloned_once()?;
+            return Err(format!("cannot start a process: {error}"));
+        }
+    };
+    cloned_once()?;
+    drop((far, ends));
+    let watch = |fd: OwnedFd| -> io::Result<AsyncFd<OwnedFd>> {
+        sys::set_nonblocking(fd.as_fd())?;
+        // SAFETY: an OwnedFd names the same open descriptor for as long as it lives.
+        unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)
+    };
+    let pidfd = watch(pidfd).map_err(|error| error.to_string())?;
+    let near = watch(near).map_err(|error| error.to_string())?;
+    let mut failure = None;
+    while let Ok(Some((message, fd))) = near.async_io(Interest::READABLE, |socket| sys::receive(socket.as_fd())).await {
+        match fd {
+            Some(fd) => terminal(&mut streams, fd).map_err(|error| error.to_string())?,
+            None => failure = Some(String::from_utf8_lossy(&message).into_owned()),
+        }
+    }
+    match failure {
+        Some(failure) => {
+            let _ = ended(&pidfd, pid).await;
+            Err(failure)
+        }
+        None => Ok(Started { pid, pidfd, streams }),
+    }
+}
+
+/// Waits for the end of a child: exit code, and the signal that ended it.
+pub async fn ended(pidfd: &AsyncFd<OwnedFd>, pid: u32) -> (i32, Option<i32>) {
+    loop {
+        let Ok(mut ready) = pidfd.readable().await else { return (255, None) };
+        match sys::reap(pid) {
+            Ok(Some(end)) => return end,
+            Ok(None) => ready.clear_ready(),
+            Err(_) => return (255, None),
+        }
+    }
+}
+
+fn terminal(streams: &mut Streams, master: OwnedFd) -> io::Result<()> {
+    streams.stdin = Some(master.try_clone()?);
+    streams.stdout = Some(master.try_clone()?);
+    streams.terminal = Some(master);
+    Ok(())
+}
+
+fn pipes(program: &Program<'_>) -> io::Result<(Streams, Ends)> {
+    let (mut streams, mut ends) = (Streams::default(), Ends { stdin: None, stdout: None, stderr: None });
+    if program.tty {
+        return Ok((streams, ends));
+    }
+    if program.stdin {
+        let (reader, writer) = io::pipe()?;
+        (ends.stdin, streams.stdin) = (Some(reader.into()), Some(writer.into()));
+    }
+    let (reader, writer) = io::pipe()?;
+    (streams.stdout, ends.stdout) = (Some(reader.into()), Some(writer.into()));
+    let (reader, writer) = io::pipe()?;
+    (streams.stderr, ends.stderr) = (Some(reader.into()), Some(writer.into()));
+    Ok((streams, ends))
+}
+
+enum Never {}
+
+/// The child, inside the container: gives everything up and becomes the program.
+fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, String> {
+    let said = |what: &'static str| move |error: io::Error| format!("cannot {what}: {error}");
+    let container = program.container;
+    // No process of the container may look into this one before it is theirs.
+    sys::prctl(libc::PR_SET_DUMPABLE, 0).map_err(said("close the process"))?;
+    sys::setsid().map_err(said("make a session"))?;
+    let identity = identity::resolve(&container.user, &container.supplemental_groups)?;
+    if container.run_as_non_root && identity.uid == 0 {
+        return Err("container has runAsNonRoot and image will run as root".to_owned());
+    }
+    stdio(program, ends, status, identity.uid).map_err(said("set up the streams"))?;
+    let working_dir = if container.working_dir.is_empty() { "/" } else { &container.working_dir };
+    std::fs::create_dir_all(working_dir)
+        .and_then(|()| std::env::set_current_dir(working_dir))
+        .map_err(|error| format!("cannot change to working directory {working_dir}: {error}"))?;
+    if !std::env::current_dir().is_ok_and(|dir| dir.is_absolute()) {
+        return Err(format!("working directory {working_dir} is outside of the root"));
+    }
+    let env = environment(container, &identity, program.tty);
+    let candidates = candidates(&program.args[0], &env);
+    let strings = |list: &[String]| list.iter().map(sys::c).collect::<io::Result<Vec<CString>>>();
+    let args = strings(program.args).map_err(|_| "an argument holds a zero byte".to_owned())?;
+    let env = strings(&env).map_err(|_| "a variable holds a zero byte".to_owned())?;
+    // SAFETY: umask takes an integer and cannot fail.
+    unsafe { libc::umask(0o022) };
+    if container.no_new_privileges {
+        sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(said("give up new privileges"))?;
+    }
+    seccomp::install().map_err(said("install the seccomp filter"))?;
+    identity::become_identity(&identity, identity::capability_bits(&container.capabilities))
+        .map_err(said("become the container's user"))?;
+    sys::default_signals();
+    sys::cloexec_all().map_err(said("close the descriptors"))?;
+    let mut failure = io::Error::from_raw_os_error(libc::ENOENT);
+    for candidate in candidates {
+        let Ok(path) = sys::c(&candidate) else { continue };
+        let error = sys::execve(&path, &args, &env);
+        if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) {
+            failure = error;
+        }
+    }
+    let name = &program.args[0];
+    Err(match failure.raw_os_error() {
+        Some(libc::ENOENT) if name.contains('/') => format!("exec: \"{name}\": no such file or directory: not found"),
+        Some(libc::ENOENT) => format!("exec: \"{name}\": executable file not found in $PATH: not found"),
+        Some(libc::ENOEXEC) => format!("exec: \"{name}\": exec format error"),
+        Some(libc::EACCES) => format!("exec: \"{name}\": permission denied"),
+        _ => format!("exec: \"{name}\": {failure}"),
+    })
+}
+
+fn stdio(program: &Program<'_>, ends: Ends, status: &OwnedFd, uid: u32) -> io::Result<()> {
+    if program.tty {
+        let (master, slave) = sys::open_terminal()?;
+        std::os::unix::fs::fchown(&slave, Some(uid), None)?;
+        sys::send(status.as_fd(), b"tty", Some(master.as_raw_fd()))?;
+        for fd in 0..3 {
+            sys::dup2(slave.as_raw_fd(), fd)?;
+        }
+        return sys::control_terminal();
+    }
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    for (fd, end) in [(0, &ends.stdin), (1, &ends.stdout), (2, &ends.stderr)] {
+        if let Some(end) = end {
+            // /dev/stdout and its kin are opened anew by the container's user.
+            std::os::unix::fs::fchown(end, Some(uid), None)?;
+        }
+        sys::dup2(end.as_ref().map_or(null.as_raw_fd(), |end| end.as_raw_fd()), fd)?;
+    }
+    Ok(())
+}
+
+fn environment(container: &AgentContainer, identity: &identity::Identity, tty: bool) -> Vec<String> {
+    let mut env = container.env.clone();
+    let mut default = |name: &str, value: &str| {
+        if !env.iter().any(|line| line.split('=').next() == Some(name)) {
+            env.push(format!("{name}={value}"));
+        }
+    };
+    default("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    default("HOME", &identity.home);
+    if tty {
+        default("TERM", "xterm");
+    }
+    env
+}
+
+fn candidates(name: &str, env: &[String]) -> Vec<PathBuf> {
+    if name.contains('/') {
+        return vec![PathBuf::from(name)];
+    }
+    let path = env.iter().find_map(|line| line.strip_prefix("PATH=")).unwrap_or_default();
+    path.split(':').filter(|dir| dir.starts_with('/')).map(|dir| Path::new(dir).join(name)).collect()
+}

@@ -1,0 +1,300 @@
+//! The agent protocol's server side (`joey_api::agent`): each call parsed, answered from the supervisor.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use http::{Method, Request, Response, StatusCode};
+use hyper::body::Incoming;
+use joey_api::frame::{CLOSE, Decoder, ExecStatus, MAX_PAYLOAD, RESIZE, STATUS, STDERR, STDIN, STDOUT, TerminalSize, encode};
+use joey_api::instance::{ExecRequest, LogOptions, Usage};
+use joey_model::{ErrorKind, Fault};
+use joey_rpc::{Body, empty_answer, fault_answer, into_stream, json_answer, lines_answer, parse_query, stream_answer};
+use tokio::sync::mpsc;
+
+use crate::launch::{self, Program};
+use crate::log_read;
+use crate::stream::Pipe;
+use crate::supervisor::{Agent, Life, lock};
+use crate::sys;
+
+type Answers = mpsc::Sender<io::Result<Bytes>>;
+
+/// Answers one call.
+pub async fn answer(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    Ok(route(agent, request).unwrap_or_else(fault_answer))
+}
+
+fn route(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>, Fault> {
+    let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
+    let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+    match (request.method(), parts.as_slice()) {
+        (&Method::GET, ["v1", "state"]) => Ok(json_answer(&*agent.state.borrow())),
+        (&Method::GET, ["v1", "watch"]) => Ok(watch(&agent)),
+        (&Method::GET, ["v1", "usage"]) => Ok(json_answer(&usage(&agent))),
+        (&Method::POST, ["v1", "stop"]) => {
+            let grace = query.split('&').find_map(|pair| pair.strip_prefix("grace=")?.parse().ok());
+            let grace: u32 = grace.unwrap_or(agent.config.termination_grace_period_seconds);
+            agent.stop(Duration::from_secs(grace.into()));
+            Ok(empty_answer(StatusCode::ACCEPTED))
+        }
+        (&Method::POST, ["v1", "shutdown"]) => {
+            agent.shutdown.notify_one();
+            Ok(empty_answer(StatusCode::ACCEPTED))
+        }
+        (_, ["v1", "containers", name, verb]) => {
+            let life = agent.lives.get(*name).cloned().ok_or_else(|| {
+                Fault::new(ErrorKind::NotFound, "NotFound", format!("container \"{name}\" does not exist"))
+            })?;
+            let verb = (*verb).to_owned();
+            container(agent, &life, &verb, request, &query)
+        }
+        _ => Err(Fault::new(ErrorKind::NotFound, "NotFound", format!("no such call: {path}"))),
+    }
+}
+
+fn container(
+    agent: Arc<Agent>,
+    life: &Arc<Life>,
+    verb: &str,
+    request: Request<Incoming>,
+    query: &str,
+) -> Result<Response<Body>, Fault> {
+    match (request.method(), verb) {
+        (&Method::POST, "restart") => {
+            agent.restart(life);
+            Ok(empty_answer(StatusCode::ACCEPTED))
+        }
+        (&Method::GET, "logs") => logs(&agent, life, parse_query(query)?),
+        (&Method::POST, "exec") => {
+            let exec: ExecRequest = parse_query(query)?;
+            if exec.command.is_empty() {
+                return Err(Fault::new(ErrorKind::Invalid, "InvalidCommand", "exec needs a command"));
+            }
+            running(life)?;
+            let (to, answer) = answers();
+            tokio::spawn(run_exec(agent, life.clone(), exec, request.into_body(), to));
+            Ok(answer)
+        }
+        (&Method::POST, "attach") => {
+            let attach: ExecRequest = parse_query(query)?;
+            running(life)?;
+            let (to, answer) = answers();
+            tokio::spawn(run_attach(agent, life.clone(), attach, request.into_body(), to));
+            Ok(answer)
+        }
+        _ => Err(Fault::new(ErrorKind::NotFound, "NotFound", format!("no such call on a container: {verb}"))),
+    }
+}
+
+fn running(life: &Life) -> Result<u32, Fault> {
+    match life.pid.load(Ordering::Relaxed) {
+        0 => Err(Fault::new(ErrorKind::Conflict, "ContainerNotRunning", "container is not running")),
+        pid => Ok(pid),
+    }
+}
+
+fn answers() -> (Answers, Response<Body>) {
+    let (to, from) = mpsc::channel(8);
+    let stream = futures::stream::unfold(from, |mut from| async move { from.recv().await.map(|item| (item, from)) });
+    (to, stream_answer(stream))
+}
+
+fn watch(agent: &Agent) -> Response<Body> {
+    lines_answer(futures::stream::unfold((agent.state.subscribe(), true), |(mut states, first)| async move {
+        if !first && states.changed().await.is_err() {
+            return None;
+        }
+        let state = states.borrow_and_update().clone();
+        Some((state, (states, false)))
+    }))
+}
+
+fn usage(agent: &Agent) -> Usage {
+    let mut usage = Usage {
+        cpu_nanoseconds: agent.cgroup.cpu_nanoseconds(),
+        memory_working_set_bytes: agent.cgroup.working_set(),
+        ..Usage::default()
+    };
+    // /proc/net follows this process's network namespace, which is the Pod's.
+    let text = std::fs::read_to_string("/proc/self/net/dev").unwrap_or_default();
+    for (name, counts) in text.lines().filter_map(|line| line.split_once(':')) {
+        let counts: Vec<u64> = counts.split_whitespace().filter_map(|count| count.parse().ok()).collect();
+        if name.trim() != "lo" && counts.len() > 8 {
+            usage.received_bytes += counts[0];
+            usage.sent_bytes += counts[8];
+        }
+    }
+    usage
+}
+
+fn logs(agent: &Agent, life: &Life, options: LogOptions) -> Result<Response<Body>, Fault> {
+    let run = life.run.load(Ordering::Relaxed);
+    let (run, grown) = match (options.previous, run) {
+        (true, 0) => {
+            let message = "previous terminated container not found";
+            return Err(Fault::new(ErrorKind::NotFound, "NotFound", message));
+        }
+        (true, run) => (run - 1, tokio::sync::watch::Sender::new(u64::MAX).subscribe()),
+        (false, run) => (run, lock(&life.grown).subscribe()),
+    };
+    let container = agent.config.containers[life.at].name.clone();
+    let (to, answer) = answers();
+    tokio::spawn(log_read::read(log_read::Source { dir: agent.dir.clone(), container, run, grown }, options, to));
+    Ok(answer)
+}
+
+async fn run_exec(agent: Arc<Agent>, life: Arc<Life>, exec: ExecRequest, body: Incoming, to: Answers) {
+    let container = &agent.config.containers[life.at];
+    let cgroup = agent.cgroup.child(&container.name);
+    let program = Program { container, args: &exec.command, stdin: exec.stdin, tty: exec.tty };
+    let started = match running(&life) {
+        Ok(init) => launch::further(&program, init, &cgroup).await,
+        Err(fault) => Err(fault.message),
+    };
+    let started = match started {
+        Ok(started) => started,
+        Err(message) => return status(&to, ExecStatus { exit_code: None, message: Some(message) }).await,
+    };
+    let launch::Started { pid, pidfd, streams } = started;
+    let input = streams.stdin.and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
+    let feeder = tokio::spawn(feed(body, input, streams.terminal));
+    let out = tokio::spawn(pump(streams.stdout, STDOUT, to.clone()));
+    let err = tokio::spawn(pump(streams.stderr, STDERR, to.clone()));
+    let (exit_code, _) = launch::ended(&pidfd, pid).await;
+    // A process that went into the background may keep the streams open: the command has ended nevertheless.
+    let drained = async {
+        let _ = out.await;
+        let _ = err.await;
+    };
+    let _ = tokio::time::timeout(Duration::from_millis(500), drained).await;
+    feeder.abort();
+    status(&to, ExecStatus { exit_code: Some(exit_code), message: None }).await;
+}
+
+async fn status(to: &Answers, status: ExecStatus) {
+    if let Ok(json) = serde_json::to_vec(&status) {
+        let _ = to.send(Ok(encode(STATUS, &json).into())).await;
+    }
+}
+
+async fn pump(fd: Option<std::os::fd::OwnedFd>, channel: u8, to: Answers) {
+    let Some(Ok(pipe)) = fd.map(Pipe::reader) else { return };
+    let mut buffer = vec![0; 8 << 10];
+    loop {
+        tokio::select! {
+            read = pipe.read(&mut buffer) => match read {
+                Ok(count) if count > 0 => {
+                    if to.send(Ok(encode(channel, &buffer[..count]).into())).await.is_err() {
+                        return;
+                    }
+                }
+                _ => return,
+            },
+            () = to.closed() => return,
+        }
+    }
+}
+
+/// From the caller's frames into the process. The input is closed by CLOSE or with the caller's end of the stream.
+async fn feed(body: Incoming, mut input: Option<Arc<Pipe>>, terminal: Option<std::os::fd::OwnedFd>) {
+    let mut frames = Frames::new(into_stream(body));
+    while let Some((channel, payload)) = frames.next().await {
+        match channel {
+            STDIN => {
+                if let Some(pipe) = &input
+                    && pipe.write_all(&payload).await.is_err()
+                {
+                    input = None;
+                }
+            }
+            CLOSE if terminal.is_none() => input = None,
+            CLOSE => {
+                // A terminal has no half-close: its end-of-file character says the same.
+                if let Some(pipe) = &input {
+                    let _ = pipe.write_all(&[4]).await;
+                }
+            }
+            RESIZE => resize(terminal.as_ref(), &payload),
+            _ => {}
+        }
+    }
+}
+
+/// The caller's frames, one by one.
+struct Frames<S> {
+    body: S,
+    decoder: Decoder,
+}
+
+impl<S: Stream<Item = io::Result<Bytes>> + Unpin> Frames<S> {
+    fn new(body: S) -> Self {
+        Self { body, decoder: Decoder::default() }
+    }
+
+    /// `None` at the end, and when the caller sends what is no frame.
+    async fn next(&mut self) -> Option<(u8, Vec<u8>)> {
+        loop {
+            match self.decoder.next_frame() {
+                Ok(Some(frame)) => return Some(frame),
+                Ok(None) => self.decoder.push(&self.body.next().await?.ok()?),
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
+fn resize(terminal: Option<&std::os::fd::OwnedFd>, payload: &[u8]) {
+    if let (Some(terminal), Ok(size)) = (terminal, serde_json::from_slice::<TerminalSize>(payload)) {
+        let _ = sys::resize_terminal(std::os::fd::AsFd::as_fd(terminal), size.width, size.height);
+    }
+}
+
+async fn run_attach(agent: Arc<Agent>, life: Arc<Life>, attach: ExecRequest, body: Incoming, to: Answers) {
+    let mut output = life.output.subscribe();
+    let input = if attach.stdin { lock(&life.input).clone() } else { None };
+    let fed = life.clone();
+    let feeder = tokio::spawn(async move {
+        let mut frames = Frames::new(into_stream(body));
+        while let Some((channel, payload)) = frames.next().await {
+            match (channel, &input) {
+                (STDIN, Some(pipe)) => {
+                    let _ = pipe.write_all(&payload).await;
+                }
+                (RESIZE, _) => resize(lock(&fed.terminal).as_ref(), &payload),
+                _ => {}
+            }
+        }
+    });
+    loop {
+        tokio::select! {
+            received = output.recv() => match received {
+                Ok((u8::MAX, _)) | Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
+                Ok((STDERR, _)) if !attach.stderr => {}
+                Ok((channel, bytes)) => {
+                    for piece in bytes.chunks(MAX_PAYLOAD) {
+                        if to.send(Ok(encode(channel, piece).into())).await.is_err() {
+                            feeder.abort();
+                            return;
+                        }
+                    }
+                }
+                // The container does not wait for those who watch it; the log has what they missed.
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+            },
+            () = to.closed() => break,
+        }
+    }
+    feeder.abort();
+    let code = match &agent.state.borrow().containers[life.at] {
+        state => match &state.state {
+            joey_api::instance::ContainerState::Terminated(ended) => Some(ended.exit_code),
+            _ => state.last_termination.as_ref().map(|ended| ended.exit_code),
+        },
+    };
+    status(&to, ExecStatus { exit_code: code.or(Some(0)), message: None }).await;
+}

@@ -1,0 +1,143 @@
+//! From the agent's start to its end: its session, cgroup and namespaces, its record, its socket, and the serving of it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use joey_api::agent::{AgentConfig, VERSION};
+
+use crate::supervisor::Agent;
+use crate::{server, sys};
+
+/// How long killed containers may take to end at a shutdown.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+pub struct Options {
+    dir: PathBuf,
+    netns: Option<PathBuf>,
+}
+
+impl Options {
+    /// `--dir DIR [--netns PATH]`.
+    pub fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Self, String> {
+        let usage = "usage: joey-agent --dir DIR [--netns PATH]";
+        let (mut dir, mut netns) = (None, None);
+        while let Some(word) = words.next() {
+            let value = words.next().map(PathBuf::from).ok_or(usage)?;
+            match word.to_str() {
+                Some("--dir") => dir = Some(value),
+                Some("--netns") => netns = Some(value),
+                _ => return Err(usage.to_owned()),
+            }
+        }
+        Ok(Self { dir: dir.ok_or(usage)?, netns })
+    }
+}
+
+/// Runs the agent until it is told to shut down.
+pub fn run(options: &Options) -> Result<(), String> {
+    // SAFETY: mallopt takes integers; before any other thread exists. One arena (-8 is M_ARENA_MAX) and early trimming
+    // (-1 is M_TRIM_THRESHOLD) keep an idle agent small.
+    unsafe {
+        libc::mallopt(-8, 1);
+        libc::mallopt(-1, 64 << 10);
+    }
+    let dir = std::path::absolute(&options.dir).map_err(|error| format!("cannot find the directory: {error}"))?;
+    let config = configuration(&dir)?;
+    isolate(options, &config).map_err(|error| format!("cannot isolate the agent: {error}"))?;
+    prepare(&dir, &config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start the runtime: {error}"))?;
+    runtime.block_on(serve(dir, config))
+}
+
+fn configuration(dir: &Path) -> Result<AgentConfig, String> {
+    let bytes = std::fs::read(dir.join("agent.json")).map_err(|error| format!("cannot read agent.json: {error}"))?;
+    let config: AgentConfig =
+        serde_json::from_slice(&bytes).map_err(|error| format!("agent.json is not understood: {error}"))?;
+    if config.version != VERSION {
+        return Err(format!("agent.json has version {}, this agent knows {VERSION}", config.version));
+    }
+    let known = |name: &str| joey_model::id::check_label("container name", name).is_ok() && name != "agent";
+    match config.containers.iter().find(|container| container.args.is_empty() || !known(&container.name)) {
+        Some(container) => Err(format!("container \"{}\" has no program or no valid name", container.name)),
+        None => Ok(config),
+    }
+}
+
+/// Away from the daemon's session and cgroup, into the Pod's namespaces.
+fn isolate(options: &Options, config: &AgentConfig) -> io::Result<()> {
+    let _ = sys::setsid();
+    sys::prctl(libc::PR_SET_NAME, c"joey-agent".as_ptr() as libc::c_ulong)?;
+    sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1)?;
+    let own = crate::cgroup::Cgroup::new(&config.cgroup).child("agent");
+    own.make()?;
+    own.join()?;
+    match &options.netns {
+        Some(path) => sys::setns(File::open(path)?.as_fd(), libc::CLONE_NEWNET)?,
+        None => {
+            sys::unshare(libc::CLONE_NEWNET)?;
+            sys::loopback_up()?;
+        }
+    }
+    sys::unshare(libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNS)?;
+    // What the host unmounts goes away here too; what is mounted here stays here.
+    sys::mount("none", "/", "", libc::MS_REC | libc::MS_SLAVE, "")?;
+    sys::sethostname(&config.hostname)
+}
+
+fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
+    let make = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    make(&dir.join("etc"))?;
+    make(&dir.join("upper"))?;
+    for (name, text) in
+        [("hosts", &config.hosts), ("resolv.conf", &config.resolv_conf), ("hostname", &format!("{}\n", config.hostname))]
+    {
+        let path = dir.join("etc").join(name);
+        let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o644).open(path)?;
+        file.write_all(text.as_bytes())?;
+    }
+    for volume in config.volumes.iter().filter(|volume| volume.memory) {
+        let place = dir.join("volumes").join(&volume.name);
+        make(&place)?;
+        let size = volume.size_limit_bytes.map_or_else(String::new, |bytes| format!(",size={bytes}"));
+        let flags = libc::MS_NOSUID | libc::MS_NODEV;
+        sys::mount("tmpfs", &place, "tmpfs", flags, &format!("mode=1777{size}"))?;
+    }
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // Field 22 of proc(5) stat, counted after the name, which may hold anything.
+    let start = stat.rfind(')').and_then(|at| stat[at + 1..].split_whitespace().nth(19)).unwrap_or_default();
+    let temporary = dir.join("agent.pid.new");
+    std::fs::write(&temporary, format!("{} {start}\n", std::process::id()))?;
+    std::fs::rename(temporary, dir.join("agent.pid"))
+}
+
+async fn serve(dir: PathBuf, config: AgentConfig) -> Result<(), String> {
+    let listener = joey_rpc::listen_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
+    let agent = Arc::new(Agent::new(config, dir));
+    let containers = tokio::spawn(agent.clone().run());
+    tokio::task::yield_now().await;
+    say_ready().map_err(|error| format!("cannot say that the agent is ready: {error}"))?;
+    let served = agent.clone();
+    let service = tower::service_fn(move |request| server::answer(served.clone(), request));
+    joey_rpc::serve_unix(listener, service, agent.shutdown.notified()).await;
+    agent.stop(Duration::ZERO);
+    let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
+    Ok(())
+}
+
+/// Tells the daemon, and lets go of the pipe.
+fn say_ready() -> io::Result<()> {
+    let mut out = io::stdout();
+    // A daemon that died meanwhile is no reason to end.
+    let _ = out.write_all(b"ready\n").and_then(|()| out.flush());
+    let null = File::options().write(true).open("/dev/null")?;
+    sys::dup2(std::os::fd::AsRawFd::as_raw_fd(&null), 1)
+}

@@ -1,0 +1,209 @@
+//! Class `runc` with the real agent and real processes: the conformance suite and what only real isolation can show.
+//! Needs root and Debian's busybox-static.
+
+use std::path::{Path, PathBuf};
+
+use joey_api::agent::{AgentMount, AgentVolume};
+use joey_api::instance::{ContainerState, LogOptions, Resources, WireRestartPolicy};
+use joey_sandbox::conformance::{self, Bench, exec, logs, running, state_where, termination};
+use joey_sandbox::{AgentClient, RuncConfig, runc};
+
+/// A bench that removes its directory and cgroup root at the end.
+struct Ground(Bench);
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        for controller in ["memory", "cpu", "cpuacct", "pids", ""] {
+            let root = Path::new("/sys/fs/cgroup").join(controller);
+            // Fails where something was left behind, which the tests look at.
+            let _ = std::fs::remove_dir(root.join(self.0.cgroup_root.trim_start_matches('/')));
+        }
+        let _ = std::fs::remove_dir_all(&self.0.dir);
+    }
+}
+
+fn ground(name: &str) -> Option<Ground> {
+    // SAFETY: takes nothing and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let Some(busybox) = ["/bin/busybox", "/usr/bin/busybox"].iter().find(|path| Path::new(path).exists()) else {
+        eprintln!("SKIPPED: needs Debian's busybox-static");
+        return None;
+    };
+    if !root {
+        eprintln!("SKIPPED: needs root");
+        return None;
+    }
+    let unique = format!("joey-test-{name}-{}", std::process::id());
+    let dir = std::env::temp_dir().join(&unique);
+    let layer = dir.join("layer");
+    for place in ["bin", "etc", "tmp", "secret"] {
+        std::fs::create_dir_all(layer.join(place)).unwrap();
+    }
+    std::fs::copy(busybox, layer.join("bin/busybox")).unwrap();
+    for applet in ["sh", "sleep", "cat", "ls", "mount", "id", "hostname", "grep", "mknod", "seq", "stty", "ps", "dd"] {
+        std::os::unix::fs::symlink("busybox", layer.join("bin").join(applet)).unwrap();
+    }
+    std::fs::write(layer.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n").unwrap();
+    std::fs::write(layer.join("bin/garbage"), [0u8; 64]).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(layer.join("bin/garbage"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let cgroup_root = format!("/{unique}");
+    let agent_binary = PathBuf::from(env!("CARGO_BIN_EXE_joey-agent"));
+    let class = runc(RuncConfig { agent_binary, cgroup_root: cgroup_root.clone() });
+    Some(Ground(Bench { class, dir, layers: vec![layer], cgroup_root }))
+}
+
+#[tokio::test]
+async fn conforms() {
+    let Some(ground) = ground("conform") else { return };
+    conformance::all(&ground.0).await;
+    let left = Path::new("/sys/fs/cgroup/memory").join(ground.0.cgroup_root.trim_start_matches('/'));
+    let left: Vec<_> = std::fs::read_dir(left).unwrap().flatten().filter(|e| e.path().is_dir()).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test]
+async fn a_container_is_closed_in() {
+    let Some(ground) = ground("closed") else { return };
+    let bench = &ground.0;
+    let request = bench.request(1, "sleep 1000");
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    running(&agent).await;
+    let sh = async |script: &str| exec(&agent, &["sh", "-c", script]).await;
+    let (text, _) = sh("cat /proc/1/status /proc/self/status").await;
+    assert_eq!(text.matches("Seccomp:\t2").count(), 2, "{text}");
+    assert_eq!(text.matches("CapEff:\t00000000a80425fb").count(), 2, "{text}");
+    assert_eq!(text.matches("CapBnd:\t00000000a80425fb").count(), 2, "{text}");
+    let (text, _) = sh("cat /proc/1/cmdline; ls /proc | grep -c '^[0-9]*$'; hostname; ls /dev /proc/self/fd").await;
+    assert!(text.starts_with("/bin/sh") || text.starts_with("sleep"), "{text}");
+    assert!(text.contains("bench\n"), "{text}");
+    for (script, fails) in [
+        ("mount -t tmpfs none /tmp", true),
+        ("echo 1 > /proc/sys/kernel/pid_max", true),
+        ("echo x > /sys/kernel/mm/ksm/run", true),
+        ("mknod /tmp/disk b 254 0 && dd if=/tmp/disk of=/dev/null count=1", true),
+        ("mknod /dev/disk b 254 0 && dd if=/dev/disk of=/dev/null count=1", true),
+        ("echo b > /proc/sysrq-trigger", true),
+        ("echo fine > /tmp/file && echo fine > /dev/null && cat /etc/resolv.conf", false),
+    ] {
+        let (text, status) = sh(script).await;
+        assert_eq!(status.exit_code != Some(0), fails, "{script}: {text} {status:?}");
+    }
+    let (text, _) = sh("cat /proc/kcore | dd bs=1 count=1 2>/dev/null").await;
+    assert_eq!(text, "");
+    let (text, status) = exec(&agent, &["nothing"]).await;
+    assert_eq!((text.as_str(), status.exit_code), ("", None));
+    assert!(status.message.unwrap().contains("executable file not found"));
+    let (_, status) = exec(&agent, &["sh", "-c", "kill -9 $$"]).await;
+    assert_eq!(status.exit_code, Some(137));
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn programs_that_cannot_start_say_why() {
+    let Some(ground) = ground("start") else { return };
+    let bench = &ground.0;
+    for (number, program, said) in [
+        (1, "/no/such", "exec: \"/no/such\": no such file or directory: not found"),
+        (2, "foo", "exec: \"foo\": executable file not found in $PATH: not found"),
+        (3, "/bin/garbage", "exec: \"/bin/garbage\": exec format error"),
+        (4, "/secret", "exec: \"/secret\": permission denied"),
+    ] {
+        let mut request = bench.request(number, "");
+        request.config.containers[0].args = vec![program.to_owned()];
+        let sandbox = bench.create(&request).await;
+        let ended = termination(&AgentClient::new(sandbox.agent().clone()), 0).await;
+        assert_eq!((ended.reason.as_str(), ended.message.as_str()), ("StartError", said));
+        bench.destroy(&request).await;
+    }
+}
+
+#[tokio::test]
+async fn limits_users_volumes_and_restarts() {
+    let Some(ground) = ground("limits") else { return };
+    let bench = &ground.0;
+    let mut request = bench.request(1, "dd if=/dev/zero of=/dev/null bs=200M count=1; sleep 1000");
+    request.config.containers[0].resources =
+        Resources { memory_bytes: Some(64 << 20), cpu_milli: Some(500), pids: Some(50) };
+    request.config.containers[0].args = ["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"].map(Into::into).into();
+    let sandbox = bench.create(&request).await;
+    let ended = termination(&AgentClient::new(sandbox.agent().clone()), 0).await;
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
+    bench.destroy(&request).await;
+
+    let mut request = bench.request(2, "id -u; id -g; echo $HOME; cat /v/file; echo x > /m/x && echo memory; echo x > /v/x");
+    std::fs::create_dir_all(request.dir.join("volumes/files")).unwrap();
+    std::fs::write(request.dir.join("volumes/files/file"), "content\n").unwrap();
+    let volume = |name: &str, memory| AgentVolume { name: name.into(), memory, size_limit_bytes: memory.then_some(1 << 20) };
+    request.config.volumes = vec![volume("files", false), volume("memory", true)];
+    let mount = |volume: &str, path: &str, read_only| AgentMount { volume: volume.into(), path: path.into(), read_only };
+    request.config.containers[0].mounts = vec![mount("files", "/v", true), mount("memory", "/m", false)];
+    request.config.containers[0].user = "web".into();
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    assert_eq!(termination(&agent, 0).await.exit_code, 1);
+    let text = logs(&agent, "main", &LogOptions::default()).await;
+    assert!(text.starts_with("33\n34\n/var/www\ncontent\nmemory\n") && text.contains("Read-only"), "{text}");
+    bench.destroy(&request).await;
+
+    let mut request = bench.request(3, "echo run; exit 3");
+    request.config.restart_policy = WireRestartPolicy::Always;
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    let backing_off = |state: &joey_api::agent::AgentState| {
+        matches!(&state.containers[0].state, ContainerState::Waiting { reason, .. } if reason == "CrashLoopBackOff")
+    };
+    state_where(&agent, backing_off).await;
+    agent.restart("main").await.unwrap();
+    let state = state_where(&agent, |state| state.containers[0].restart_count == 1 && backing_off(state)).await;
+    assert_eq!(state.containers[0].last_termination.as_ref().unwrap().exit_code, 3);
+    let previous = LogOptions { previous: true, ..LogOptions::default() };
+    assert_eq!(logs(&agent, "main", &previous).await, "run\n");
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn logs_rotate_and_are_read_in_order() {
+    let Some(ground) = ground("logs") else { return };
+    let bench = &ground.0;
+    let mut request = bench.request(1, "seq 1 2000");
+    request.config.log_max_bytes = 40 << 10;
+    request.config.log_max_files = 5;
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    termination(&agent, 0).await;
+    let all: String = (1..=2000).map(|number| format!("{number}\n")).collect();
+    assert_eq!(logs(&agent, "main", &LogOptions::default()).await, all);
+    assert!(request.dir.join("logs/main/0.log.1").exists());
+    let tail = LogOptions { tail: Some(2), ..LogOptions::default() };
+    assert_eq!(logs(&agent, "main", &tail).await, "1999\n2000\n");
+    let limited = LogOptions { limit_bytes: Some(3), follow: true, ..LogOptions::default() };
+    assert_eq!(logs(&agent, "main", &limited).await, "1\n2");
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn terminals() {
+    let Some(ground) = ground("tty") else { return };
+    let bench = &ground.0;
+    let mut request = bench.request(1, "stty size; sleep 1000");
+    request.config.containers[0].tty = true;
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    running(&agent).await;
+    let mut frames = joey_api::frame::encode(joey_api::frame::RESIZE, br#"{"Width":91,"Height":17}"#);
+    frames.extend(joey_api::frame::encode(joey_api::frame::STDIN, b"stty size; exit 4\n"));
+    let outgoing = futures::StreamExt::chain(
+        futures::stream::iter([bytes::Bytes::from(frames)]),
+        futures::stream::pending(),
+    );
+    let query = joey_api::agent::ExecQuery {
+        command: vec!["sh".into()], stdin: true, stdout: true, tty: true, ..Default::default()
+    };
+    let answer = agent.exec("main", &query, outgoing).await.unwrap();
+    let (text, status) = tokio::time::timeout(conformance::LIMIT, conformance::read_frames(answer)).await.unwrap();
+    assert!(text.contains("17 91"), "{text}");
+    assert_eq!(status.exit_code, Some(4));
+    bench.destroy(&request).await;
+}

@@ -1,1 +1,21 @@
-//! Interfaces, addresses, routes and bandwidth of instances.
+//! Interfaces, addresses, routes and bandwidth of instances: a network namespace with one routed veth pair each.
+//!
+//! There is no bridge. The host's end of every pair carries a /32 route to its instance, so there is no limit of ports, and
+//! neighbour entries on both sides are static, so an instance has nobody to lie to. What a namespace is and how it is made is
+//! in [`namespace`], the packet rules are in [`rules`], caps in [`bandwidth`]; [`networks`] drives them.
+//!
+//! Must never depend on instances' specifications, sandboxes or images: it knows ids and addresses only.
+
+mod addresses;
+mod bandwidth;
+mod error;
+mod links;
+mod namespace;
+mod networks;
+mod place;
+mod program;
+mod rules;
+
+pub use bandwidth::Bandwidth;
+pub use error::NetworkError;
+pub use networks::{Attachment, Config, Networks};

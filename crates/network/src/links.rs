@@ -6,7 +6,7 @@ use std::path::Path;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::RouteScope;
-use rtnetlink::{Handle, LinkIfb, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkIfb, LinkUnspec, RouteMessageBuilder};
 use tokio::task::AbortHandle;
 
 use crate::error::NetworkError;
@@ -43,6 +43,8 @@ impl Links {
         set("ipv4", name, "rp_filter", "1")?;
         set("ipv6", name, "disable_ipv6", "1")?;
         let index = if_nametoindex(name).map_err(NetworkError::errno("find", name))?;
+        let up = LinkUnspec::new_with_index(index).up().build();
+        self.handle.link().set(up).execute().await.map_err(NetworkError::netlink("start", name))?;
         self.handle
             .neighbours()
             .add(index, IpAddr::V4(address))

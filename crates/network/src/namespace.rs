@@ -87,7 +87,6 @@ async fn furnish(plan: &Plan, host: &File) -> Result<(), NetworkError> {
         .address(outside_mac(plan.address).to_vec())
         .link_group(plan.group)
         .setns_by_fd(host.as_raw_fd())
-        .up()
         .build();
     let pair = LinkVeth::new(INSIDE, &plan.outside)
         .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))

@@ -24,7 +24,7 @@ use crate::addresses::Addresses;
 use crate::bandwidth::{self, Bandwidth};
 use crate::error::NetworkError;
 use crate::links::Links;
-use crate::namespace::{self, GATEWAY, INSIDE, Plan};
+use crate::namespace::{self, GATEWAY, Plan};
 use crate::place::Place;
 use crate::rules;
 
@@ -85,6 +85,8 @@ struct State {
     ready: VecDeque<Ipv4Addr>,
     assigned: HashMap<InstanceId, Ipv4Addr>,
     draining: VecDeque<(Ipv4Addr, Instant)>,
+    /// The background task is preparing one.
+    preparing: bool,
 }
 
 /// Names derived from [`Config::name`]; an interface's name has room for 15 characters.
@@ -132,6 +134,7 @@ impl Networks {
             ready: VecDeque::new(),
             assigned: HashMap::new(),
             draining: VecDeque::new(),
+            preparing: false,
         };
         let inner = Arc::new(Inner {
             config,
@@ -333,7 +336,7 @@ impl Inner {
                     state.assigned.insert(id.clone(), address);
                     return Ok((address, prepared));
                 }
-                !state.draining.is_empty()
+                !state.draining.is_empty() || state.preparing
             };
             if !draining || tokio::time::timeout_at(deadline, freed).await.is_err() {
                 return Err(NetworkError::Exhausted { range: self.config.range, instance: id.clone() });
@@ -403,10 +406,13 @@ impl Inner {
     async fn refill_one(&self) -> Result<bool, NetworkError> {
         let taken = {
             let mut state = self.state();
-            if state.ready.len() >= self.config.prepared { None } else { state.addresses.take() }
+            let taken = if state.ready.len() >= self.config.prepared { None } else { state.addresses.take() };
+            state.preparing = taken.is_some();
+            taken
         };
         let Some(address) = taken else { return Ok(false) };
         let result = self.prepare(address).await;
+        self.state().preparing = false;
         if result.is_ok() {
             self.state().ready.push_back(address);
             self.freed.notify_waiters();

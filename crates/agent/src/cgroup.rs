@@ -132,8 +132,6 @@ impl Cgroup {
 
     fn field(&self, controller: &str, file: &str, name: &str) -> u64 {
         let text = std::fs::read_to_string(self.place(controller).join(file)).unwrap_or_default();
-        text.lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
-            .unwrap_or(0)
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok()).unwrap_or(0)
     }
 }

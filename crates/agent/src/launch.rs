@@ -65,7 +65,8 @@ pub async fn container(
 
 /// Starts a further process in the container whose first process is `init`.
 pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Result<Started, String> {
-    let open = |kind: &str| File::open(format!("/proc/{init}/ns/{kind}")).map_err(|_| "container is not running".to_owned());
+    let open =
+        |kind: &str| File::open(format!("/proc/{init}/ns/{kind}")).map_err(|_| "container is not running".to_owned());
     let (pids, mounts, cgroups) = (open("pid")?, open("mnt")?, open("cgroup")?);
     let own = File::open("/proc/self/ns/pid").map_err(|error| error.to_string())?;
     // Only children are affected by the pid namespace: the agent steps into it for the moment of one clone.

@@ -80,7 +80,7 @@ impl Reader {
             if more && let Some(parsed) = Record::parse(&record) {
                 self.take(&parsed);
             }
-            if (!more || self.out.len() >= CHUNK) && !self.out.is_empty() {
+            if (!more || self.left == 0 || self.out.len() >= CHUNK) && !self.out.is_empty() {
                 let bytes = Bytes::from(std::mem::take(&mut self.out));
                 if self.to.send(Ok(bytes)).await.is_err() {
                     return false;

@@ -18,8 +18,17 @@ const NO_SYMLINKS: u64 = 0x04;
 
 /// Paths hidden from containers, and paths they may read only: as containerd has them.
 const MASKED: [&str; 11] = [
-    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
-    "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
 ];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
@@ -138,8 +147,12 @@ fn devices(root: BorrowedFd<'_>) -> Result<(), String> {
     }
     let dev = told("open /dev", target(root, Path::new("/dev"), false, IN_ROOT | NO_SYMLINKS))?;
     for (name, leads_to) in [
-        ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
-        ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"), ("core", "/proc/kcore"),
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
+        ("core", "/proc/kcore"),
     ] {
         told(&format!("make /dev/{name}"), std::os::unix::fs::symlink(leads_to, place(&dev).join(name)))?;
     }
@@ -169,7 +182,8 @@ fn mask() -> Result<(), String> {
     }
     for path in READ_ONLY.iter().filter(|path| Path::new(path).exists()) {
         let flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
-        let closed = sys::mount(path, path, "", MS_BIND | MS_REC, "").and_then(|()| sys::mount("", path, "", flags, ""));
+        let closed =
+            sys::mount(path, path, "", MS_BIND | MS_REC, "").and_then(|()| sys::mount("", path, "", flags, ""));
         told(&format!("close {path}"), closed)?;
     }
     Ok(())

@@ -143,7 +143,7 @@ fn program() -> Vec<Instruction> {
         end(RET_ALLOW),
     ]);
     // Personalities that any program may choose: PER_LINUX, PER_LINUX32, UNAME26 with either, and asking.
-    program.extend([equal(libc::SYS_personality as u32, 0, 7), load(16)]);
+    program.extend([equal(libc::SYS_personality as u32, 0, 8), load(16)]);
     program.extend([equal(0, 4, 0), equal(8, 3, 0), equal(0x2_0000, 2, 0), equal(0x2_0008, 1, 0)]);
     program.extend([equal(0xffff_ffff, 0, 1), end(RET_ALLOW), errno(libc::EPERM)]);
     program.extend([greater(LAST_KNOWN, 0, 1), errno(libc::ENOSYS), errno(libc::EPERM)]);
@@ -198,9 +198,20 @@ mod tests {
         let enosys = RET_ERRNO | libc::ENOSYS as u32;
         assert_eq!(verdict(libc::SYS_read, 0), RET_ALLOW);
         for forbidden in [
-            libc::SYS_mount, libc::SYS_unshare, libc::SYS_setns, libc::SYS_bpf, libc::SYS_keyctl, libc::SYS_reboot,
-            libc::SYS_kexec_load, libc::SYS_init_module, libc::SYS_open_by_handle_at, libc::SYS_perf_event_open,
-            libc::SYS_userfaultfd, libc::SYS_io_uring_setup, libc::SYS_pivot_root, libc::SYS_fsopen,
+            libc::SYS_mount,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_bpf,
+            libc::SYS_keyctl,
+            libc::SYS_reboot,
+            libc::SYS_kexec_load,
+            libc::SYS_init_module,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_perf_event_open,
+            libc::SYS_userfaultfd,
+            libc::SYS_io_uring_setup,
+            libc::SYS_pivot_root,
+            libc::SYS_fsopen,
         ] {
             assert_eq!(verdict(forbidden, 0), eperm, "{forbidden}");
         }

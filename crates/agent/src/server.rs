@@ -10,7 +10,9 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
-use joey_api::frame::{CLOSE, Decoder, ExecStatus, MAX_PAYLOAD, RESIZE, STATUS, STDERR, STDIN, STDOUT, TerminalSize, encode};
+use joey_api::frame::{
+    CLOSE, Decoder, ExecStatus, MAX_PAYLOAD, RESIZE, STATUS, STDERR, STDIN, STDOUT, TerminalSize, encode,
+};
 use joey_api::instance::{ExecRequest, LogOptions, Usage};
 use joey_model::{ErrorKind, Fault};
 use joey_rpc::{Body, empty_answer, fault_answer, into_stream, json_answer, lines_answer, parse_query, stream_answer};

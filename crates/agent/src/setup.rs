@@ -97,9 +97,11 @@ fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
     let make = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     make(&dir.join("etc"))?;
     make(&dir.join("upper"))?;
-    for (name, text) in
-        [("hosts", &config.hosts), ("resolv.conf", &config.resolv_conf), ("hostname", &format!("{}\n", config.hostname))]
-    {
+    for (name, text) in [
+        ("hosts", &config.hosts),
+        ("resolv.conf", &config.resolv_conf),
+        ("hostname", &format!("{}\n", config.hostname)),
+    ] {
         let path = dir.join("etc").join(name);
         let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o644).open(path)?;
         file.write_all(text.as_bytes())?;

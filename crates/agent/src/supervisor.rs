@@ -63,16 +63,19 @@ impl Agent {
     pub fn new(config: AgentConfig, dir: PathBuf) -> Self {
         let mut lives = HashMap::new();
         for (at, container) in config.containers.iter().enumerate() {
-            lives.insert(container.name.clone(), Arc::new(Life {
-                at,
-                pid: AtomicU32::new(0),
-                run: AtomicU32::new(0),
-                restart: Notify::new(),
-                output: broadcast::channel(64).0,
-                grown: Mutex::new(watch::Sender::new(0)),
-                input: Mutex::new(None),
-                terminal: Mutex::new(None),
-            }));
+            lives.insert(
+                container.name.clone(),
+                Arc::new(Life {
+                    at,
+                    pid: AtomicU32::new(0),
+                    run: AtomicU32::new(0),
+                    restart: Notify::new(),
+                    output: broadcast::channel(64).0,
+                    grown: Mutex::new(watch::Sender::new(0)),
+                    input: Mutex::new(None),
+                    terminal: Mutex::new(None),
+                }),
+            );
         }
         let containers = config.containers.iter().map(|container| AgentContainerState {
             name: container.name.clone(),
@@ -130,9 +133,7 @@ impl Agent {
 
     /// Runs the containers until all have ended for good.
     pub async fn run(self: Arc<Self>) {
-        let tasks: Vec<_> = (0..self.config.containers.len())
-            .map(|at| tokio::spawn(self.clone().live(at)))
-            .collect();
+        let tasks: Vec<_> = (0..self.config.containers.len()).map(|at| tokio::spawn(self.clone().live(at))).collect();
         for task in tasks {
             let _ = task.await;
         }
@@ -159,7 +160,8 @@ impl Agent {
                 if again {
                     now.last_termination = Some(ended.clone());
                     now.state = if wait {
-                        let message = format!("back-off {}s restarting failed container={}", delay.as_secs(), container.name);
+                        let message =
+                            format!("back-off {}s restarting failed container={}", delay.as_secs(), container.name);
                         waiting("CrashLoopBackOff", message)
                     } else {
                         waiting("ContainerCreating", String::new())
@@ -169,7 +171,12 @@ impl Agent {
                 }
             });
             if wait {
-                self.event(true, "BackOff", format!("Back-off restarting failed container {}", container.name), container);
+                self.event(
+                    true,
+                    "BackOff",
+                    format!("Back-off restarting failed container {}", container.name),
+                    container,
+                );
                 let mut stop = self.stop.subscribe();
                 tokio::select! {
                     () = tokio::time::sleep(delay) => {}
@@ -216,7 +223,10 @@ impl Agent {
                 let _ = std::fs::remove_dir_all(&upper);
                 let now = Timestamp::now();
                 let reason = "StartError".to_owned();
-                (Termination { exit_code: 128, signal: None, reason, message, started_at: None, finished_at: now }, false)
+                (
+                    Termination { exit_code: 128, signal: None, reason, message, started_at: None, finished_at: now },
+                    false,
+                )
             }
             Ok(started) => {
                 let started_at = Timestamp::now();
@@ -240,12 +250,20 @@ impl Agent {
                     _ => "Error",
                 };
                 let (reason, message, started_at) = (reason.to_owned(), String::new(), Some(started_at));
-                (Termination { exit_code: code, signal, reason, message, started_at, finished_at: Timestamp::now() }, asked)
+                (
+                    Termination { exit_code: code, signal, reason, message, started_at, finished_at: Timestamp::now() },
+                    asked,
+                )
             }
         }
     }
 
-    async fn launch(&self, container: &AgentContainer, upper: &std::path::Path, cgroup: &Cgroup) -> Result<Started, String> {
+    async fn launch(
+        &self,
+        container: &AgentContainer,
+        upper: &std::path::Path,
+        cgroup: &Cgroup,
+    ) -> Result<Started, String> {
         let prepare = || -> io::Result<()> {
             // A restarted container starts from its image, as under the kubelet.
             let _ = std::fs::remove_dir_all(upper);
@@ -254,19 +272,31 @@ impl Agent {
             cgroup.limit(&container.resources)
         };
         prepare().map_err(|error| format!("cannot prepare the container: {error}"))?;
-        let program =
-            Program { container, args: &container.args, stdin: container.stdin, tty: container.tty };
+        let program = Program { container, args: &container.args, stdin: container.stdin, tty: container.tty };
         launch::container(&self.config, &program, &self.dir, upper, cgroup).await
     }
 
     /// Carries the streams and waits for the end.
-    async fn attend(&self, container: &AgentContainer, life: &Arc<Life>, started: Started, run: u32) -> (i32, Option<i32>, bool) {
+    async fn attend(
+        &self,
+        container: &AgentContainer,
+        life: &Arc<Life>,
+        started: Started,
+        run: u32,
+    ) -> (i32, Option<i32>, bool) {
         let Started { pid, pidfd, mut streams } = started;
         life.pid.store(pid, Ordering::Relaxed);
         *lock(&life.terminal) = streams.terminal.take();
         *lock(&life.input) = streams.stdin.take().and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
         lock(&life.grown).send_replace(1);
-        let mut carried = tokio::spawn(carry(self.dir.clone(), container.name.clone(), run, (self.config.log_max_bytes, self.config.log_max_files), life.clone(), streams));
+        let mut carried = tokio::spawn(carry(
+            self.dir.clone(),
+            container.name.clone(),
+            run,
+            (self.config.log_max_bytes, self.config.log_max_files),
+            life.clone(),
+            streams,
+        ));
         let signal = signal_number(&container.stop_signal);
         let (mut stop, mut asked, mut deadline) = (self.stop.subscribe(), false, None::<Instant>);
         let mut told = false;

@@ -29,9 +29,7 @@ pub fn clone(flags: u64) -> io::Result<Cloned> {
         [flags | libc::CLONE_PIDFD as u64, std::ptr::addr_of_mut!(pidfd) as u64, 0, 0, signal, 0, 0, 0, 0, 0, 0];
     // SAFETY: the structure has clone3's layout (version 2) and lives through the call; no stack is given, so the child
     // goes on with a copy of this one, as after fork. There is one thread, so no lock is held by anybody else.
-    let pid = check(unsafe {
-        libc::syscall(libc::SYS_clone3, arguments.as_ptr(), std::mem::size_of_val(&arguments))
-    })?;
+    let pid = check(unsafe { libc::syscall(libc::SYS_clone3, arguments.as_ptr(), std::mem::size_of_val(&arguments)) })?;
     if pid == 0 {
         return Ok(Cloned::Child);
     }
@@ -177,7 +175,10 @@ pub fn default_signals() {
 pub fn socketpair() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut pair = [-1; 2];
     // SAFETY: room for two descriptors.
-    check(unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, pair.as_mut_ptr()) }.into())?;
+    check(
+        unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, pair.as_mut_ptr()) }
+            .into(),
+    )?;
     // SAFETY: two new descriptors that belong to nobody else.
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }

@@ -126,18 +126,22 @@ async fn limits_users_volumes_and_restarts() {
     let mut request = bench.request(1, "dd if=/dev/zero of=/dev/null bs=200M count=1; sleep 1000");
     request.config.containers[0].resources =
         Resources { memory_bytes: Some(64 << 20), cpu_milli: Some(500), pids: Some(50) };
-    request.config.containers[0].args = ["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"].map(Into::into).into();
+    request.config.containers[0].args =
+        ["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"].map(Into::into).into();
     let sandbox = bench.create(&request).await;
     let ended = termination(&AgentClient::new(sandbox.agent().clone()), 0).await;
     assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
     bench.destroy(&request).await;
 
-    let mut request = bench.request(2, "id -u; id -g; echo $HOME; cat /v/file; echo x > /m/x && echo memory; echo x > /v/x");
+    let mut request =
+        bench.request(2, "id -u; id -g; echo $HOME; cat /v/file; echo x > /m/x && echo memory; echo x > /v/x");
     std::fs::create_dir_all(request.dir.join("volumes/files")).unwrap();
     std::fs::write(request.dir.join("volumes/files/file"), "content\n").unwrap();
-    let volume = |name: &str, memory| AgentVolume { name: name.into(), memory, size_limit_bytes: memory.then_some(1 << 20) };
+    let volume =
+        |name: &str, memory| AgentVolume { name: name.into(), memory, size_limit_bytes: memory.then_some(1 << 20) };
     request.config.volumes = vec![volume("files", false), volume("memory", true)];
-    let mount = |volume: &str, path: &str, read_only| AgentMount { volume: volume.into(), path: path.into(), read_only };
+    let mount =
+        |volume: &str, path: &str, read_only| AgentMount { volume: volume.into(), path: path.into(), read_only };
     request.config.containers[0].mounts = vec![mount("files", "/v", true), mount("memory", "/m", false)];
     request.config.containers[0].user = "web".into();
     let sandbox = bench.create(&request).await;
@@ -151,9 +155,7 @@ async fn limits_users_volumes_and_restarts() {
     request.config.restart_policy = WireRestartPolicy::Always;
     let sandbox = bench.create(&request).await;
     let agent = AgentClient::new(sandbox.agent().clone());
-    let backing_off = |state: &joey_api::agent::AgentState| {
-        matches!(&state.containers[0].state, ContainerState::Waiting { reason, .. } if reason == "CrashLoopBackOff")
-    };
+    let backing_off = |state: &joey_api::agent::AgentState| matches!(&state.containers[0].state, ContainerState::Waiting { reason, .. } if reason == "CrashLoopBackOff");
     state_where(&agent, backing_off).await;
     agent.restart("main").await.unwrap();
     let state = state_where(&agent, |state| state.containers[0].restart_count == 1 && backing_off(state)).await;
@@ -194,12 +196,14 @@ async fn terminals() {
     running(&agent).await;
     let mut frames = joey_api::frame::encode(joey_api::frame::RESIZE, br#"{"Width":91,"Height":17}"#);
     frames.extend(joey_api::frame::encode(joey_api::frame::STDIN, b"stty size; exit 4\n"));
-    let outgoing = futures::StreamExt::chain(
-        futures::stream::iter([bytes::Bytes::from(frames)]),
-        futures::stream::pending(),
-    );
+    let outgoing =
+        futures::StreamExt::chain(futures::stream::iter([bytes::Bytes::from(frames)]), futures::stream::pending());
     let query = joey_api::agent::ExecQuery {
-        command: vec!["sh".into()], stdin: true, stdout: true, tty: true, ..Default::default()
+        command: vec!["sh".into()],
+        stdin: true,
+        stdout: true,
+        tty: true,
+        ..Default::default()
     };
     let answer = agent.exec("main", &query, outgoing).await.unwrap();
     let (text, status) = tokio::time::timeout(conformance::LIMIT, conformance::read_frames(answer)).await.unwrap();

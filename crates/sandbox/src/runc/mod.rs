@@ -2,14 +2,16 @@
 
 mod cgroup;
 mod process;
+mod program;
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -37,11 +39,12 @@ pub struct RuncConfig {
 
 /// The class on this host.
 pub fn runc(config: RuncConfig) -> Arc<dyn SandboxClass> {
-    Arc::new(Runc { config })
+    Arc::new(Runc { config, program: OnceLock::new() })
 }
 
 struct Runc {
     config: RuncConfig,
+    program: OnceLock<OwnedFd>,
 }
 
 struct RuncSandbox {
@@ -139,11 +142,23 @@ impl Runc {
         })
     }
 
+    /// The path of the agent's sealed copy, made at the first use: a container that gets hold of an agent's /proc/PID/exe
+    /// cannot write through it, and agents share one copy in memory.
+    fn program(&self) -> io::Result<PathBuf> {
+        if self.program.get().is_none() {
+            // Of two that race here one copy is dropped again.
+            let _ = self.program.set(program::sealed(&self.config.agent_binary)?);
+        }
+        let fd = self.program.get().map_or(-1, |fd| fd.as_raw_fd());
+        Ok(PathBuf::from(format!("/proc/self/fd/{fd}")))
+    }
+
     /// Starts the agent; its standard output says `ready` or why not, and then closes.
     fn spawn(&self, request: &CreateRequest) -> io::Result<(Child, OwnedFd)> {
         let (reader, writer) = io::pipe()?;
         let errors = OpenOptions::new().create(true).append(true).mode(0o600).open(request.dir.join("agent.err"))?;
-        let mut command = Command::new(&self.config.agent_binary);
+        let mut command = Command::new(self.program()?);
+        command.arg0("joey-agent");
         command.arg("--dir").arg(&request.dir);
         if let Some(netns) = &request.netns {
             command.arg("--netns").arg(netns);

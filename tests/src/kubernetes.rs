@@ -55,12 +55,17 @@ impl ControlPlane {
     /// The key that signs service accounts' tokens, and an authority for client certificates with one for the API server, which
     /// it shows to kubelets.
     fn make_keys(&self) {
-        let openssl = |arguments: &str| run(Command::new("openssl").current_dir(self.dir.path()).args(arguments.split(' '))).ok();
+        let openssl =
+            |arguments: &str| run(Command::new("openssl").current_dir(self.dir.path()).args(arguments.split(' '))).ok();
         openssl("genrsa -out serviceaccounts.key 2048");
         openssl("req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-authority -keyout ca.key -out ca.crt");
-        openssl("req -newkey rsa:2048 -nodes -subj /O=system:masters/CN=kube-apiserver -keyout kubelet.key -out kubelet.csr");
+        openssl(
+            "req -newkey rsa:2048 -nodes -subj /O=system:masters/CN=kube-apiserver -keyout kubelet.key -out kubelet.csr",
+        );
         std::fs::write(self.path("extensions"), "extendedKeyUsage = clientAuth\n").expect("a fresh folder is writable");
-        openssl("x509 -req -in kubelet.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out kubelet.crt");
+        openssl(
+            "x509 -req -in kubelet.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out kubelet.crt",
+        );
         std::fs::write(self.path("tokens.csv"), format!("{TOKEN},admin,admin,system:masters\n"))
             .expect("a fresh folder is writable");
     }

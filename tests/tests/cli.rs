@@ -10,8 +10,22 @@ fn joey(arguments: &[&str]) -> joey_tests::Outcome {
 
 /// Every verb of a first-form Joey.
 const VERBS: [&str; 16] = [
-    "up", "down", "run", "ps", "describe", "logs", "exec", "attach", "restart", "rm", "image", "host", "vnode", "bench",
-    "version", "completion",
+    "up",
+    "down",
+    "run",
+    "ps",
+    "describe",
+    "logs",
+    "exec",
+    "attach",
+    "restart",
+    "rm",
+    "image",
+    "host",
+    "vnode",
+    "bench",
+    "version",
+    "completion",
 ];
 
 #[test]
@@ -29,7 +43,9 @@ fn help_names_every_verb_and_every_verb_has_help() {
 
 #[test]
 fn wrong_usage_is_2_and_failure_is_1() {
-    for wrong in [&["no-such-verb"][..], &["run"], &["up", "--no-such-flag"], &["logs"], &["ps", "-o", "no-such-format"]] {
+    for wrong in
+        [&["no-such-verb"][..], &["run"], &["up", "--no-such-flag"], &["logs"], &["ps", "-o", "no-such-format"]]
+    {
         let outcome = joey(wrong);
         assert_eq!(outcome.code, 2, "{wrong:?}: {}", outcome.stderr);
         assert!(outcome.stdout.is_empty(), "errors do not go to standard output");
@@ -45,7 +61,8 @@ fn wrong_usage_is_2_and_failure_is_1() {
 fn errors_name_the_object_and_output_is_for_machines() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();
-    for verb in [&["describe", "absent"][..], &["logs", "absent"], &["rm", "absent"], &["exec", "absent", "--", "true"]] {
+    for verb in [&["describe", "absent"][..], &["logs", "absent"], &["rm", "absent"], &["exec", "absent", "--", "true"]]
+    {
         let error = joey.joey(verb).fails(1);
         assert!(error.starts_with("error: ") && error.contains("absent"), "{verb:?}: {error}");
     }

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 /// The lowest layer of hand-made images: the static busybox of the demo image, so that they can look at themselves.
 fn shell() -> Layer {
-    let busybox = std::fs::read(repository().join(".tools/demo-files/root/bin/busybox")).expect("demo/build.sh was run");
+    let busybox =
+        std::fs::read(repository().join(".tools/demo-files/root/bin/busybox")).expect("demo/build.sh was run");
     let links = ["sh", "cat", "ls", "stat", "sleep", "id", "readlink", "true", "test", "md5sum", "touch"];
     let mut entries = vec![Entry::dir("bin/"), Entry::file("bin/busybox", &busybox).mode(0o755)];
     entries.extend(links.iter().map(|name| Entry::symlink(&format!("bin/{name}"), "busybox")));
@@ -90,7 +91,8 @@ fn layers_of_every_packing_stack_as_the_standard_says() {
         Packing::Plain,
     );
     let image = served.add("stack:1", &Image::new(vec![shell(), lower, upper], configuration()));
-    let seen = says(&joey, "stack", &image, "ls a b; cat changed; cat /a/kept; echo; echo $COLOUR; readlink /proc/self/cwd");
+    let seen =
+        says(&joey, "stack", &image, "ls a b; cat changed; cat /a/kept; echo; echo $COLOUR; readlink /proc/self/cwd");
     assert_eq!(says(&joey, "again", &image, "cd /; ls a b; cat changed"), "a:\nkept\n\nb:\nnew\nnew");
     assert!(seen.contains("brown\n/tmp"), "{seen}");
 }

@@ -33,7 +33,8 @@ fn objects_are_made_read_changed_and_deleted() {
 
     joey.kubectl(&["label", "configmap", "map", "-n", "burrow", "colour=brown"]).ok();
     joey.kubectl(&["annotate", "configmap", "map", "-n", "burrow", "note=1"]).ok();
-    let listed = |selector: &str| joey.kubectl(&["get", "configmap", "-n", "burrow", "-l", selector, "-o", "name"]).ok();
+    let listed =
+        |selector: &str| joey.kubectl(&["get", "configmap", "-n", "burrow", "-l", selector, "-o", "name"]).ok();
     assert_eq!(listed("colour=brown").trim(), "configmap/map");
     assert_eq!(listed("colour in (brown, grey),!absent").trim(), "configmap/map");
     assert_eq!(listed("colour!=brown").matches("/map").count(), 0);
@@ -46,7 +47,8 @@ fn objects_are_made_read_changed_and_deleted() {
 #[test]
 fn apply_is_idempotent_and_shows_what_changed() {
     let joey = Joey::start();
-    let object = |value: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m"}, "data": {"k": value}});
+    let object =
+        |value: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m"}, "data": {"k": value}});
     assert!(joey.apply(&object("1")).contains("created"));
     assert!(joey.apply(&object("1")).contains("unchanged"));
     assert!(joey.apply(&object("2")).contains("configured"));
@@ -62,7 +64,11 @@ fn apply_is_idempotent_and_shows_what_changed() {
 fn a_pod_is_described_followed_and_entered() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();
-    joey.run_pod("talks", &registry.demo(), &["sh", "-c", "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done"]);
+    joey.run_pod(
+        "talks",
+        &registry.demo(),
+        &["sh", "-c", "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done"],
+    );
 
     let described = joey.kubectl(&["describe", "pod", "talks"]).ok();
     for part in ["talks", "Running", "Started", "Pulled", "Scheduled", &registry.demo()] {
@@ -130,7 +136,9 @@ fn watches_begin_where_they_are_told_and_miss_nothing() {
     let seen: Vec<_> = events
         .iter()
         .filter(|event| event["type"] != "BOOKMARK")
-        .map(|e| format!("{} {}", e["type"].as_str().unwrap_or(""), e["object"]["metadata"]["name"].as_str().unwrap_or("")))
+        .map(|e| {
+            format!("{} {}", e["type"].as_str().unwrap_or(""), e["object"]["metadata"]["name"].as_str().unwrap_or(""))
+        })
         .collect();
     assert_eq!(seen, ["ADDED w0", "ADDED w1", "ADDED w2", "ADDED w3", "ADDED w4", "DELETED w2"]);
 

@@ -23,7 +23,8 @@ fn pods_outlive_the_daemon_and_are_adopted() {
     for name in names {
         joey.run_pod(name, &registry.demo(), &COUNT);
     }
-    let identity = |joey: &Joey| names.map(|name| joey.pid_of(&format!("{name}.default"))).map(|pid| (pid, process_start(pid)));
+    let identity =
+        |joey: &Joey| names.map(|name| joey.pid_of(&format!("{name}.default"))).map(|pid| (pid, process_start(pid)));
     let before = identity(&joey);
     for _ in 0..3 {
         joey.kill();
@@ -142,7 +143,8 @@ fn killed_at_each_durable_step() {
             if joey.kubectl_with_input(&["--request-timeout=2s", "apply", "-f", "-"], &object).code != 0 && !deleted {
                 continue;
             }
-            let ready = joey.kubectl(&["wait", "--for=condition=Ready", &format!("pod/{name}"), "--timeout=5s"]).code == 0;
+            let ready =
+                joey.kubectl(&["wait", "--for=condition=Ready", &format!("pod/{name}"), "--timeout=5s"]).code == 0;
             if ready && !crashed(&mut joey) {
                 deleted = joey.kubectl(&["delete", "pod", &name, "--grace-period=1", "--timeout=5s"]).code == 0;
                 if deleted {

@@ -91,7 +91,11 @@ fn exit_codes_signals_and_grace() {
     assert!(matches!(state["exitCode"].as_i64(), Some(137 | 0)), "{state}");
 
     // SIGTERM first, and time to act on it.
-    joey.run_pod("polite", &registry.demo(), &["sh", "-c", "trap 'echo bye; exit 0' TERM; while :; do sleep 0.1; done"]);
+    joey.run_pod(
+        "polite",
+        &registry.demo(),
+        &["sh", "-c", "trap 'echo bye; exit 0' TERM; while :; do sleep 0.1; done"],
+    );
     let pid = joey.pid_of("polite.default");
     joey.kubectl(&["delete", "pod", "polite", "--grace-period=20", "--timeout=15s"]).ok();
     assert!(!process_runs(pid), "it ended at once, long before its grace was over");
@@ -138,7 +142,10 @@ fn logs_are_cri_formatted_and_rotated() {
     let text = std::fs::read_to_string(&files[0]).expect("a log is text");
     let line = text.lines().next().expect("it has lines");
     let fields: Vec<_> = line.splitn(4, ' ').collect();
-    assert!(fields[0].ends_with('Z') && matches!(fields[1], "stdout" | "stderr") && matches!(fields[2], "F" | "P"), "{line}");
+    assert!(
+        fields[0].ends_with('Z') && matches!(fields[1], "stdout" | "stderr") && matches!(fields[2], "F" | "P"),
+        "{line}"
+    );
 }
 
 fn collect(folder: &std::path::Path, files: &mut Vec<std::path::PathBuf>) {

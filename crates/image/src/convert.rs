@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use crate::erofs::{self, Blocks, INLINE_MAX, MAX_XATTRS};
 use crate::error::Problem;
 use crate::tar_stream::{Entry, TarStream};
-use crate::tree::{Kind, Meta, Tree, TreeError, shown};
+use crate::tree::{Kind, Meta, Tree, TreeError, Xattrs, shown};
 
 /// What the layer must turn out to be.
 #[derive(Debug, Clone)]
@@ -219,8 +219,8 @@ fn meta(entry: &Entry) -> io::Result<Meta> {
 }
 
 /// The attributes that go along: never overlayfs' own, with which a layer could redirect lookups; only kinds EROFS holds.
-fn keep_xattrs(entry: &Entry) -> io::Result<BTreeMap<Box<[u8]>, Box<[u8]>>> {
-    let mut kept = BTreeMap::new();
+fn keep_xattrs(entry: &Entry) -> io::Result<Xattrs> {
+    let mut kept = Xattrs::new();
     let mut total = 0;
     for (name, value) in &entry.xattrs {
         let is_overlay = name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");

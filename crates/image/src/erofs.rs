@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::tree::{Kind, Meta, Node, ROOT, Tree};
+use crate::tree::{Kind, Meta, Node, ROOT, Tree, Xattrs};
 
 const BLOCK: u64 = 4096;
 const BLOCK_SIZE: usize = BLOCK as usize;
@@ -203,18 +203,17 @@ fn place(tree: &Tree, order: &[usize], places: &mut Places, first: u32) -> io::R
 }
 
 /// A directory's names with `.` and `..`, in the order of their bytes, which lookups rely on.
-fn names<'a>(children: &'a BTreeMap<Box<[u8]>, usize>) -> impl Iterator<Item = (&'a [u8], Option<usize>)> {
+fn names(children: &BTreeMap<Box<[u8]>, usize>) -> impl Iterator<Item = (&[u8], Option<usize>)> {
     let before = children.range::<[u8], _>((std::ops::Bound::Unbounded, std::ops::Bound::Excluded(&b"."[..])));
     let between =
         children.range::<[u8], _>((std::ops::Bound::Excluded(&b"."[..]), std::ops::Bound::Excluded(&b".."[..])));
     let after = children.range::<[u8], _>((std::ops::Bound::Excluded(&b".."[..]), std::ops::Bound::Unbounded));
-    let entry = |(name, &node): (&'a Box<[u8]>, &usize)| (&**name, Some(node));
     before
-        .map(entry)
+        .map(|(name, &node)| (&**name, Some(node)))
         .chain([(&b"."[..], None)])
-        .chain(between.map(entry))
+        .chain(between.map(|(name, &node)| (&**name, Some(node))))
         .chain([(&b".."[..], None)])
-        .chain(after.map(entry))
+        .chain(after.map(|(name, &node)| (&**name, Some(node))))
 }
 
 const DIRENT: usize = 12;
@@ -348,7 +347,7 @@ pub(crate) fn split_xattr(name: &[u8]) -> Option<(u8, &[u8])> {
     })
 }
 
-fn encode_xattrs(xattrs: &BTreeMap<Box<[u8]>, Box<[u8]>>) -> Vec<u8> {
+fn encode_xattrs(xattrs: &Xattrs) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (name, value) in xattrs {
         let Some((index, rest)) = split_xattr(name) else { continue };

@@ -3,10 +3,11 @@
 //! Formats: POSIX.1-2017 `pax`, GNU tar manual ("Basic Tar Format", "Storing Sparse Files"). The tar crate decodes header
 //! fields; the walk over entries is here because that crate reads extension records of any size into memory.
 
-use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use tar::Header;
+
+use crate::tree::Xattrs;
 
 const BLOCK: usize = 512;
 /// Most bytes of one extension record (long name, PAX header).
@@ -26,7 +27,7 @@ pub(crate) struct Entry {
     /// Bytes of the file, holes included.
     pub size: u64,
     pub device: (u32, u32),
-    pub xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
+    pub xattrs: Xattrs,
     /// Stored bytes and where they belong: offset and length. `None`: all of the file.
     sparse: Option<Vec<(u64, u64)>>,
     stored: u64,

@@ -20,6 +20,9 @@ const MAX_NAME: usize = 255;
 pub(crate) const ROOT: usize = 0;
 const OPAQUE: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
 
+/// Extended attributes: full names and values.
+pub(crate) type Xattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Meta {
     /// Permission bits with setuid, setgid and sticky; no type bits.
@@ -56,7 +59,7 @@ pub(crate) enum Kind {
 pub(crate) struct Node {
     pub meta: Meta,
     pub kind: Kind,
-    pub xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
+    pub xattrs: Xattrs,
     whiteout: bool,
 }
 
@@ -172,13 +175,7 @@ impl Tree {
     }
 
     /// Adds an entry that is not a hard link.
-    pub(crate) fn add(
-        &mut self,
-        path: &[u8],
-        meta: Meta,
-        kind: Kind,
-        xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
-    ) -> Result<(), TreeError> {
+    pub(crate) fn add(&mut self, path: &[u8], meta: Meta, kind: Kind, xattrs: Xattrs) -> Result<(), TreeError> {
         let parts = components(path)?;
         let Some((name, parents)) = parts.split_last() else {
             return self.set_root(meta, kind, xattrs);
@@ -208,7 +205,7 @@ impl Tree {
         Ok(())
     }
 
-    fn set_root(&mut self, meta: Meta, kind: Kind, xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>) -> Result<(), TreeError> {
+    fn set_root(&mut self, meta: Meta, kind: Kind, xattrs: Xattrs) -> Result<(), TreeError> {
         if !matches!(kind, Kind::Directory(_)) {
             return Err(TreeError::BadRoot);
         }

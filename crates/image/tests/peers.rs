@@ -127,8 +127,10 @@ fn listing(dir: &Path) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn mounted_images_are_what_umoci_unpacks() {
-    let has = |program: &&str| Command::new(program).arg("--version").output().is_ok();
-    if !nix::unistd::geteuid().is_root() || !["docker-registry", "skopeo", "umoci", "python3"].iter().all(|p| has(&p)) {
+    let has = |program: &str| Command::new(program).arg("--version").output().is_ok();
+    if !nix::unistd::geteuid().is_root()
+        || !["docker-registry", "skopeo", "umoci", "python3"].iter().all(|program| has(program))
+    {
         return eprintln!("SKIPPED: root, docker-registry, skopeo, umoci and python3 are needed");
     }
     let dir = tempfile::tempdir().unwrap();

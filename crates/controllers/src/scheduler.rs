@@ -170,8 +170,7 @@ impl Cluster {
             return Vec::new();
         }
         let all = std::mem::take(&mut self.changed);
-        let keys: Vec<Key> =
-            self.waiting.iter().filter(|(_, w)| all || w.fresh).map(|(key, _)| key.clone()).collect();
+        let keys: Vec<Key> = self.waiting.iter().filter(|(_, w)| all || w.fresh).map(|(key, _)| key.clone()).collect();
         if keys.is_empty() {
             return Vec::new();
         }
@@ -208,7 +207,9 @@ fn key(pod: &Pod) -> Key {
 }
 
 /// What of a Node decides: heartbeats do not.
-fn matters(node: &Node) -> (Option<&k8s_openapi::api::core::v1::NodeSpec>, Option<&BTreeMap<String, String>>, bool, Amounts) {
+fn matters(
+    node: &Node,
+) -> (Option<&k8s_openapi::api::core::v1::NodeSpec>, Option<&BTreeMap<String, String>>, bool, Amounts) {
     (node.spec.as_ref(), node.metadata.labels.as_ref(), ready(node), allocatable(node))
 }
 

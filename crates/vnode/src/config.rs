@@ -15,6 +15,8 @@ pub struct Config {
     pub kubelet_listen: SocketAddr,
     pub serving: ServingCertificate,
     pub client_auth: ClientAuth,
+    /// Users who may call the kubelet endpoints without the cluster being asked: the API server's own client.
+    pub trusted_callers: Vec<String>,
     /// Puts the taint `virtual-kubelet.io/provider=joey:NoSchedule` on the node: wanted on clusters with nodes of their own.
     pub taint: bool,
     /// Further labels of the Node.
@@ -36,6 +38,7 @@ impl Config {
             kubelet_listen: SocketAddr::new(address, 0),
             serving: ServingCertificate::SelfSigned,
             client_auth: ClientAuth::Cluster,
+            trusted_callers: Vec::new(),
             taint: true,
             labels: BTreeMap::new(),
             cluster_dns: Vec::new(),

@@ -207,7 +207,11 @@ fn check_pod_security(security: &core::PodSecurityContext, notes: &mut Notes) {
     } = security;
     let at = "spec.securityContext";
     check_profiles(at, app_armor_profile.as_ref(), seccomp_profile.as_ref(), notes);
-    notes.no_effect_if(fs_group.is_some(), format!("{at}.fsGroup"), "volumes keep their owner; processes get the group");
+    notes.no_effect_if(
+        fs_group.is_some(),
+        format!("{at}.fsGroup"),
+        "volumes keep their owner; processes get the group",
+    );
     notes.refuse_if(se_linux_options.is_some(), format!("{at}.seLinuxOptions"), "leave it out");
     notes.refuse_if(
         supplemental_groups_policy.as_deref() == Some("Strict"),
@@ -262,12 +266,7 @@ fn container(
         resources: limits(&at, container.resources.as_ref(), notes),
         mounts: mounts(&at, container, notes),
         security: security(&at, container.security_context.as_ref(), pod_security, notes),
-        ports: container
-            .ports
-            .iter()
-            .flatten()
-            .filter_map(|port| u16::try_from(port.container_port).ok())
-            .collect(),
+        ports: container.ports.iter().flatten().filter_map(|port| u16::try_from(port.container_port).ok()).collect(),
     })
 }
 
@@ -459,7 +458,10 @@ fn network(pod: &core::Pod, spec: &core::PodSpec, namespace: &str, config: &Conf
             .host_aliases
             .iter()
             .flatten()
-            .map(|alias| HostAlias { address: alias.ip.clone(), hostnames: alias.hostnames.clone().unwrap_or_default() })
+            .map(|alias| HostAlias {
+                address: alias.ip.clone(),
+                hostnames: alias.hostnames.clone().unwrap_or_default(),
+            })
             .collect(),
     }
 }

@@ -12,11 +12,13 @@
 pub mod config;
 pub mod convert;
 pub mod events;
+mod kubelet;
 pub mod node;
 pub mod pods;
 pub mod pool;
 pub mod provider;
 pub mod resolve;
+mod serving;
 pub mod status;
 
 use std::sync::Arc;
@@ -59,12 +61,15 @@ pub async fn run(
         .await
         .map_err(|source| NodeError::Listen { address: config.kubelet_listen, source })?;
     let port = listener.local_addr().map_or(config.kubelet_listen.port(), |address| address.port());
+    let identity = serving::identity(&config)?;
     let config = Arc::new(config);
     let registry = Arc::new(pods::Registry::default());
+    let kubelet = kubelet::Kubelet::new(client.clone(), provider.clone(), registry.clone(), config.clone());
     let _ended = shutdown.clone().drop_guard();
     tokio::join!(
         node::run(client.clone(), provider.clone(), config.clone(), port, shutdown.clone()),
         pods::run(client, provider, registry, config, shutdown.clone()),
+        kubelet::serve(listener, identity, kubelet, shutdown),
     );
     Ok(())
 }

@@ -184,12 +184,7 @@ impl Heart {
 }
 
 fn taint() -> Taint {
-    Taint {
-        key: TAINT_KEY.into(),
-        value: Some(TAINT_VALUE.into()),
-        effect: "NoSchedule".into(),
-        ..Taint::default()
-    }
+    Taint { key: TAINT_KEY.into(), value: Some(TAINT_VALUE.into()), effect: "NoSchedule".into(), ..Taint::default() }
 }
 
 fn architecture() -> &'static str {

@@ -89,8 +89,7 @@ pub(crate) async fn run(
 ) {
     let (events, writer) = Events::new(client.clone(), config.node_name.clone());
     let workers = Semaphore::new(config.workers.max(1));
-    let context =
-        Arc::new(Context { client, provider, registry, config, events, workers, shutdown: shutdown.clone() });
+    let context = Arc::new(Context { client, provider, registry, config, events, workers, shutdown: shutdown.clone() });
     tokio::select! {
         () = shutdown.cancelled() => {}
         () = watch_pods(context.clone()) => {}

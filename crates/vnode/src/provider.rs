@@ -63,13 +63,7 @@ pub trait Provider: Send + Sync + 'static {
     async fn logs(&self, id: &str, container: &str, options: &LogOptions) -> Result<ByteStream, Fault>;
 
     /// Runs a command in a container; frames both ways, ended by a status frame.
-    async fn exec(
-        &self,
-        id: &str,
-        container: &str,
-        request: &ExecRequest,
-        input: Frames,
-    ) -> Result<ByteStream, Fault>;
+    async fn exec(&self, id: &str, container: &str, request: &ExecRequest, input: Frames) -> Result<ByteStream, Fault>;
 
     /// Joins the main process of a container; frames both ways.
     async fn attach(

@@ -101,8 +101,7 @@ pub async fn fetch(client: &kube::Client, pod: &Pod, capacity: Option<&Capacity>
         let namespace = &namespace;
         async move { Ok::<_, kube::Error>((wanted.clone(), token(client, namespace, pod, wanted).await?)) }
     }));
-    let (values, tokens, credentials) =
-        tokio::try_join!(values, tokens, credentials(client, &namespace, pod))?;
+    let (values, tokens, credentials) = tokio::try_join!(values, tokens, credentials(client, &namespace, pod))?;
     Ok(Objects {
         values: values.into_iter().filter_map(|(key, value)| Some((key, value?))).collect(),
         tokens: tokens.into_iter().collect(),
@@ -254,7 +253,8 @@ mod tests {
         let file = br#"{"auths":{"https://index.docker.io/v1/":{"auth":"dTpwOng="},
             "r.example:5000":{"username":"a","password":"b"},"bad":{"auth":"!"}}}"#;
         let read = read_credentials(&Values::from([(".dockerconfigjson".into(), file.to_vec())]));
-        let flat: Vec<_> = read.iter().map(|c| (c.registry.as_str(), c.username.as_str(), c.password.as_str())).collect();
+        let flat: Vec<_> =
+            read.iter().map(|c| (c.registry.as_str(), c.username.as_str(), c.password.as_str())).collect();
         assert_eq!(flat, [("docker.io", "u", "p:x"), ("r.example:5000", "a", "b")]);
     }
 }

@@ -40,7 +40,8 @@ pub(super) fn environment(
             put(&mut variables, name.clone(), value.clone().unwrap_or_default());
             continue;
         };
-        let core::EnvVarSource { config_map_key_ref, field_ref, file_key_ref, resource_field_ref, secret_key_ref } = source;
+        let core::EnvVarSource { config_map_key_ref, field_ref, file_key_ref, resource_field_ref, secret_key_ref } =
+            source;
         let at = || format!("container \"{}\": variable \"{name}\"", container.name);
         notes.refuse_if(file_key_ref.is_some(), format!("{}: fileKeyRef", at()), "use a ConfigMap or Secret");
         let found = if let Some(key) = config_map_key_ref {

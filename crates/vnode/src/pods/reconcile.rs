@@ -232,13 +232,7 @@ async fn appearance(client: &kube::Client, namespace: &str, missing: &Missing) {
 }
 
 /// Tells the cluster how the instance is.
-async fn tell(
-    context: &Context,
-    uid: &str,
-    pod: &Pod,
-    known: &PodStatus,
-    instance: &Instance,
-) -> Result<(), Fault> {
+async fn tell(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, instance: &Instance) -> Result<(), Fault> {
     for event in context.registry.news(uid, &instance.status.events) {
         if event.reason != "Scheduled" {
             let container = event.container.as_deref();

@@ -1,0 +1,298 @@
+//! The kubelet endpoints: logs, exec and attach of this node's Pods, for the API server. HTTP/1.1 over TLS.
+//!
+//! Portforward is not here yet and says so.
+
+use std::sync::Arc;
+
+use futures::StreamExt;
+use http::{Method, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use jiff::{SignedDuration, Timestamp};
+use joey_api::instance::{ExecRequest, Instance, LogOptions};
+use joey_rpc::{Body, full};
+use rustls::pki_types::CertificateDer;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::pods::Registry;
+use crate::provider::{ByteStream, Frames, Provider};
+use crate::serving::{self, Caller};
+
+mod session;
+mod websocket;
+
+/// What every request needs.
+#[derive(Clone)]
+pub(crate) struct Kubelet {
+    client: kube::Client,
+    provider: Arc<dyn Provider>,
+    registry: Arc<Registry>,
+    config: Arc<Config>,
+}
+
+type Answer = Response<Body>;
+
+fn text(status: StatusCode, message: impl Into<String>) -> Answer {
+    let mut answer = Response::new(full(message.into()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+}
+
+/// Answers until `shutdown`.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    identity: (Vec<CertificateDer<'static>>, rustls::pki_types::PrivateKeyDer<'static>),
+    kubelet: Kubelet,
+    shutdown: CancellationToken,
+) {
+    let tls = tokio::select! {
+        () = shutdown.cancelled() => return,
+        tls = serving::tls(&kubelet.client, &kubelet.config, identity) => tls,
+    };
+    let acceptor = match tls {
+        Ok(tls) => TlsAcceptor::from(Arc::new(tls)),
+        Err(error) => {
+            tracing::error!(%error, "kubelet endpoints are not served");
+            return shutdown.cancelled().await;
+        }
+    };
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let (acceptor, kubelet, shutdown) = (acceptor.clone(), kubelet.clone(), shutdown.clone());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        () = shutdown.cancelled() => {}
+                        () = kubelet.connection(acceptor, stream) => {}
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+impl Kubelet {
+    pub(crate) fn new(
+        client: kube::Client,
+        provider: Arc<dyn Provider>,
+        registry: Arc<Registry>,
+        config: Arc<Config>,
+    ) -> Self {
+        Self { client, provider, registry, config }
+    }
+
+    async fn connection(self, acceptor: TlsAcceptor, stream: TcpStream) {
+        let handshake = tokio::time::timeout(std::time::Duration::from_secs(10), acceptor.accept(stream));
+        let Ok(Ok(stream)) = handshake.await else { return };
+        let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let caller = certificate.and_then(serving::certificate_caller);
+        let service = hyper::service::service_fn(move |request| {
+            let (kubelet, caller) = (self.clone(), caller.clone());
+            async move { Ok::<_, std::convert::Infallible>(kubelet.answer(request, caller).await) }
+        });
+        let served = hyper::server::conn::http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades()
+            .await;
+        if let Err(error) = served {
+            tracing::debug!(%error, "connection to the kubelet endpoints ended");
+        }
+    }
+
+    async fn answer(&self, request: Request<Incoming>, caller: Option<Caller>) -> Answer {
+        let bearer = request
+            .headers()
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "))
+            .map(str::to_owned);
+        let caller = match (caller, bearer) {
+            (Some(caller), _) => Some(caller),
+            (None, Some(token)) => serving::token_caller(&self.client, &token).await,
+            (None, None) => None,
+        };
+        let Some(caller) = caller else { return text(StatusCode::UNAUTHORIZED, "Unauthorized") };
+        let path = request.uri().path().to_owned();
+        let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+        let interactive = matches!(parts.first(), Some(&"exec" | &"attach" | &"run" | &"portForward"));
+        let verb = if request.method() == Method::GET && !interactive { "get" } else { "create" };
+        if !serving::allowed(&self.client, &self.config, &caller, verb).await {
+            return text(StatusCode::FORBIDDEN, format!("Forbidden (user={}, verb={verb}, nodes/proxy)", caller.user));
+        }
+        match parts.as_slice() {
+            ["healthz"] => text(StatusCode::OK, "ok"),
+            ["pods"] => self.pods(),
+            ["containerLogs", namespace, pod, container] => self.logs(namespace, pod, container, &request).await,
+            ["exec" | "attach", namespace, pod, container] | ["exec" | "attach", namespace, pod, _, container] => {
+                let attach = parts[0] == "attach";
+                self.interact(attach, (namespace, pod, container), request).await
+            }
+            ["portForward", ..] => text(StatusCode::NOT_IMPLEMENTED, "port-forward is not supported by this node yet"),
+            _ => text(StatusCode::NOT_FOUND, "404 page not found"),
+        }
+    }
+
+    fn pods(&self) -> Answer {
+        let items: Vec<_> = self.registry.pods().iter().map(|pod| serde_json::json!(**pod)).collect();
+        let list = serde_json::json!({ "kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items });
+        joey_rpc::json_answer(&list)
+    }
+
+    fn instance(&self, namespace: &str, pod: &str, container: &str) -> Result<Arc<Instance>, Answer> {
+        let missing = |message: String| text(StatusCode::NOT_FOUND, message);
+        let (found, instance) = self
+            .registry
+            .find(namespace, pod)
+            .ok_or_else(|| missing(format!("pod \"{namespace}/{pod}\" is not on this node")))?;
+        if !found.spec.iter().flat_map(|spec| &spec.containers).any(|known| known.name == container) {
+            return Err(missing(format!("container \"{container}\" is not in pod \"{namespace}/{pod}\"")));
+        }
+        let starting = || {
+            let message = format!("container \"{container}\" in pod \"{pod}\" is waiting to start");
+            text(StatusCode::BAD_REQUEST, message)
+        };
+        instance.ok_or_else(starting)
+    }
+
+    async fn logs(&self, namespace: &str, pod: &str, container: &str, request: &Request<Incoming>) -> Answer {
+        let instance = match self.instance(namespace, pod, container) {
+            Ok(instance) => instance,
+            Err(answer) => return answer,
+        };
+        let options = log_options(request.uri().query().unwrap_or_default(), Timestamp::now());
+        match self.provider.logs(&instance.id, container, &options).await {
+            Ok(bytes) => {
+                let mut answer = Response::new(joey_rpc::stream(bytes));
+                let plain = header::HeaderValue::from_static("text/plain; charset=utf-8");
+                answer.headers_mut().insert(header::CONTENT_TYPE, plain);
+                answer
+            }
+            Err(fault) => refused(&fault),
+        }
+    }
+
+    async fn interact(&self, attach: bool, at: (&str, &str, &str), request: Request<Incoming>) -> Answer {
+        let instance = match self.instance(at.0, at.1, at.2) {
+            Ok(instance) => instance,
+            Err(answer) => return answer,
+        };
+        let wanted = exec_request(request.uri().query().unwrap_or_default());
+        let call = Call {
+            provider: self.provider.clone(),
+            id: instance.id.clone(),
+            container: at.2.to_owned(),
+            wanted,
+            attach,
+        };
+        let upgrade = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        match upgrade.to_ascii_lowercase().as_str() {
+            "websocket" => websocket::answer(request, call),
+            _ => text(StatusCode::BAD_REQUEST, "exec and attach need an upgrade to websocket or SPDY/3.1"),
+        }
+    }
+}
+
+/// One exec or attach, to be begun when its streams are there.
+pub(crate) struct Call {
+    provider: Arc<dyn Provider>,
+    id: String,
+    container: String,
+    wanted: ExecRequest,
+    attach: bool,
+}
+
+impl Call {
+    async fn begin(&self, input: Frames) -> Result<ByteStream, joey_model::Fault> {
+        match self.attach {
+            true => self.provider.attach(&self.id, &self.container, &self.wanted, input).await,
+            false => self.provider.exec(&self.id, &self.container, &self.wanted, input).await,
+        }
+    }
+}
+
+fn refused(fault: &joey_model::Fault) -> Answer {
+    let status = StatusCode::from_u16(joey_api::error::http_status(fault.kind)).unwrap_or(StatusCode::BAD_GATEWAY);
+    text(status, fault.message.clone())
+}
+
+/// Pairs of a query, decoded.
+fn pairs(query: &str) -> Vec<(String, String)> {
+    joey_rpc::parse_query::<std::collections::BTreeMap<String, Vec<String>>>(query)
+        .unwrap_or_default()
+        .into_iter()
+        .flat_map(|(name, values)| values.into_iter().map(move |value| (name.clone(), value)))
+        .collect()
+}
+
+fn is_on(value: &str) -> bool {
+    matches!(value, "1" | "true" | "True")
+}
+
+/// The options of a log as the API server passes them on (PodLogOptions).
+fn log_options(query: &str, now: Timestamp) -> LogOptions {
+    let mut options = LogOptions::default();
+    for (name, value) in pairs(query) {
+        match name.as_str() {
+            "follow" => options.follow = is_on(&value),
+            "previous" => options.previous = is_on(&value),
+            "timestamps" => options.timestamps = is_on(&value),
+            "tailLines" => options.tail = value.parse().ok(),
+            "limitBytes" => options.limit_bytes = value.parse().ok(),
+            "sinceTime" => options.since = value.parse().ok(),
+            "sinceSeconds" => {
+                options.since = value.parse().ok().and_then(|s| now.checked_sub(SignedDuration::from_secs(s)).ok());
+            }
+            _ => {}
+        }
+    }
+    options
+}
+
+/// The request of an exec: the kubelet's names (`input output error`) and the Pod API's.
+fn exec_request(query: &str) -> ExecRequest {
+    let mut request = ExecRequest::default();
+    for (name, value) in pairs(query) {
+        match name.as_str() {
+            "command" => request.command.push(value),
+            "input" | "stdin" => request.stdin = is_on(&value),
+            "output" | "stdout" => request.stdout = is_on(&value),
+            "error" | "stderr" => request.stderr = is_on(&value),
+            "tty" => request.tty = is_on(&value),
+            _ => {}
+        }
+    }
+    request.stderr &= !request.tty;
+    request
+}
+
+/// Frames of a channel as a stream.
+fn frames(input: tokio::sync::mpsc::Receiver<bytes::Bytes>) -> Frames {
+    futures::stream::unfold(input, |mut input| async move { input.recv().await.map(|bytes| (bytes, input)) }).boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries() {
+        let request = exec_request("command=sh&command=-c&command=echo+a%20b&input=1&output=1&error=1&tty=1");
+        assert_eq!(request.command, ["sh", "-c", "echo a b"]);
+        assert!(request.stdin && request.stdout && request.tty && !request.stderr);
+        let now: Timestamp = "2024-01-01T00:00:10Z".parse().unwrap();
+        let options = log_options("follow=true&tailLines=5&sinceSeconds=10&timestamps=true", now);
+        assert_eq!((options.follow, options.tail, options.timestamps), (true, Some(5), true));
+        assert_eq!(options.since, Some("2024-01-01T00:00:00Z".parse().unwrap()));
+    }
+}

@@ -1,0 +1,84 @@
+//! Exec and attach over WebSocket: `v5.channel.k8s.io` and `v4.channel.k8s.io`, one channel byte before each message.
+
+use futures::{SinkExt, StreamExt};
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::sync::mpsc;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+
+use super::{Answer, Call, session, text};
+
+/// In v5, a message on this channel closes the channel its one byte names.
+const CLOSE: u8 = 255;
+
+pub(super) fn answer(request: Request<Incoming>, call: Call) -> Answer {
+    let offered = |wanted: &str| {
+        let values = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
+        values.filter_map(|value| value.to_str().ok()).flat_map(|v| v.split(',')).any(|p| p.trim() == wanted)
+    };
+    let Some(protocol) = ["v5.channel.k8s.io", "v4.channel.k8s.io"].into_iter().find(|p| offered(p)) else {
+        return text(StatusCode::BAD_REQUEST, "none of v5.channel.k8s.io and v4.channel.k8s.io is offered");
+    };
+    let Some(key) = request.headers().get(header::SEC_WEBSOCKET_KEY) else {
+        return text(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key is missing");
+    };
+    let accept = derive_accept_key(key.as_bytes());
+    let Ok(accept) = HeaderValue::from_str(&accept) else { return text(StatusCode::BAD_REQUEST, "bad key") };
+    tokio::spawn(async move {
+        if let Ok(upgraded) = hyper::upgrade::on(request).await {
+            let config = WebSocketConfig::default().max_message_size(Some(1 << 20));
+            let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+            carry(socket, call).await;
+        }
+    });
+    let mut answer = Response::new(joey_rpc::empty());
+    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = answer.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+    answer
+}
+
+async fn carry<S>(socket: WebSocketStream<S>, call: Call)
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let (mut sink, mut source) = socket.split();
+    let (input, frames) = mpsc::channel(8);
+    let (output, mut answers) = mpsc::channel::<(u8, Vec<u8>)>(8);
+    let reading = async {
+        while let Some(Ok(message)) = source.next().await {
+            let Message::Binary(bytes) = message else { continue };
+            match bytes.split_first() {
+                Some((&CLOSE, [session::STDIN])) => session::close(&input).await,
+                Some((&channel, rest)) => {
+                    if !session::forward(&input, channel, rest).await {
+                        break;
+                    }
+                }
+                None => {}
+            }
+        }
+    };
+    let writing = async {
+        while let Some((channel, mut bytes)) = answers.recv().await {
+            bytes.insert(0, channel);
+            if sink.send(Message::Binary(bytes.into())).await.is_err() {
+                return;
+            }
+        }
+        let _ = sink.close().await;
+    };
+    let running = async { tokio::join!(session::run(call, frames, output), writing) };
+    // The client's going away ends everything; the command's end ends the reading.
+    tokio::select! {
+        _ = running => {}
+        () = reading => {}
+    }
+}

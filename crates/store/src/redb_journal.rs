@@ -1,0 +1,139 @@
+//! The journal on redb: the live keys and the leases as they are after the last step.
+
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+
+use crate::journal::{Journal, Kept, Step};
+use crate::{Entry, StoreError};
+
+const FORMAT: u64 = 1;
+const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
+/// Key → create revision, mod revision, version, lease (each 8 bytes, little-endian), value.
+const KEYS: TableDefinition<&str, &[u8]> = TableDefinition::new("keys");
+const LEASES: TableDefinition<u64, u64> = TableDefinition::new("leases");
+const HEAD: usize = 32;
+/// Reads are served from memory; the cache only helps commits find their pages.
+const CACHE: usize = 4 << 20;
+
+pub(crate) struct RedbJournal {
+    path: PathBuf,
+    database: Database,
+}
+
+fn failed<E: std::fmt::Display>(operation: &'static str) -> impl Fn(E) -> StoreError {
+    move |error| StoreError::Engine { operation, message: error.to_string() }
+}
+
+impl RedbJournal {
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(failed("open its file"))?;
+        let database = Database::builder().set_cache_size(CACHE).create_file(file).map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+            other => failed("open its file")(other),
+        })?;
+        Ok(Self { path: path.to_owned(), database })
+    }
+
+    fn prepare(&self) -> Result<(), redb::Error> {
+        let write = self.database.begin_write()?;
+        {
+            let mut meta = write.open_table(META)?;
+            if meta.get("format")?.is_none() {
+                meta.insert("format", FORMAT)?;
+            }
+            write.open_table(KEYS)?;
+            write.open_table(LEASES)?;
+        }
+        write.commit()?;
+        Ok(())
+    }
+
+    fn read(&self) -> Result<(u64, Kept), redb::Error> {
+        let read = self.database.begin_read()?;
+        let meta = read.open_table(META)?;
+        let number = |name| meta.get(name).map(|found| found.map_or(0, |value| value.value()));
+        let mut kept = Kept { revision: number("revision")?, last_lease: number("last-lease")?, ..Kept::default() };
+        for row in read.open_table(KEYS)?.iter()? {
+            let (key, bytes) = row?;
+            kept.entries.extend(decode(key.value(), bytes.value()));
+        }
+        for row in read.open_table(LEASES)?.iter()? {
+            let (lease, seconds) = row?;
+            kept.leases.insert(lease.value(), seconds.value());
+        }
+        Ok((number("format")?, kept))
+    }
+
+    fn write(&self, step: &Step) -> Result<(), redb::Error> {
+        let write = self.database.begin_write()?;
+        {
+            let mut meta = write.open_table(META)?;
+            meta.insert("revision", step.revision)?;
+            meta.insert("last-lease", step.last_lease)?;
+            let mut keys = write.open_table(KEYS)?;
+            for (key, entry) in &step.keys {
+                match entry {
+                    Some(entry) => drop(keys.insert(key.as_str(), encode(entry).as_slice())?),
+                    None => drop(keys.remove(key.as_str())?),
+                }
+            }
+            let mut leases = write.open_table(LEASES)?;
+            for (&lease, seconds) in &step.leases {
+                match seconds {
+                    Some(seconds) => drop(leases.insert(lease, seconds)?),
+                    None => drop(leases.remove(lease)?),
+                }
+            }
+        }
+        // redb's default durability: the commit is on disk when it returns.
+        write.commit()?;
+        Ok(())
+    }
+}
+
+impl Journal for RedbJournal {
+    fn load(&mut self) -> Result<Kept, StoreError> {
+        self.prepare().map_err(failed("prepare its tables"))?;
+        let (format, kept) = self.read().map_err(failed("read its tables"))?;
+        match format {
+            FORMAT => Ok(kept),
+            found => Err(StoreError::Format { path: self.path.clone(), found, wanted: FORMAT }),
+        }
+    }
+
+    fn keep(&mut self, step: &Step) -> Result<(), StoreError> {
+        self.write(step).map_err(failed("commit"))
+    }
+}
+
+fn encode(entry: &Entry) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEAD + entry.value.len());
+    for number in [entry.create_revision, entry.mod_revision, entry.version, entry.lease.unwrap_or(0)] {
+        bytes.extend_from_slice(&number.to_le_bytes());
+    }
+    bytes.extend_from_slice(&entry.value);
+    bytes
+}
+
+fn decode(key: &str, bytes: &[u8]) -> Option<Entry> {
+    let (head, value) = bytes.split_at_checked(HEAD)?;
+    let mut numbers = head.chunks_exact(8).map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap_or_default()));
+    Some(Entry {
+        key: key.to_owned(),
+        create_revision: numbers.next()?,
+        mod_revision: numbers.next()?,
+        version: numbers.next()?,
+        lease: numbers.next().filter(|&lease| lease != 0),
+        value: Bytes::copy_from_slice(value),
+    })
+}

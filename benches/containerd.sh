@@ -38,7 +38,7 @@ start)
     one() {
         local begin end
         begin=$(date +%s%N)
-        ctr run -d "$image" "b$1" >/dev/null
+        ctr run -d "$image" "b$1" >/dev/null 2>&1
         end=$(date +%s%N)
         echo $(((end - begin) / 1000))
     }

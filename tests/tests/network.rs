@@ -7,7 +7,7 @@ use joey_tests::{Joey, Registry, run, seconds, traffic, wait_until};
 use serde_json::json;
 
 /// A Pod that gives zeros on port 9000 to whoever connects, and takes what comes on port 9001.
-const ENDS: &str = "nc -lk -p 9000 -e cat /dev/zero & nc -lk -p 9001 -e sh -c 'cat >/dev/null' & wait";
+const ENDS: &str = "nc -ll -p 9000 -e cat /dev/zero & nc -ll -p 9001 -e sh -c 'cat >/dev/null' & wait";
 
 fn address(joey: &Joey, pod: &str) -> String {
     joey.get("pod", pod)["status"]["podIP"].as_str().expect("a running Pod has an address").to_owned()
@@ -25,7 +25,7 @@ fn everyone_is_reached_who_should_be() {
     assert!(one.starts_with(&prefix) && two.starts_with(&prefix), "{one} {two} in {}", joey.range());
     // Host to Pod, Pod to Pod.
     wait_until("it serves", seconds(5), || traffic::page(&format!("{one}:80"), "/"));
-    let fetched = joey.kubectl(&["exec", "one", "--", "wget", "-qO-", "-T", "5", &format!("http://{two}/")]).ok();
+    let fetched = joey.kubectl(&["exec", "one", "--", "timeout", "5", "wget", "-qO-", &format!("http://{two}/")]).ok();
     assert!(fetched.contains("Hello from Joey"));
     // What a Pod calls itself is its address.
     assert!(joey.kubectl(&["exec", "one", "--", "ip", "addr"]).ok().contains(&one));
@@ -40,7 +40,7 @@ fn outside_is_reached_through_nat_and_a_false_source_is_not_heard() {
     // "Outside" is a network namespace behind an interface of the host, with no route back to the Pods' range.
     let outside = Outside::new();
     let server = outside.serve();
-    let fetch = format!("wget -qO- -T 5 http://{server}/");
+    let fetch = format!("timeout 5 wget -qO- http://{server}/");
     let seen = wait_until("outside answers", seconds(10), || {
         let outcome = joey.kubectl(&["exec", "out", "--", "sh", "-c", &fetch]);
         if outcome.code == 0 { Ok(outcome.stdout) } else { Err(outcome.stderr) }
@@ -55,8 +55,6 @@ struct Outside {
     name: String,
     host: String,
     address: String,
-    server: std::cell::RefCell<Option<joey_tests::Program>>,
-    dir: tempfile::TempDir,
 }
 
 impl Outside {
@@ -71,28 +69,25 @@ impl Outside {
         ip(&format!("link set {name} up"));
         ip(&format!("-n {name} addr add {address}/30 dev eth0"));
         ip(&format!("-n {name} link set eth0 up"));
-        let dir = tempfile::TempDir::with_prefix("joey-outside-").expect("a temporary folder");
-        Self { name, host, address, server: std::cell::RefCell::new(None), dir }
+        Self { name, host, address }
     }
 
     /// Starts a server there that answers each caller with the caller's address.
     fn serve(&self) -> String {
-        let script = "printf 'HTTP/1.0 200 OK\\r\\n\\r\\n%s\\n' \"${NCAT_REMOTE_ADDR:-$TCPREMOTEIP}\"";
-        let file = self.dir.path().join("answer");
-        std::fs::write(&file, format!("#!/bin/sh\n{script}\n")).expect("a fresh folder is writable");
-        let _ = std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755));
-        let busybox = joey_tests::repository().join(".tools/demo-files/root/bin/busybox");
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.name]).arg(busybox).args(["tcpsvd", "-E", "0.0.0.0", "80"]);
-        command.arg("sh").arg("-c").arg(format!("read line; {script}; cat >/dev/null & sleep 0.2"));
-        *self.server.borrow_mut() = Some(joey_tests::Program::start(&mut command, &self.dir.path().join("log")));
+        let (namespace, address) = (format!("/run/netns/{}", self.name), format!("{}:80", self.address));
+        let server = std::thread::spawn(move || {
+            let namespace = std::fs::File::open(namespace).expect("the namespace is there");
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).expect("root enters namespaces");
+            // A thread's children and sockets belong to the namespace it is in.
+            traffic::mirror(&address)
+        });
+        server.join().expect("the server starts");
         self.address.clone()
     }
 }
 
 impl Drop for Outside {
     fn drop(&mut self) {
-        self.server.borrow_mut().take();
         let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
         let _ = Command::new("ip").args(["link", "del", &self.name]).output();
     }

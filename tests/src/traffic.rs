@@ -60,6 +60,8 @@ pub fn mirror(address: &str) -> SocketAddr {
         for mut stream in listener.incoming().flatten() {
             let caller = stream.peer_addr().map_or_else(|error| error.to_string(), |peer| peer.ip().to_string());
             let body = format!("{caller}\n");
+            // A request left unread would turn the answer's end into a reset.
+            let _ = stream.read(&mut [0; 4096]);
             let _ = write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         }
     });

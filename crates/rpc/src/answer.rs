@@ -6,7 +6,6 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http::{Response, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use hyper::body::Incoming;
 use joey_api::error::{ErrorBody, http_status};
 use joey_model::{ErrorKind, Fault};
 use serde::Serialize;
@@ -53,7 +52,12 @@ pub fn lines_answer<T: Serialize + Send + 'static>(values: impl Stream<Item = T>
 }
 
 /// Reads a request's body as JSON of at most `limit` bytes.
-pub async fn read_json<T: DeserializeOwned>(body: Incoming, limit: usize) -> Result<T, Fault> {
+pub async fn read_json<T, B>(body: B, limit: usize) -> Result<T, Fault>
+where
+    T: DeserializeOwned,
+    B: hyper::body::Body<Data = Bytes>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let bytes = match Limited::new(body, limit).collect().await {
         Ok(collected) => collected.to_bytes(),
         Err(error) if error.is::<LengthLimitError>() => {

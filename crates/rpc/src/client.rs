@@ -130,7 +130,12 @@ impl Client {
         Req: Serialize + ?Sized,
         Res: DeserializeOwned,
     {
-        let response = self.accepted(json_request(method, path, body)?).await?;
+        self.json(json_request(method, path, body)?).await
+    }
+
+    /// As [`Client::call`], for a request with a body of its own.
+    pub async fn json<Res: DeserializeOwned>(&self, request: Request<Body>) -> Result<Res, RpcError> {
+        let response = self.accepted(request).await?;
         let bytes = self.collect(response.into_body()).await?;
         let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
         serde_json::from_slice(bytes).map_err(|source| RpcError::Decode { peer: self.shared.peer.clone(), source })

@@ -1,0 +1,250 @@
+//! The REST API: each handler parses, calls and converts. Who may call is decided by who may open the socket (mode 0600).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body as Incoming;
+use axum::extract::{Path, RawQuery, State};
+use axum::routing::{get, post};
+use futures::{Stream, StreamExt};
+use http::{Response, StatusCode};
+use joey_api::image::PullRequest;
+use joey_api::instance::{ExecRequest, Instance, LogOptions, WatchEvent};
+use joey_model::{ErrorKind, Fault, ImageRef};
+use joey_rpc::{
+    BODY_LIMIT, Body, created, empty_answer, fault_answer, json_answer, lines_answer, parse_query, stream_answer,
+};
+use serde::Deserialize;
+use tokio::sync::broadcast;
+
+use crate::host::{ByteStream, Frames};
+use crate::service::Pool;
+
+type Service = State<Arc<Pool>>;
+type Answer = Response<Body>;
+
+impl Pool {
+    /// The service's REST API, for `joey_rpc::serve`.
+    pub fn router(self: &Arc<Self>) -> Router {
+        Router::new()
+            .route("/v1/instances", get(list).post(create))
+            .route("/v1/instances/{name}", get(read).patch(relabel).delete(delete))
+            .route("/v1/instances/{name}/restart", post(restart))
+            .route("/v1/instances/{name}/usage", get(usage))
+            .route("/v1/instances/{name}/containers/{container}/logs", get(logs))
+            .route("/v1/instances/{name}/containers/{container}/exec", post(exec))
+            .route("/v1/instances/{name}/containers/{container}/attach", post(attach))
+            .route("/v1/images", get(images))
+            .route("/v1/images/pull", post(pull))
+            .route("/v1/images/import", post(import))
+            .route("/v1/images/{*name}", axum::routing::delete(remove_image))
+            .route("/v1/hosts", get(hosts))
+            .route("/v1/version", get(version))
+            .route("/v1/openapi.json", get(openapi))
+            .fallback(unknown)
+            .with_state(self.clone())
+    }
+}
+
+/// Turns a handler's fault into its answer.
+fn answer(outcome: Result<Answer, Fault>) -> Answer {
+    outcome.unwrap_or_else(fault_answer)
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct ListQuery {
+    watch: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct DeleteQuery {
+    grace: Option<u32>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Change {
+    labels: Option<BTreeMap<String, String>>,
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+struct ImportQuery {
+    reference: String,
+}
+
+async fn create(State(pool): Service, body: Incoming) -> Answer {
+    answer(
+        async {
+            let spec = joey_rpc::read_json(body, BODY_LIMIT).await?;
+            let (instance, new) = pool.create(spec).await?;
+            Ok(if new { created(&instance) } else { json_answer(&instance) })
+        }
+        .await,
+    )
+}
+
+async fn list(State(pool): Service, RawQuery(query): RawQuery) -> Answer {
+    match parse_query::<ListQuery>(&query.unwrap_or_default()) {
+        Ok(ListQuery { watch: true }) => lines_answer(watch(&pool)),
+        Ok(_) => json_answer(&pool.list()),
+        Err(fault) => fault_answer(fault),
+    }
+}
+
+/// What there is, `Synced`, changes. The stream ends where the reader fell behind; it then begins anew.
+fn watch(pool: &Pool) -> impl Stream<Item = WatchEvent> + Send + 'static {
+    let (present, revision, changes) = pool.watch();
+    let present = present.into_iter().map(|instance: Instance| WatchEvent::Set { instance: Box::new(instance) });
+    let first = futures::stream::iter(present.chain([WatchEvent::Synced { revision }]));
+    first.chain(futures::stream::unfold(changes, |mut changes| async move {
+        match changes.recv().await {
+            Ok(event) => Some((WatchEvent::clone(&event), changes)),
+            Err(broadcast::error::RecvError::Lagged(_) | broadcast::error::RecvError::Closed) => None,
+        }
+    }))
+}
+
+async fn read(State(pool): Service, Path(name): Path<String>) -> Answer {
+    answer(pool.get(&name).map(|instance| json_answer(&instance)))
+}
+
+async fn relabel(State(pool): Service, Path(name): Path<String>, body: Incoming) -> Answer {
+    answer(
+        async {
+            let Change { labels, annotations } = joey_rpc::read_json(body, BODY_LIMIT).await?;
+            Ok(json_answer(&pool.relabel(&name, labels, annotations).await?))
+        }
+        .await,
+    )
+}
+
+async fn delete(State(pool): Service, Path(name): Path<String>, RawQuery(query): RawQuery) -> Answer {
+    answer(
+        async {
+            let DeleteQuery { grace } = parse_query(&query.unwrap_or_default())?;
+            pool.delete(&name, grace).await?;
+            Ok(empty_answer(StatusCode::ACCEPTED))
+        }
+        .await,
+    )
+}
+
+async fn restart(State(pool): Service, Path(name): Path<String>) -> Answer {
+    answer(
+        async {
+            pool.host.restart(&pool.id(&name)?).await?;
+            Ok(empty_answer(StatusCode::ACCEPTED))
+        }
+        .await,
+    )
+}
+
+async fn usage(State(pool): Service, Path(name): Path<String>) -> Answer {
+    answer(async { Ok(json_answer(&pool.host.usage(&pool.id(&name)?).await?)) }.await)
+}
+
+async fn logs(
+    State(pool): Service,
+    Path((name, container)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    answer(
+        async {
+            let options: LogOptions = parse_query(&query.unwrap_or_default())?;
+            Ok(stream_answer(pool.host.logs(&pool.id(&name)?, &container, options).await?))
+        }
+        .await,
+    )
+}
+
+async fn exec(
+    State(pool): Service,
+    Path((name, container)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    body: Incoming,
+) -> Answer {
+    answer(
+        async {
+            let request: ExecRequest = parse_query(&query.unwrap_or_default())?;
+            if request.command.is_empty() {
+                return Err(Fault::new(ErrorKind::Invalid, "InvalidExec", "exec needs a command"));
+            }
+            Ok(stream_answer(pool.host.exec(&pool.id(&name)?, &container, request, frames(body)).await?))
+        }
+        .await,
+    )
+}
+
+async fn attach(
+    State(pool): Service,
+    Path((name, container)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    body: Incoming,
+) -> Answer {
+    answer(
+        async {
+            let request: ExecRequest = parse_query(&query.unwrap_or_default())?;
+            Ok(stream_answer(pool.host.attach(&pool.id(&name)?, &container, request, frames(body)).await?))
+        }
+        .await,
+    )
+}
+
+/// The caller's frames; a broken connection ends them.
+fn frames(body: Incoming) -> Frames {
+    body.into_data_stream().scan((), |(), part| std::future::ready(part.ok())).boxed()
+}
+
+async fn images(State(pool): Service) -> Answer {
+    answer(pool.host.images().await.map(|images| json_answer(&images)))
+}
+
+async fn pull(State(pool): Service, body: Incoming) -> Answer {
+    answer(
+        async {
+            let request: PullRequest = joey_rpc::read_json(body, BODY_LIMIT).await?;
+            reference(&request.image)?;
+            Ok(lines_answer(pool.host.pull(request).await?))
+        }
+        .await,
+    )
+}
+
+async fn import(State(pool): Service, RawQuery(query): RawQuery, body: Incoming) -> Answer {
+    answer(
+        async {
+            let query: ImportQuery = parse_query(&query.unwrap_or_default())?;
+            let archive: ByteStream = body.into_data_stream().map(|part| part.map_err(std::io::Error::other)).boxed();
+            Ok(created(&pool.host.import_image(&reference(&query.reference)?, archive).await?))
+        }
+        .await,
+    )
+}
+
+async fn remove_image(State(pool): Service, Path(name): Path<String>) -> Answer {
+    answer(pool.host.remove_image(&name).await.map(|()| empty_answer(StatusCode::NO_CONTENT)))
+}
+
+async fn hosts(State(pool): Service) -> Answer {
+    json_answer(&[pool.host.describe().await])
+}
+
+async fn version() -> Answer {
+    json_answer(&serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
+async fn openapi() -> Answer {
+    json_answer(&crate::openapi::document())
+}
+
+async fn unknown() -> Answer {
+    fault_answer(Fault::new(ErrorKind::NotFound, "NotFound", "there is no such path in this API"))
+}
+
+fn reference(text: &str) -> Result<ImageRef, Fault> {
+    ImageRef::parse(text).map_err(|error| Fault::new(ErrorKind::Invalid, "InvalidImageName", error.to_string()))
+}

@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use joey_api::frame::{
     CLOSE, Decoder, ExecStatus, MAX_PAYLOAD, RESIZE, STATUS, STDERR, STDIN, STDOUT, TerminalSize, encode,
 };
-use joey_api::instance::{ExecRequest, LogOptions, Usage};
+use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Usage};
 use joey_model::{ErrorKind, Fault};
 use joey_rpc::{Body, empty_answer, fault_answer, into_stream, json_answer, lines_answer, parse_query, stream_answer};
 use tokio::sync::mpsc;
@@ -292,11 +292,13 @@ async fn run_attach(agent: Arc<Agent>, life: Arc<Life>, attach: ExecRequest, bod
         }
     }
     feeder.abort();
-    let code = match &agent.state.borrow().containers[life.at] {
-        state => match &state.state {
-            joey_api::instance::ContainerState::Terminated(ended) => Some(ended.exit_code),
-            _ => state.last_termination.as_ref().map(|ended| ended.exit_code),
-        },
+    let last = {
+        let state = agent.state.borrow();
+        let container = &state.containers[life.at];
+        match &container.state {
+            ContainerState::Terminated(ended) => Some(ended.exit_code),
+            _ => container.last_termination.as_ref().map(|ended| ended.exit_code),
+        }
     };
-    status(&to, ExecStatus { exit_code: code.or(Some(0)), message: None }).await;
+    status(&to, ExecStatus { exit_code: last.or(Some(0)), message: None }).await;
 }

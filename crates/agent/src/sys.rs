@@ -174,11 +174,10 @@ pub fn default_signals() {
 /// A connected pair of sockets that keep message borders, close-on-exec.
 pub fn socketpair() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut pair = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
     // SAFETY: room for two descriptors.
-    check(
-        unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, pair.as_mut_ptr()) }
-            .into(),
-    )?;
+    let made = unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr()) };
+    check(made.into())?;
     // SAFETY: two new descriptors that belong to nobody else.
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }

@@ -6,6 +6,7 @@ export PATH="$PATH:$HOME/.cargo/bin:/usr/local/go/bin"
 
 scripts/kubernetes-peers.sh
 [ -x tests/kubernetes/bin/kube-apiserver ] || exit 0
+scripts/packages.sh openssl
 scripts/kubectl.sh >/dev/null
 scripts/debian-files.sh .tools/docker-registry docker-registry
 demo/build.sh .run/demo

@@ -22,6 +22,8 @@ use crate::provider::{ByteStream, Frames, Provider};
 use crate::serving::{self, Caller};
 
 mod session;
+mod spdy_session;
+mod spdy_transport;
 mod websocket;
 
 /// What every request needs.
@@ -198,6 +200,7 @@ impl Kubelet {
         let upgrade = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         match upgrade.to_ascii_lowercase().as_str() {
             "websocket" => websocket::answer(request, call),
+            "spdy/3.1" => spdy_transport::answer(request, call),
             _ => text(StatusCode::BAD_REQUEST, "exec and attach need an upgrade to websocket or SPDY/3.1"),
         }
     }

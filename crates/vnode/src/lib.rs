@@ -19,6 +19,7 @@ pub mod pool;
 pub mod provider;
 pub mod resolve;
 mod serving;
+pub mod spdy;
 pub mod status;
 
 use std::sync::Arc;

@@ -20,7 +20,7 @@ flock -w 600 9 || fail "another make run is at work"
 kubectl=$(scripts/kubectl.sh)
 kc() { "$kubectl" --kubeconfig "$data/kubeconfig" "$@"; }
 
-scripts/registry.sh start .run/registry "$registry"
+scripts/registry.sh start .run/registry "$registry" 9>&-
 demo/build.sh .run/demo
 skopeo copy -q --dest-tls-verify=false oci:.run/demo:hello "docker://$image"
 

@@ -127,6 +127,18 @@ impl Layer {
         Self { bytes, packing: Packing::Gzip, diff_id }
     }
 
+    /// The lowest layer of hand-made images that must run: the static busybox of the demo image, so that they can look at
+    /// themselves.
+    pub fn shell() -> Self {
+        let busybox = crate::repository().join(".tools/demo-files/root/bin/busybox");
+        let busybox = std::fs::read(busybox).expect("demo/build.sh was run");
+        let links = ["sh", "cat", "ls", "stat", "sleep", "id", "readlink", "true", "test", "md5sum", "touch"];
+        let mut entries = vec![Entry::dir("bin/"), Entry::file("bin/busybox", &busybox).mode(0o755)];
+        entries.extend(links.iter().map(|name| Entry::symlink(&format!("bin/{name}"), "busybox")));
+        entries.push(Entry::dir("tmp/").mode(0o1777));
+        Self::new(&entries, Packing::Gzip)
+    }
+
     pub fn digest(&self) -> String {
         digest(&self.bytes)
     }

@@ -4,19 +4,8 @@ use joey_tests::image::{Entry, Image, Layer, Packing, index};
 use joey_tests::joey::pod;
 use joey_tests::registry::{PASSWORD, USER};
 use joey_tests::served::Served;
-use joey_tests::{Joey, Registry, holds, repository, seconds, wait_until};
+use joey_tests::{Joey, Registry, holds, seconds, wait_until};
 use serde_json::{Value, json};
-
-/// The lowest layer of hand-made images: the static busybox of the demo image, so that they can look at themselves.
-fn shell() -> Layer {
-    let busybox =
-        std::fs::read(repository().join(".tools/demo-files/root/bin/busybox")).expect("demo/build.sh was run");
-    let links = ["sh", "cat", "ls", "stat", "sleep", "id", "readlink", "true", "test", "md5sum", "touch"];
-    let mut entries = vec![Entry::dir("bin/"), Entry::file("bin/busybox", &busybox).mode(0o755)];
-    entries.extend(links.iter().map(|name| Entry::symlink(&format!("bin/{name}"), "busybox")));
-    entries.push(Entry::dir("tmp/").mode(0o1777));
-    Layer::new(&entries, Packing::Gzip)
-}
 
 fn configuration() -> Value {
     json!({"Env": ["PATH=/bin", "COLOUR=brown"], "Cmd": ["sleep", "1000"], "WorkingDir": "/tmp"})
@@ -90,7 +79,7 @@ fn layers_of_every_packing_stack_as_the_standard_says() {
         ],
         Packing::Plain,
     );
-    let image = served.add("stack:1", &Image::new(vec![shell(), lower, upper], configuration()));
+    let image = served.add("stack:1", &Image::new(vec![Layer::shell(), lower, upper], configuration()));
     let seen =
         says(&joey, "stack", &image, "ls a b; cat changed; cat /a/kept; echo; echo $COLOUR; readlink /proc/self/cwd");
     assert_eq!(says(&joey, "again", &image, "cd /; ls a b; cat changed"), "a:\nkept\n\nb:\nnew\nnew");
@@ -115,7 +104,7 @@ fn owners_modes_links_devices_and_attributes() {
         ],
         Packing::Gzip,
     );
-    let image = served.add("kinds:1", &Image::new(vec![shell(), layer], configuration()));
+    let image = served.add("kinds:1", &Image::new(vec![Layer::shell(), layer], configuration()));
     let script = "cd /; stat -c '%n %u %g %a %F' owned setuid sticky; stat -c '%n %h' first second; \
                   test first -ef second && echo same; readlink pointer; stat -c '%F %t %T' null";
     let seen = says(&joey, "kinds", &image, script);
@@ -130,7 +119,7 @@ fn owners_modes_links_devices_and_attributes() {
 fn an_index_gives_the_platform_of_this_machine() {
     let served = Served::start();
     let joey = Joey::start();
-    let here = Image::new(vec![shell()], configuration());
+    let here = Image::new(vec![Layer::shell()], configuration());
     let other = Image::for_architecture("riscv64", vec![Layer::new(&[], Packing::Gzip)], configuration());
     served.add("many:here", &here);
     served.add("many:other", &other);
@@ -169,7 +158,7 @@ fn a_broken_download_goes_on_where_it_stopped() {
     let noise: Vec<u8> = (0..3_000_000_u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     let layer = Layer::new(&[Entry::file("noise", &noise)], Packing::Plain);
     let (digest, length) = (layer.digest(), layer.bytes.len());
-    let image = served.add("broken:1", &Image::new(vec![shell(), layer], configuration()));
+    let image = served.add("broken:1", &Image::new(vec![Layer::shell(), layer], configuration()));
     served.break_off(&digest, length / 2);
     // Whether one call retries by itself or a second is needed, no byte before the break is fetched again.
     if joey.joey(&["image", "pull", &image]).code != 0 {
@@ -184,7 +173,7 @@ fn a_broken_download_goes_on_where_it_stopped() {
 fn layers_shared_by_pulls_at_the_same_time_are_fetched_once() {
     let served = Served::start();
     let joey = Joey::start();
-    let shared = shell();
+    let shared = Layer::shell();
     let digest = shared.digest();
     let images: Vec<_> = (0..4)
         .map(|i| {

@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{setsockopt, sockopt};
+
 /// The body of `GET http://ADDRESS/PATH`, over a connection of its own.
 pub fn page(address: &str, path: &str) -> Result<String, String> {
     let target: SocketAddr = address.parse().map_err(|error| format!("{address}: {error}"))?;
@@ -40,6 +42,8 @@ fn rate(length: Duration, mut step: impl FnMut() -> std::io::Result<usize>) -> f
 pub fn send_rate(address: &str, length: Duration) -> f64 {
     let mut stream = TcpStream::connect(address).expect("the Pod listens");
     stream.set_write_timeout(Some(Duration::from_secs(10))).expect("a deadline can be set");
+    // What waits in the sender's buffer has not been sent: keep it small against what is measured.
+    setsockopt(&stream, sockopt::SndBuf, &(32 << 10)).expect("a buffer can be small");
     let block = vec![0; 16 << 10];
     rate(length, || stream.write(&block))
 }

@@ -68,3 +68,45 @@ fn waiting_ends_and_functions_are_found() {
     let found: Vec<_> = source::functions(text).into_iter().map(|f| (f.name, f.line, f.length)).collect();
     assert_eq!(found, [("one".to_owned(), 2, 5), ("two".to_owned(), 9, 1)]);
 }
+
+#[test]
+fn a_capped_rate_is_measured_as_it_is() {
+    let name = joey_tests::unique("rt");
+    let ip = |arguments: &str| run(Command::new("ip").args(arguments.split(' '))).ok();
+    let _guard = Namespace(name.clone());
+    ip(&format!("netns add {name}"));
+    ip(&format!("link add {name} type veth peer name eth0 netns {name}"));
+    ip(&format!("addr add 198.51.100.1/30 dev {name}"));
+    ip(&format!("link set {name} up"));
+    ip(&format!("-n {name} addr add 198.51.100.2/30 dev eth0"));
+    ip(&format!("-n {name} link set eth0 up"));
+    for command in [format!("qdisc add dev {name}"), format!("-n {name} qdisc add dev eth0")] {
+        let cap = format!("{command} root tbf rate 5mbit burst 16kb latency 50ms");
+        run(Command::new("tc").args(cap.split(' '))).ok();
+    }
+    let busybox = joey_tests::repository().join(".tools/demo-files/root/bin/busybox");
+    let log = tempfile::NamedTempFile::new().expect("a temporary file");
+    let start = |arguments: &str| {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &name]).arg(&busybox).args(arguments.split(' '));
+        joey_tests::Program::start(&mut command, log.path())
+    };
+    let _ends = [start("nc -ll -p 9000 -e cat /dev/zero"), start("nc -ll -p 9001 -e dd of=/dev/null")];
+    let reach = |port| std::net::TcpStream::connect(format!("198.51.100.2:{port}")).map(drop);
+    wait_until("both ends listen", seconds(5), || {
+        reach(9000).and_then(|()| reach(9001)).map_err(|error| error.to_string())
+    });
+    let out = joey_tests::traffic::receive_rate("198.51.100.2:9000", seconds(3)) / 1e6;
+    let into = joey_tests::traffic::send_rate("198.51.100.2:9001", seconds(3)) / 1e6;
+    assert!((4.0..5.3).contains(&out) && (4.0..5.3).contains(&into), "{out} Mbit/s came, {into} went");
+}
+
+/// A network namespace and the interface that leads to it.
+struct Namespace(String);
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+        let _ = Command::new("ip").args(["link", "del", &self.0]).output();
+    }
+}

@@ -1,0 +1,90 @@
+//! Patch: JSON patch, merge patch, strategic merge patch, server-side apply; each makes a new object that update stores.
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use super::update::{ATTEMPTS, replace};
+use super::{Answer, Call, apply, json_body};
+use crate::convert;
+use crate::object::{metadata, text};
+use crate::status::{ApiError, ApiResult};
+use crate::typing::UnknownFields;
+
+const ACCEPTED: &str = "application/json-patch+json, application/merge-patch+json, \
+    application/strategic-merge-patch+json, application/apply-patch+yaml";
+/// Operations a JSON patch may have (kube-apiserver's bound).
+const MAX_OPERATIONS: usize = 10_000;
+
+enum Patch {
+    Json(json_patch::Patch),
+    Merge(Value),
+    Strategic(Value),
+}
+
+pub async fn patch(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
+    let resource = call.target.resource;
+    let patch = match call.media_type().as_str() {
+        "application/json-patch+json" => Patch::Json(json_operations(body)?),
+        "application/merge-patch+json" => Patch::Merge(json_body(body)?),
+        "application/strategic-merge-patch+json" => Patch::Strategic(json_body(body)?),
+        "application/apply-patch+yaml" => return apply::apply(call, body).await,
+        _ => return Err(ApiError::unsupported_media_type(ACCEPTED)),
+    };
+    let unknown = UnknownFields::parse(call.query.get("fieldValidation"))?;
+    for _ in 0..ATTEMPTS {
+        let current = call.current().await?;
+        let shown = convert::outgoing(resource, current.value.clone());
+        let patched = patched(call, &patch, shown)?;
+        let version_given = text(&patched, "/metadata/resourceVersion") != current.revision.to_string();
+        let (patched, warnings) = call.state.types.admit(resource, &call.target.name, patched, unknown)?;
+        let mut patched = convert::incoming(resource, patched);
+        keep_name(call, &mut patched)?;
+        if let Some(answer) = replace(call, &current, patched).await? {
+            return Ok(answer.with_warnings(warnings));
+        }
+        if version_given {
+            break;
+        }
+    }
+    Err(ApiError::modified(resource, &call.target.name))
+}
+
+fn json_operations(body: &Bytes) -> ApiResult<json_patch::Patch> {
+    let patch: json_patch::Patch = serde_json::from_slice(body)
+        .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}")))?;
+    match patch.0.len() > MAX_OPERATIONS {
+        true => Err(ApiError::too_large(MAX_OPERATIONS)),
+        false => Ok(patch),
+    }
+}
+
+fn patched(call: &Call<'_>, patch: &Patch, mut value: Value) -> ApiResult<Value> {
+    match patch {
+        Patch::Json(operations) => {
+            json_patch::patch(&mut value, operations).map_err(|error| {
+                let mut refused = ApiError::bad_request(format!("the patch cannot be applied: {error}"));
+                refused.code = http::StatusCode::UNPROCESSABLE_ENTITY;
+                refused.reason = "Invalid";
+                refused
+            })?;
+            Ok(value)
+        }
+        Patch::Merge(patch) => {
+            json_patch::merge(&mut value, patch);
+            Ok(value)
+        }
+        Patch::Strategic(patch) => call.state.types.strategic_merge(call.target.resource, value, patch),
+    }
+}
+
+fn keep_name(call: &Call<'_>, value: &mut Value) -> ApiResult<()> {
+    let name = text(value, "/metadata/name");
+    if !name.is_empty() && name != call.target.name {
+        return Err(ApiError::bad_request(format!(
+            "the name of the object ({name}) does not match the name on the URL ({})",
+            call.target.name
+        )));
+    }
+    metadata(value).insert("name".into(), call.target.name.as_str().into());
+    super::create::place(call.target.resource, &call.target.namespace, value)
+}

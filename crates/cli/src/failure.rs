@@ -1,0 +1,62 @@
+//! How a command fails: one `error:` line, a `hint:` where a person can act, and the exit code.
+
+use std::process::ExitCode;
+
+use joey_model::Fault;
+use joey_rpc::RpcError;
+
+/// The end of a command that failed.
+#[derive(Debug)]
+pub struct Failure {
+    message: String,
+    hint: Option<String>,
+    code: u8,
+}
+
+impl Failure {
+    /// Something went wrong: exit code 1.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None, code: 1 }
+    }
+
+    /// The command line is wrong: exit code 2.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None, code: 2 }
+    }
+
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Tells a person and gives the exit code. Control characters of a tenant's or registry's text are not passed on.
+    pub fn tell(self) -> ExitCode {
+        eprintln!("error: {}", crate::output::printable(&self.message));
+        if let Some(hint) = self.hint {
+            eprintln!("hint: {}", crate::output::printable(&hint));
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self { message: fault.message, hint: fault.hint, code: 1 }
+    }
+}
+
+impl From<RpcError> for Failure {
+    fn from(error: RpcError) -> Self {
+        match error {
+            RpcError::Connect { peer, source } => Self::new(format!("no joey answers at {peer}: {source}"))
+                .with_hint("start it with `joey up`, or name its data directory with --data-dir"),
+            other => Fault::from(other).into(),
+        }
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::new(error.to_string())
+    }
+}

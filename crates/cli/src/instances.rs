@@ -1,0 +1,181 @@
+//! Commands about instances and hosts that are there: ps, describe, events, logs, restart, rm, host ls.
+
+use std::process::ExitCode;
+
+use futures::StreamExt;
+use jiff::Timestamp;
+use joey_api::instance::{ContainerState, Instance, LogOptions, WatchEvent, WirePhase};
+use joey_model::quantity::human_bytes;
+use joey_pool::PoolClient;
+
+use crate::args::{Logs, Rm};
+use crate::failure::Failure;
+use crate::output::{self, Format, age};
+
+const DONE: ExitCode = ExitCode::SUCCESS;
+
+pub async fn ps(service: &PoolClient, format: Format) -> Result<ExitCode, Failure> {
+    let instances = service.list().await?;
+    output::print(format, &instances, |wide| {
+        let mut heads = vec!["NAME", "IMAGE", "STATUS", "RESTARTS", "AGE", "ADDRESS"];
+        heads.extend(wide.then_some(["ID", "CLASS", "HOST"]).into_iter().flatten());
+        let mut rows = vec![heads.into_iter().map(str::to_owned).collect::<Vec<_>>()];
+        rows.extend(instances.iter().map(|instance| row(instance, wide)));
+        rows
+    })
+}
+
+fn row(instance: &Instance, wide: bool) -> Vec<String> {
+    let images: Vec<&str> = instance.spec.containers.iter().map(|container| container.image.as_str()).collect();
+    let restarts: u32 = instance.status.containers.iter().map(|container| container.restart_count).sum();
+    let mut row = vec![
+        instance.spec.name.clone(),
+        images.join(","),
+        condition(instance),
+        restarts.to_string(),
+        age(instance.created_at),
+        instance.status.address.map_or("-".to_owned(), |address| address.to_string()),
+    ];
+    if wide {
+        let host = instance.status.host.clone().unwrap_or_else(|| "-".to_owned());
+        row.extend([instance.id.clone(), instance.spec.class.clone(), host]);
+    }
+    row
+}
+
+/// The phase, or why it waits.
+fn condition(instance: &Instance) -> String {
+    let waiting = instance.status.containers.iter().find_map(|container| match &container.state {
+        ContainerState::Waiting { reason, .. } if reason != "ContainerCreating" => Some(reason.clone()),
+        _ => None,
+    });
+    match instance.status.phase {
+        WirePhase::Terminating => "Terminating".to_owned(),
+        phase => waiting.or_else(|| instance.status.reason.clone()).unwrap_or_else(|| format!("{phase:?}")),
+    }
+}
+
+pub async fn describe(service: &PoolClient, name: &str) -> Result<ExitCode, Failure> {
+    let instance = service.get(name).await?;
+    output::print(Format::Yaml, &instance, |_| Vec::new())
+}
+
+pub async fn events(service: &PoolClient, name: &str) -> Result<ExitCode, Failure> {
+    let instance = service.get(name).await?;
+    output::print(Format::Table, &(), |_| {
+        let mut rows = vec![["AGE", "TYPE", "REASON", "CONTAINER", "MESSAGE"].map(str::to_owned).to_vec()];
+        rows.extend(instance.status.events.iter().map(|event| {
+            let kind = if event.warning { "Warning" } else { "Normal" };
+            let container = event.container.clone().unwrap_or_else(|| "-".to_owned());
+            vec![age(event.at), kind.to_owned(), event.reason.clone(), container, event.message.clone()]
+        }));
+        rows
+    })
+}
+
+pub async fn restart(service: &PoolClient, name: &str) -> Result<ExitCode, Failure> {
+    service.restart(name).await?;
+    Ok(DONE)
+}
+
+/// Ends the instances and waits until each is gone.
+pub async fn rm(service: &PoolClient, rm: &Rm) -> Result<ExitCode, Failure> {
+    let grace = if rm.force { Some(0) } else { rm.grace };
+    let mut left = Vec::new();
+    for name in &rm.names {
+        let instance = service.get(name).await?;
+        service.delete(&instance.id, grace).await?;
+        left.push((instance.id, name));
+    }
+    while !left.is_empty() {
+        let mut present = std::collections::HashSet::new();
+        let mut synced = false;
+        let mut changes = service.watch().await?;
+        while let Some(change) = changes.next().await {
+            match change? {
+                WatchEvent::Set { instance } if !synced => {
+                    present.insert(instance.id);
+                }
+                WatchEvent::Set { .. } => {}
+                WatchEvent::Synced { .. } => synced = true,
+                WatchEvent::Gone { id, .. } => {
+                    present.remove(&id);
+                }
+            }
+            if synced {
+                left.retain(|(id, name)| {
+                    let there = present.contains(id);
+                    if !there {
+                        println!("{name}");
+                    }
+                    there
+                });
+            }
+            if left.is_empty() {
+                break;
+            }
+        }
+    }
+    Ok(DONE)
+}
+
+pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure> {
+    let options = LogOptions {
+        follow: logs.follow,
+        previous: logs.previous,
+        tail: logs.tail,
+        since: logs.since.as_deref().map(since).transpose()?,
+        timestamps: logs.timestamps,
+        limit_bytes: None,
+    };
+    let container = container(service, &logs.name, logs.container).await?;
+    let mut bytes = service.logs(&logs.name, &container, &options).await?;
+    while let Some(part) = bytes.next().await {
+        output::write(&part?)?;
+    }
+    Ok(DONE)
+}
+
+/// The container that is meant: the one named, else the first.
+pub async fn container(service: &PoolClient, name: &str, given: Option<String>) -> Result<String, Failure> {
+    if let Some(container) = given {
+        return Ok(container);
+    }
+    let first = service.get(name).await?.spec.containers.into_iter().next();
+    first.map(|container| container.name).ok_or_else(|| Failure::new(format!("instance \"{name}\" has no container")))
+}
+
+fn since(text: &str) -> Result<Timestamp, Failure> {
+    if let Ok(time) = text.parse::<Timestamp>() {
+        return Ok(time);
+    }
+    let age: jiff::SignedDuration = text
+        .parse()
+        .map_err(|_| Failure::usage(format!("--since: \"{text}\" is neither an age such as 10m nor a time")))?;
+    Timestamp::now().checked_sub(age).map_err(|_| Failure::usage(format!("--since: \"{text}\" is too long ago")))
+}
+
+pub async fn hosts(service: &PoolClient, format: Format) -> Result<ExitCode, Failure> {
+    let hosts = service.hosts().await?;
+    output::print(format, &hosts, |wide| {
+        let mut heads = vec!["NAME", "READY", "CPU", "MEMORY", "INSTANCES", "CLASSES"];
+        heads.extend(wide.then_some(["ADDRESSES", "FREE", "KERNEL", "ARCHITECTURE"]).into_iter().flatten());
+        let mut rows = vec![heads.into_iter().map(str::to_owned).collect::<Vec<_>>()];
+        for host in &hosts {
+            let mut row = vec![
+                host.name.clone(),
+                host.ready.to_string(),
+                format!("{}", host.cpu_milli as f64 / 1000.0),
+                human_bytes(host.memory_bytes),
+                host.instances.to_string(),
+                host.classes.join(","),
+            ];
+            if wide {
+                row.extend([host.address_range.clone(), host.addresses_free.to_string()]);
+                row.extend([host.kernel.clone(), host.architecture.clone()]);
+            }
+            rows.push(row);
+        }
+        rows
+    })
+}

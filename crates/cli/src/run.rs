@@ -1,0 +1,213 @@
+//! `joey run`: an instance from an image and a few flags, followed until it runs (or, with --rm, until it ends).
+
+use std::process::ExitCode;
+
+use futures::StreamExt;
+use joey_api::instance::{
+    ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, LogOptions, NetworkSpec, PullPolicy, Resources,
+    Security, WatchEvent, WirePhase, WireRestartPolicy,
+};
+use joey_model::{ImageRef, quantity};
+use joey_pool::PoolClient;
+
+use crate::args::{Pull, Restart, Run};
+use crate::failure::Failure;
+use crate::output::{self, Format};
+
+/// A run whose values are all good.
+pub struct Wanted {
+    spec: InstanceSpec,
+    /// Show the log, wait for the end, remove.
+    to_the_end: bool,
+    detach: bool,
+    format: Format,
+}
+
+impl Run {
+    /// Checks every value and tells all that are wrong together.
+    pub fn validate(self) -> Result<Wanted, Failure> {
+        let mut faults: Vec<String> = Vec::new();
+        let image = ImageRef::parse(&self.image).map_err(|error| faults.push(error.to_string())).ok();
+        let mut amount =
+            |flag: &str, text: &Option<String>, read: fn(&str) -> Result<u64, quantity::InvalidQuantity>| {
+                let text = text.as_ref()?;
+                read(text).map_err(|error| faults.push(format!("--{flag}: {error}"))).ok()
+            };
+        let cpu = amount("cpu", &self.cpu, quantity::parse_milli);
+        let memory = amount("memory", &self.memory, quantity::parse_units);
+        let bandwidth = amount("bandwidth", &self.bandwidth, quantity::parse_units);
+        let env: Vec<EnvVar> = self.env.iter().filter_map(|text| variable(text, &mut faults)).collect();
+        if self.public {
+            faults.push("--public is not there yet: instances have addresses of this host only".to_owned());
+        }
+        let name = match (self.name, &image) {
+            (Some(name), _) => name,
+            (None, Some(image)) => default_name(image),
+            (None, None) => "unnamed".to_owned(),
+        };
+        let container = ContainerSpec {
+            name: joey_model::id::check_label("container name", &name).map_or("main", |()| name.as_str()).to_owned(),
+            image: self.image,
+            pull_policy: pull_policy(self.pull),
+            command: self.command.into_iter().collect(),
+            args: self.args,
+            env,
+            working_dir: None,
+            stdin: false,
+            tty: false,
+            resources: Resources { cpu_milli: cpu, memory_bytes: memory, pids: None },
+            mounts: Vec::new(),
+            security: Security::default(),
+            ports: Vec::new(),
+        };
+        let restart_policy = match self.restart {
+            _ if self.rm => WireRestartPolicy::Never,
+            Restart::Always => WireRestartPolicy::Always,
+            Restart::OnFailure => WireRestartPolicy::OnFailure,
+            Restart::Never => WireRestartPolicy::Never,
+        };
+        let spec = InstanceSpec {
+            name,
+            client_token: Some(format!("run-{:032x}", rand::random::<u128>())),
+            labels: Default::default(),
+            annotations: Default::default(),
+            class: self.class,
+            hostname: None,
+            containers: vec![container],
+            volumes: Vec::new(),
+            restart_policy,
+            termination_grace_period_seconds: 30,
+            network: NetworkSpec {
+                ingress_bits_per_second: bandwidth,
+                egress_bits_per_second: bandwidth,
+                ..NetworkSpec::default()
+            },
+            credentials: Vec::new(),
+        };
+        if faults.is_empty() {
+            faults.extend(joey_api::validate::instance(&spec).err().map(|fault| fault.message));
+        }
+        match faults.is_empty() {
+            true => Ok(Wanted { spec, to_the_end: self.rm, detach: self.detach, format: self.output.format() }),
+            false => Err(Failure::usage(faults.join("\nerror: "))),
+        }
+    }
+}
+
+fn variable(text: &str, faults: &mut Vec<String>) -> Option<EnvVar> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => {
+            Some(EnvVar { name: name.to_owned(), value: Some(value.to_owned()), address: false })
+        }
+        _ => {
+            faults.push(format!("--env: \"{text}\" is not NAME=VALUE"));
+            None
+        }
+    }
+}
+
+fn pull_policy(pull: Pull) -> PullPolicy {
+    match pull {
+        Pull::Always => PullPolicy::Always,
+        Pull::Missing => PullPolicy::IfNotPresent,
+        Pull::Never => PullPolicy::Never,
+    }
+}
+
+/// The last part of the repository and five random digits: `nginx-3fa9c`.
+fn default_name(image: &ImageRef) -> String {
+    let last = image.repository().rsplit('/').next().unwrap_or("instance");
+    let plain: String = last.chars().map(|c| if matches!(c, '.' | '_') { '-' } else { c }).take(50).collect();
+    format!("{}-{:05x}", plain.trim_end_matches('-'), rand::random::<u32>() & 0xf_ffff)
+}
+
+/// Creates the instance and follows it.
+pub async fn run(service: &PoolClient, wanted: Wanted) -> Result<ExitCode, Failure> {
+    let created = service.create(&wanted.spec).await?;
+    if wanted.detach {
+        return tell(&created, wanted.format);
+    }
+    let running = wait(service, &created, started).await?;
+    if !wanted.to_the_end {
+        return match running.status.phase {
+            WirePhase::Failed => Err(why(&running)),
+            _ => tell(&running, wanted.format),
+        };
+    }
+    let container = &created.spec.containers[0].name;
+    let options = LogOptions { follow: true, ..LogOptions::default() };
+    let mut log = service.logs(&created.id, container, &options).await?;
+    while let Some(part) = log.next().await {
+        output::write(&part?)?;
+    }
+    let ended = wait(service, &created, ended).await?;
+    service.delete(&created.id, Some(0)).await?;
+    match ended.status.containers.first().map(|container| &container.state) {
+        Some(ContainerState::Terminated(end)) => Ok(ExitCode::from(u8::try_from(end.exit_code).unwrap_or(1))),
+        _ => Err(why(&ended)),
+    }
+}
+
+/// Follows an instance until `enough` of its state, or a failure that only a person can mend.
+async fn wait(service: &PoolClient, created: &Instance, enough: fn(&Instance) -> bool) -> Result<Instance, Failure> {
+    loop {
+        let mut changes = service.watch().await?;
+        while let Some(change) = changes.next().await {
+            match change? {
+                WatchEvent::Set { instance } if instance.id == created.id => {
+                    if enough(&instance) {
+                        return Ok(*instance);
+                    }
+                    if let Some(failure) = hopeless(&instance) {
+                        return Err(failure);
+                    }
+                }
+                WatchEvent::Gone { id, name, .. } if id == created.id => {
+                    return Err(Failure::new(format!("instance \"{name}\" was removed while it started")));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn started(instance: &Instance) -> bool {
+    matches!(instance.status.phase, WirePhase::Running | WirePhase::Succeeded | WirePhase::Failed)
+}
+
+fn ended(instance: &Instance) -> bool {
+    matches!(instance.status.phase, WirePhase::Succeeded | WirePhase::Failed)
+}
+
+/// A wait that does not end by itself soon: the image cannot be had, the container cannot be made.
+fn hopeless(instance: &Instance) -> Option<Failure> {
+    const REASONS: [&str; 5] =
+        ["ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerError"];
+    instance.status.containers.iter().find_map(|container| match &container.state {
+        ContainerState::Waiting { reason, message } if REASONS.contains(&reason.as_str()) => Some(
+            Failure::new(format!("instance \"{}\" does not start: {reason}: {message}", instance.spec.name))
+                .with_hint(format!("it is tried again until it is removed: joey rm {}", instance.spec.name)),
+        ),
+        _ => None,
+    })
+}
+
+fn why(instance: &Instance) -> Failure {
+    let status = &instance.status;
+    let reason = status.reason.as_deref().unwrap_or("Failed");
+    let message = status.message.as_deref().unwrap_or("its container ended");
+    Failure::new(format!("instance \"{}\": {reason}: {message}", instance.spec.name))
+        .with_hint(format!("see joey describe {0} and joey logs {0}", instance.spec.name))
+}
+
+fn tell(instance: &Instance, format: Format) -> Result<ExitCode, Failure> {
+    let address = instance.status.address.map(|address| address.to_string()).unwrap_or_default();
+    match format {
+        Format::Table | Format::Wide => {
+            output::write(format!("{} {address}", instance.spec.name).trim_end().as_bytes())?;
+            output::write(b"\n")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        other => output::print(other, instance, |_| Vec::new()),
+    }
+}

@@ -79,6 +79,6 @@ cat <<NEXT
   $kubectl logs -f hello
   joey run $image --name web --bandwidth 5M
   joey ps
-  joey exec -it web sh
+  joey exec -it web -- sh
   make down        # ends all of it and leaves nothing behind
 NEXT

@@ -84,7 +84,7 @@ impl Joey {
     /// Starts it without waiting for anything.
     pub fn launch(&mut self) {
         let log = self.log();
-        let mut command = self.command(&["up", "--listen", &self.listen.to_string(), "--pod-range", &self.range]);
+        let mut command = self.joey_command(&["up", "--listen", &self.listen.to_string(), "--pod-range", &self.range]);
         if let Some(step) = &self.settings.crash_at {
             command.args(["--crash-at", step]);
         }
@@ -144,14 +144,7 @@ impl Joey {
         program.wait(seconds(20))
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(programs().join("joey"));
-        // Where `joey` finds its `joey up`; a test never touches the machine's own.
-        command.args(arguments).arg("--data-dir").arg(self.data()).env_remove("KUBECONFIG").env("NO_COLOR", "1");
-        command
-    }
-
-    /// Runs `joey ARGUMENTS --data-dir …`. A command line of its own (`exec … -- ls`) stays whole.
+    /// Runs `joey` on its data directory.
     #[track_caller]
     pub fn joey(&self, arguments: &[&str]) -> Outcome {
         run(&mut self.joey_command(arguments))
@@ -163,14 +156,12 @@ impl Joey {
         run_with_input(&mut self.joey_command(arguments), input)
     }
 
-    /// `joey VERB --data-dir D REST…`: the flag stands before anything that belongs to a container's command.
+    /// `joey --data-dir D ARGUMENTS`.
     pub fn joey_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(programs().join("joey"));
-        // Two words deep for groups such as `image pull`.
-        let depth = if matches!(arguments.first(), Some(&("image" | "host" | "bench"))) { 2 } else { 1 };
-        let (verb, rest) = arguments.split_at(depth.min(arguments.len()));
-        command.args(verb).arg("--data-dir").arg(self.data()).args(rest);
-        command.env_remove("KUBECONFIG").env("NO_COLOR", "1");
+        // A test never touches the machine's own Joey, nor asks its cluster.
+        command.arg("--data-dir").arg(self.data()).args(arguments);
+        command.env_remove("KUBECONFIG").env_remove("JOEY_DATA_DIR").env("NO_COLOR", "1");
         command
     }
 
@@ -261,7 +252,7 @@ impl Drop for Joey {
             eprintln!("--- joey up wrote:\n{}", self.output());
         }
         if self.settings.take_down && self.data().exists() {
-            let ended = self.command(&["down"]).output();
+            let ended = self.joey_command(&["down"]).output();
             if let Err(error) = ended {
                 eprintln!("joey down cannot be started: {error}");
             }

@@ -9,7 +9,7 @@ fn joey(arguments: &[&str]) -> joey_tests::Outcome {
 }
 
 /// Every verb of a first-form Joey.
-const VERBS: [&str; 16] = [
+const VERBS: [&str; 17] = [
     "up",
     "down",
     "run",

@@ -98,7 +98,7 @@ fn five_megabits_each_way() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();
     let image = registry.demo();
-    joey.joey(&["run", &image, "--name", "capped", "--bandwidth", "5M", "--command", "sh", "-c", ENDS]).ok();
+    joey.joey(&["run", &image, "--name", "capped", "--bandwidth", "5M", "--command", "sh", "--", "-c", ENDS]).ok();
     let address = wait_until("it runs", seconds(30), || {
         let instance = joey.joey(&["describe", "capped", "-o", "json"]).json();
         instance["status"]["address"].as_str().map(str::to_owned).ok_or_else(|| instance.to_string())

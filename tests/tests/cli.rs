@@ -18,6 +18,7 @@ const VERBS: [&str; 17] = [
     "logs",
     "exec",
     "attach",
+    "events",
     "restart",
     "rm",
     "image",

@@ -1,1 +1,3 @@
 //! The schema-driven Kubernetes API.
+
+pub mod schema;

@@ -1,0 +1,184 @@
+//! Reading an object by its schema: types, required fields, enums, duplicate keys; unknown fields are pruned.
+
+use serde_json::{Map, Value};
+
+use super::types::{Field, Schemas, Shape, Type, TypeId};
+
+/// What becomes of fields that the schema does not know; they are never stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownFields {
+    Ignore,
+    /// Each makes a warning.
+    Warn,
+    /// Each makes an error.
+    Strict,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FieldReason {
+    Required,
+    Invalid,
+    NotSupported,
+    Duplicate,
+    TypeInvalid,
+    Unknown,
+}
+
+/// One fault of one field, `spec.containers[0].name` style.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {detail}")]
+pub struct FieldError {
+    pub path: String,
+    pub reason: FieldReason,
+    pub detail: String,
+}
+
+struct Decoder<'a> {
+    schemas: &'a Schemas,
+    unknown: UnknownFields,
+    warnings: Vec<String>,
+    errors: Vec<FieldError>,
+}
+
+impl Schemas {
+    /// The object without unknown fields and nulls, and the warnings; or all its faults.
+    pub fn decode(
+        &self,
+        id: TypeId,
+        value: &Value,
+        unknown: UnknownFields,
+    ) -> Result<(Value, Vec<String>), Vec<FieldError>> {
+        let mut decoder = Decoder { schemas: self, unknown, warnings: Vec::new(), errors: Vec::new() };
+        let value = decoder.typed(&self.types[id.0], value, "");
+        if decoder.errors.is_empty() { Ok((value, decoder.warnings)) } else { Err(decoder.errors) }
+    }
+}
+
+impl Decoder<'_> {
+    fn fail(&mut self, path: &str, reason: FieldReason, detail: impl Into<String>) {
+        self.errors.push(FieldError { path: path.to_owned(), reason, detail: detail.into() });
+    }
+
+    fn typed(&mut self, ty: &Type, value: &Value, path: &str) -> Value {
+        if let Some(alias) = &ty.alias {
+            return self.field(alias, value, path);
+        }
+        let Some(object) = value.as_object() else {
+            self.fail(path, FieldReason::TypeInvalid, format!("must be an object, not {}", describe(value)));
+            return Value::Null;
+        };
+        let mut out = Map::new();
+        for (key, value) in object {
+            let at = join(path, key);
+            match ty.fields.get(key) {
+                Some(_) if value.is_null() => {}
+                Some(field) => {
+                    let value = self.field(field, value, &at);
+                    out.insert(key.clone(), value);
+                }
+                None => match self.unknown {
+                    UnknownFields::Ignore => {}
+                    UnknownFields::Warn => self.warnings.push(format!("unknown field \"{at}\"")),
+                    UnknownFields::Strict => self.fail(&at, FieldReason::Unknown, format!("unknown field \"{at}\"")),
+                },
+            }
+        }
+        // A status comes from the platform and its Go clients, which write zero values for what they leave out.
+        if !(path == "status" || path.starts_with("status.")) {
+            for key in &ty.required {
+                let empty = match out.get(key) {
+                    None => true,
+                    Some(Value::String(text)) => text.is_empty(),
+                    Some(Value::Array(list)) => list.is_empty(),
+                    Some(_) => false,
+                };
+                if empty {
+                    self.fail(&join(path, key), FieldReason::Required, "Required value");
+                }
+            }
+        }
+        Value::Object(out)
+    }
+
+    fn field(&mut self, field: &Field, value: &Value, path: &str) -> Value {
+        let fits = match &field.shape {
+            Shape::Any => true,
+            Shape::Text => value.is_string(),
+            Shape::Integer => value.is_i64() || value.is_u64() || value.as_f64().is_some_and(|n| n.fract() == 0.0),
+            Shape::Number => value.is_number(),
+            Shape::Boolean => value.is_boolean(),
+            Shape::IntOrString => value.is_i64() || value.is_u64() || value.is_string(),
+            Shape::Quantity => value.is_number() || value.is_string(),
+            Shape::Free | Shape::Map(_) => value.is_object(),
+            Shape::List(_) => value.is_array(),
+            Shape::Ref(id) => return self.typed(&self.schemas.types[id.0], value, path),
+        };
+        if !fits {
+            self.fail(path, FieldReason::TypeInvalid, format!("has the wrong type: {}", describe(value)));
+            return Value::Null;
+        }
+        if let Some(text) = value.as_str()
+            && !text.is_empty()
+            && !field.allowed.is_empty()
+            && !field.allowed.iter().any(|allowed| allowed == text)
+        {
+            let allowed: Vec<String> = field.allowed.iter().map(|word| format!("\"{word}\"")).collect();
+            let detail = format!("Unsupported value: {value}: supported values: {}", allowed.join(", "));
+            self.fail(path, FieldReason::NotSupported, detail);
+        }
+        match (&field.shape, value) {
+            (Shape::Quantity, Value::Number(number)) => Value::String(number.to_string()),
+            (Shape::Map(item), Value::Object(map)) => {
+                let entries = map.iter().filter(|(_, value)| !value.is_null());
+                entries.map(|(key, value)| (key.clone(), self.field(item, value, &format!("{path}[{key}]")))).collect()
+            }
+            (Shape::List(item), Value::Array(list)) => self.list(field, item, list, path),
+            _ => value.clone(),
+        }
+    }
+
+    fn list(&mut self, field: &Field, item: &Field, list: &[Value], path: &str) -> Value {
+        let items: Vec<Value> = list
+            .iter()
+            .enumerate()
+            .map(|(index, value)| self.field(item, value, &format!("{path}[{index}]")))
+            .collect();
+        if !field.map_keys.is_empty() || field.set {
+            let mut seen = std::collections::HashSet::new();
+            for (index, value) in items.iter().enumerate() {
+                let key = if field.set {
+                    value.to_string()
+                } else {
+                    let parts: Vec<String> = field.map_keys.iter().map(|key| self.key_of(item, value, key)).collect();
+                    parts.join(",")
+                };
+                if !seen.insert(key.clone()) {
+                    let detail = format!("Duplicate value: {key}");
+                    self.fail(&format!("{path}[{index}]"), FieldReason::Duplicate, detail);
+                }
+            }
+        }
+        Value::Array(items)
+    }
+
+    /// A key's value, or its default where it is absent (a port without protocol is a TCP port).
+    fn key_of(&self, item: &Field, value: &Value, key: &str) -> String {
+        let default = || self.schemas.object(item).and_then(|ty| ty.fields.get(key)?.default.as_ref());
+        value.get(key).or_else(default).unwrap_or(&Value::Null).to_string()
+    }
+}
+
+fn join(path: &str, key: &str) -> String {
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}
+
+fn describe(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}

@@ -1,0 +1,76 @@
+//! Defaults: those of the schema that are not zero values, then `schema-facts/defaults.json`.
+//!
+//! Rules there: `$pullPolicy [image, policy]`: `Always` for `:latest` or no tag, else `IfNotPresent`;
+//! `$copyMissing [from, to]`: entries of the map `from` that `to` lacks.
+
+use joey_model::ImageRef;
+use serde_json::{Map, Value};
+
+use super::types::{Field, Schemas, Shape, Type, TypeId};
+
+impl Schemas {
+    /// Fills in what is absent. Applying it again changes nothing.
+    pub fn apply_defaults(&self, id: TypeId, value: &mut Value) {
+        self.default_type(&self.types[id.0], value);
+    }
+
+    fn default_type(&self, ty: &Type, value: &mut Value) {
+        let Some(object) = value.as_object_mut() else { return };
+        for (name, field) in &ty.fields {
+            if let Some(default) = field.default.as_ref().filter(|default| !is_zero(default)) {
+                object.entry(name.clone()).or_insert_with(|| default.clone());
+            }
+        }
+        for (name, default) in self.defaults.get(&ty.name).into_iter().flatten() {
+            match (name.as_str(), default[0].as_str(), default[1].as_str()) {
+                ("$pullPolicy", Some(image), Some(policy)) => pull_policy(object, image, policy),
+                ("$copyMissing", Some(from), Some(to)) => copy_missing(object, from, to),
+                _ => {
+                    object.entry(name.clone()).or_insert_with(|| default.clone());
+                }
+            }
+        }
+        for (name, value) in object.iter_mut() {
+            if let Some(field) = ty.fields.get(name) {
+                self.default_field(field, value);
+            }
+        }
+    }
+
+    fn default_field(&self, field: &Field, value: &mut Value) {
+        match (&field.shape, value) {
+            (Shape::Ref(id), value) => self.default_type(&self.types[id.0], value),
+            (Shape::List(item), Value::Array(list)) => list.iter_mut().for_each(|v| self.default_field(item, v)),
+            (Shape::Map(item), Value::Object(map)) => map.values_mut().for_each(|v| self.default_field(item, v)),
+            _ => {}
+        }
+    }
+}
+
+fn is_zero(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(set) => !set,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+    }
+}
+
+fn pull_policy(object: &mut Map<String, Value>, image: &str, policy: &str) {
+    if !object.contains_key(policy) {
+        let latest = object.get(image).and_then(Value::as_str).and_then(|text| ImageRef::parse(text).ok());
+        let word = if latest.is_some_and(|image| image.is_latest()) { "Always" } else { "IfNotPresent" };
+        object.insert(policy.to_owned(), word.into());
+    }
+}
+
+fn copy_missing(object: &mut Map<String, Value>, from: &str, to: &str) {
+    let Some(source) = object.get(from).and_then(Value::as_object).cloned() else { return };
+    if let Some(target) = object.entry(to).or_insert_with(|| Value::Object(Map::new())).as_object_mut() {
+        for (key, value) in source {
+            target.entry(key).or_insert(value);
+        }
+    }
+}

@@ -1,64 +1,52 @@
-//! Garbage: Pods bound to a node that is no longer there are removed without waiting for anybody.
+//! Pods bound to a node that does not exist any more: nobody will ever end them, so they are deleted here.
 
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, ListParams, Preconditions};
-use kube::runtime::watcher;
+use tokio::time::{Instant, MissedTickBehavior};
 
-/// How long a node may be away before its Pods go, as kube-controller-manager waits (`quarantineTime`).
+/// How often is looked (kube-controller-manager's podgc looks every 20 s).
+const PERIOD: Duration = Duration::from_secs(20);
+/// How long a node must be missing (podgc's quarantine is 40 s): it may be about to register again.
 const QUARANTINE: Duration = Duration::from_secs(40);
-const RETRY: Duration = Duration::from_millis(300);
 
-/// Runs until dropped.
-pub async fn run(client: kube::Client) {
-    let mut nodes = watcher(Api::<Node>::all(client.clone()), watcher::Config::default()).boxed();
-    // Once after start, and after each deletion of a node, when the quarantine is over.
-    let mut due = Some(tokio::time::Instant::now() + QUARANTINE);
+/// Collects until dropped.
+pub(crate) async fn run(client: kube::Client) {
+    let mut ticks = tokio::time::interval(PERIOD);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut missing = HashMap::new();
     loop {
-        let at = due.unwrap_or_else(|| tokio::time::Instant::now() + QUARANTINE);
-        tokio::select! {
-            event = nodes.next() => match event {
-                Some(Ok(watcher::Event::Delete(_))) => due = Some(tokio::time::Instant::now() + QUARANTINE),
-                Some(Ok(_)) => {}
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "watch of nodes failed, trying again");
-                    tokio::time::sleep(RETRY).await;
-                }
-                None => return,
-            },
-            () = tokio::time::sleep_until(at), if due.is_some() => {
-                due = match collect(&client).await {
-                    Ok(()) => None,
-                    Err(error) => {
-                        tracing::warn!(%error, "pods of absent nodes could not be removed, trying again");
-                        Some(tokio::time::Instant::now() + QUARANTINE)
-                    }
-                };
-            }
+        ticks.tick().await;
+        if let Err(error) = collect(&client, &mut missing).await {
+            tracing::debug!(%error, "orphaned pods could not be collected");
         }
     }
 }
 
-async fn collect(client: &kube::Client) -> Result<(), kube::Error> {
-    let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await?;
-    let known: Vec<String> = nodes.into_iter().filter_map(|node| node.metadata.name).collect();
-    for pod in Api::<Pod>::all(client.clone()).list(&ListParams::default()).await? {
-        let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()) else { continue };
-        if node.is_empty() || known.contains(&node) {
+async fn collect(client: &kube::Client, missing: &mut HashMap<String, Instant>) -> Result<(), kube::Error> {
+    let nodes = Api::<Node>::all(client.clone()).list_metadata(&ListParams::default()).await?;
+    let nodes: HashSet<String> = nodes.iter().map(ResourceExt::name_any).collect();
+    let pods = Api::<Pod>::all(client.clone()).list(&ListParams::default()).await?;
+    let node_of = |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+    let named: HashSet<String> = pods.iter().filter_map(node_of).filter(|node| !nodes.contains(node)).collect();
+    missing.retain(|node, _| named.contains(node));
+    for node in named {
+        missing.entry(node).or_insert_with(Instant::now);
+    }
+    for pod in &pods {
+        let gone = node_of(pod).and_then(|node| missing.get(&node).copied());
+        if gone.is_none_or(|since| since.elapsed() < QUARANTINE) {
             continue;
         }
-        let (name, namespace) = (pod.metadata.name.unwrap_or_default(), pod.metadata.namespace.unwrap_or_default());
-        let params = DeleteParams {
-            grace_period_seconds: Some(0),
-            preconditions: Some(Preconditions { uid: pod.metadata.uid, resource_version: None }),
-            ..DeleteParams::default()
-        };
-        match Api::<Pod>::namespaced(client.clone(), &namespace).delete(&name, &params).await {
-            Ok(_) => tracing::info!(namespace, pod = name, node, "pod of an absent node removed"),
+        let only_this = Preconditions { uid: pod.uid(), resource_version: None };
+        let now = DeleteParams { preconditions: Some(only_this), ..DeleteParams::default().grace_period(0) };
+        let api = Api::<Pod>::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+        match api.delete(&pod.name_any(), &now).await {
             Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
-            Err(error) => return Err(error),
+            result => drop(result?),
         }
     }
     Ok(())

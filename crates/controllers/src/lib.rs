@@ -1,19 +1,19 @@
 //! The reconcilers the embedded control plane needs: scheduler, namespaces, service accounts, garbage. One a file.
 //!
-//! Must never depend on the API server's crate or the store: the cluster is reached through `kube::Client` alone, so that the same
-//! code works against any API server. A reconciler reads the cluster anew whenever it is woken; it is told nothing but that
-//! something changed.
+//! Must never depend on the API server's crate, on the store or on the pool: state is reached through the client alone, so
+//! that the same code serves a control plane in this process and one elsewhere.
 
-pub mod garbage;
-pub mod namespaces;
-pub mod scheduler;
-pub mod service_accounts;
+mod fit;
+mod garbage;
+mod namespaces;
+mod scheduler;
+mod service_accounts;
 
 use tokio_util::sync::CancellationToken;
 
 /// Runs every reconciler until `shutdown`. The API server may be away at any time: everything is retried.
 pub async fn run(client: kube::Client, shutdown: CancellationToken) {
-    let all = async {
+    let work = async {
         tokio::join!(
             scheduler::run(client.clone()),
             namespaces::run(client.clone()),
@@ -22,7 +22,7 @@ pub async fn run(client: kube::Client, shutdown: CancellationToken) {
         );
     };
     tokio::select! {
-        () = all => {}
         () = shutdown.cancelled() => {}
+        () = work => {}
     }
 }

@@ -1,109 +1,112 @@
-//! The end of namespaces: deletes what a terminating namespace holds, kind by kind, then takes the finalizer `kubernetes` off.
+//! Namespaces that are being deleted: their content is deleted, and when nothing is left the finalizer is taken off.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Namespace;
-use kube::api::{Api, DeleteParams, DynamicObject, ListParams};
-use kube::discovery::{Discovery, Scope, verbs};
-use kube::runtime::watcher;
+use kube::ResourceExt;
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, PostParams};
+use kube::discovery::{ApiResource, Discovery, Scope, verbs};
+use kube::runtime::{WatchStreamExt, watcher};
 
-const RETRY: Duration = Duration::from_millis(300);
-/// Pause between looks at a namespace whose Pods are still ending.
-const ENDING: Duration = Duration::from_millis(500);
+/// The finalizer this reconciler answers for.
+const FINALIZER: &str = "kubernetes";
+/// First and longest pause between two looks at what is left.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Runs until dropped.
-pub async fn run(client: kube::Client) {
-    let mut namespaces = watcher(Api::<Namespace>::all(client.clone()), watcher::Config::default()).boxed();
-    let ending: Arc<Mutex<HashSet<String>>> = Arc::default();
-    while let Some(event) = namespaces.next().await {
-        match event {
-            Ok(watcher::Event::Apply(namespace) | watcher::Event::InitApply(namespace)) => {
-                let Some(name) = namespace.metadata.name.clone() else { continue };
-                if namespace.metadata.deletion_timestamp.is_none() {
-                    continue;
+/// Finishes deletions until dropped.
+pub(crate) async fn run(client: kube::Client) {
+    let config = watcher::Config::default();
+    let mut namespaces =
+        watcher(Api::<Namespace>::all(client.clone()), config).default_backoff().applied_objects().boxed();
+    let mut underway = std::collections::HashMap::<String, tokio::task::JoinHandle<()>>::new();
+    while let Some(next) = namespaces.next().await {
+        let Ok(namespace) = next else { continue };
+        if namespace.metadata.deletion_timestamp.is_none() || !holds_finalizer(&namespace) {
+            continue;
+        }
+        underway.retain(|_, task| !task.is_finished());
+        let (name, client) = (namespace.name_any(), client.clone());
+        underway.entry(name.clone()).or_insert_with(|| tokio::spawn(finish(client, name)));
+    }
+}
+
+fn holds_finalizer(namespace: &Namespace) -> bool {
+    let finalizers = namespace.spec.as_ref().and_then(|spec| spec.finalizers.as_deref()).unwrap_or_default();
+    finalizers.iter().any(|finalizer| finalizer == FINALIZER)
+}
+
+/// Empties one namespace and lets it go; tries until it is done or the namespace is gone.
+async fn finish(client: kube::Client, name: String) {
+    let mut pause = PAUSE.0;
+    loop {
+        match empty(&client, &name).await {
+            Ok(0) => match release(&client, &name).await {
+                Ok(()) => return,
+                Err(error) => {
+                    tracing::warn!(namespace = name, %error, "namespace could not be finalized, trying again")
                 }
-                if !ending.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone()) {
-                    continue;
-                }
-                let (client, ending) = (client.clone(), ending.clone());
-                tokio::spawn(async move {
-                    while let Err(error) = finish(&client, &name).await {
-                        tracing::debug!(namespace = name, %error, "namespace is not empty yet");
-                        tokio::time::sleep(ENDING).await;
-                    }
-                    ending.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
-                });
-            }
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "watch of namespaces failed, trying again");
-                tokio::time::sleep(RETRY).await;
+            },
+            Ok(left) => tracing::debug!(namespace = name, left, "namespace is not empty yet"),
+            Err(error) => tracing::warn!(namespace = name, %error, "namespace could not be emptied, trying again"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}
+
+/// Deletes everything in the namespace and says how many objects are still there.
+async fn empty(client: &kube::Client, name: &str) -> Result<usize, kube::Error> {
+    let mut left = 0;
+    for resource in deletable(client).await? {
+        let objects = Api::<DynamicObject>::namespaced_with(client.clone(), name, &resource);
+        let listed = match objects.list_metadata(&ListParams::default()).await {
+            Ok(listed) => listed.items,
+            // A resource that came or went since discovery.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 405) => continue,
+            Err(error) => return Err(error),
+        };
+        for object in listed.iter().filter(|object| object.metadata.deletion_timestamp.is_none()) {
+            match objects.delete(&object.name_any(), &DeleteParams::default()).await {
+                Err(kube::Error::Api(status)) if status.code == 404 => {}
+                result => drop(result?),
             }
         }
+        left += match listed.is_empty() {
+            true => 0,
+            false => objects.list_metadata(&ListParams::default()).await?.items.len(),
+        };
     }
+    Ok(left)
 }
 
-/// Why a namespace cannot go yet.
-#[derive(Debug, thiserror::Error)]
-enum NotYet {
-    #[error("{0} objects of kind {1} are left")]
-    Left(usize, String),
-    #[error(transparent)]
-    Cluster(#[from] kube::Error),
-}
-
-async fn finish(client: &kube::Client, name: &str) -> Result<(), NotYet> {
-    let namespaces: Api<Namespace> = Api::all(client.clone());
-    let Some(mut namespace) = namespaces.get_opt(name).await? else { return Ok(()) };
-    if namespace.metadata.deletion_timestamp.is_none() {
-        return Ok(());
-    }
+async fn deletable(client: &kube::Client) -> Result<Vec<ApiResource>, kube::Error> {
     let discovery = Discovery::new(client.clone()).run().await?;
-    let mut left = None;
+    let mut resources = Vec::new();
     for group in discovery.groups() {
         for (resource, capabilities) in group.recommended_resources() {
-            // Events go last of all by their own age; they hold up nothing, yet are deleted like the rest.
-            if capabilities.scope != Scope::Namespaced
-                || !capabilities.supports_operation(verbs::LIST)
-                || !capabilities.supports_operation(verbs::DELETE)
+            if capabilities.scope == Scope::Namespaced
+                && capabilities.supports_operation(verbs::DELETE)
+                && capabilities.supports_operation(verbs::LIST)
             {
-                continue;
-            }
-            let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), name, &resource);
-            for object in api.list(&ListParams::default()).await? {
-                let Some(object_name) = object.metadata.name else { continue };
-                if object.metadata.deletion_timestamp.is_some() {
-                    continue;
-                }
-                match api.delete(&object_name, &DeleteParams::background()).await {
-                    Ok(_) => {}
-                    Err(kube::Error::Api(status)) if status.code == 404 => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            let remaining = api.list(&ListParams::default()).await?.items.len();
-            if remaining > 0 {
-                left = Some(NotYet::Left(remaining, resource.kind.clone()));
+                resources.push(resource);
             }
         }
     }
-    if let Some(left) = left {
-        return Err(left);
+    // Events last: deleting the rest makes new ones.
+    resources.sort_by_key(|resource| resource.kind == "Event");
+    Ok(resources)
+}
+
+async fn release(client: &kube::Client, name: &str) -> Result<(), kube::Error> {
+    let namespaces = Api::<Namespace>::all(client.clone());
+    let Some(mut namespace) = namespaces.get_opt(name).await? else { return Ok(()) };
+    if let Some(finalizers) = namespace.spec.as_mut().and_then(|spec| spec.finalizers.as_mut()) {
+        finalizers.retain(|finalizer| finalizer != FINALIZER);
     }
-    if let Some(spec) = namespace.spec.as_mut() {
-        spec.finalizers.iter_mut().for_each(|finalizers| finalizers.retain(|finalizer| finalizer != "kubernetes"));
-    }
-    let body = serde_json::to_vec(&namespace).map_err(kube::Error::SerdeError)?;
-    let request = http::Request::put(format!("/api/v1/namespaces/{name}/finalize"))
-        .header("content-type", "application/json")
-        .body(body)
-        .map_err(kube::Error::HttpError)?;
-    match client.request::<serde_json::Value>(request).await {
+    match namespaces.replace_subresource::<Namespace>("finalize", name, &PostParams::default(), &namespace).await {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     }
 }

@@ -1,428 +1,371 @@
-//! The scheduler: binds each Pod that has no node to one that fits. Reads Pods and Nodes through one watch each, and keeps the sums.
+//! The scheduler: binds each Pod without a node to the ready node that has room and the fewest Pods.
 //!
-//! Rules are kube-scheduler's in their first form: node ready and schedulable, nodeSelector, required node affinity (`In NotIn
-//! Exists DoesNotExist`), taints `NoSchedule` and `NoExecute`, requests within allocatable. Among nodes that fit, the one with the
-//! most free memory is taken. Spreading, Pod affinity and preemption are not here.
+//! ```text
+//!  waiting ──► bound in memory ──► POST binding ──► the watch shows it bound
+//!     ▲               └── refused ──┘
+//!     └── no node fits: event FailedScheduling, condition PodScheduled=False; tried again when something changed
+//! ```
+//!
+//! One task owns the state; bindings are sent by tasks of their own, so that one slow call holds up nobody.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use futures::stream::{FuturesUnordered, StreamExt};
+use futures::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
-use joey_model::quantity::{parse_milli, parse_units};
-use k8s_openapi::api::core::v1::{
-    Event, EventSource, Node, NodeSelectorRequirement, ObjectReference, Pod, Taint, Toleration,
-};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
-use kube::Api;
-use kube::api::{Patch, PatchParams, PostParams};
-use kube::runtime::watcher;
+use k8s_openapi::api::core::v1::{Binding, Node, ObjectReference, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Resource, ResourceExt};
 use serde_json::json;
+use tokio::sync::mpsc;
 
+use crate::fit::{self, Room};
+
+/// The `schedulerName` that is served; Pods naming another are somebody else's.
 const NAME: &str = "default-scheduler";
-const RETRY: Duration = Duration::from_millis(300);
+/// How long a refused binding waits before the Pod is looked at again.
+const RETRY: Duration = Duration::from_millis(200);
 
-/// Runs until dropped.
-pub async fn run(client: kube::Client) {
-    let mut pods = watcher(Api::<Pod>::all(client.clone()), watcher::Config::default()).boxed();
-    let mut nodes = watcher(Api::<Node>::all(client.clone()), watcher::Config::default()).boxed();
-    let mut cluster = Cluster::default();
-    let mut writes = FuturesUnordered::new();
+/// Schedules until dropped.
+pub(crate) async fn run(client: kube::Client) {
+    let pods = watcher(Api::<Pod>::all(client.clone()), watcher::Config::default())
+        .default_backoff()
+        .map_ok(Change::Pod)
+        .boxed();
+    let nodes = watcher(Api::<Node>::all(client.clone()), watcher::Config::default())
+        .default_backoff()
+        .map_ok(Change::Node)
+        .boxed();
+    let mut changes = stream::select(pods, nodes);
+    let (answers, mut answered) = mpsc::unbounded_channel();
+    let recorder = Recorder::new(client.clone(), Reporter { controller: NAME.to_owned(), instance: None });
+    let mut scheduler = Scheduler { client, recorder, answers, state: State::default() };
     loop {
         tokio::select! {
-            event = pods.next() => match event {
-                Some(Ok(event)) => cluster.pod_event(event),
-                Some(Err(error)) => { tracing::warn!(%error, "watch of pods failed, trying again"); tokio::time::sleep(RETRY).await; }
+            change = changes.next() => match change {
+                Some(Ok(Change::Pod(event))) => scheduler.state.pod_changed(event),
+                Some(Ok(Change::Node(event))) => scheduler.state.node_changed(event),
+                Some(Err(error)) => tracing::debug!(%error, "scheduler's watch broke, beginning again"),
                 None => return,
             },
-            event = nodes.next() => match event {
-                Some(Ok(event)) => cluster.node_event(event),
-                Some(Err(error)) => { tracing::warn!(%error, "watch of nodes failed, trying again"); tokio::time::sleep(RETRY).await; }
-                None => return,
-            },
-            Some(failed) = writes.next(), if !writes.is_empty() => if let Some(key) = failed {
-                // The binding was refused or lost: what the watch says next counts, and the Pod is tried again.
-                cluster.unassume(&key);
-            },
+            Some((key, pod)) = answered.recv() => scheduler.state.binding_refused(&key, pod),
         }
-        for decision in cluster.decide() {
-            writes.push(carry_out(client.clone(), decision));
-        }
+        scheduler.schedule();
     }
 }
 
+// One at a time and consumed at once: boxing would cost more than it saves.
+#[allow(clippy::large_enum_variant)]
+enum Change {
+    Pod(watcher::Event<Pod>),
+    Node(watcher::Event<Node>),
+}
+
+struct Scheduler {
+    client: kube::Client,
+    recorder: Recorder,
+    /// Pods whose binding was refused, as they are now; `None`: gone.
+    answers: mpsc::UnboundedSender<(Key, Option<Box<Pod>>)>,
+    state: State,
+}
+
+/// Namespace and name.
 type Key = (String, String);
 
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Amounts {
-    cpu_milli: u64,
-    memory_bytes: u64,
-    pods: u64,
-}
-
 #[derive(Default)]
-struct Cluster {
-    nodes: HashMap<String, Node>,
-    /// Pods that use a node: its name and what they request. Assumed ones too, from the decision on.
-    bound: HashMap<Key, (String, Amounts)>,
-    waiting: BTreeMap<Key, Waiting>,
-    listed: (bool, bool),
-    pods_seen: Vec<Key>,
-    nodes_seen: Vec<String>,
-    changed: bool,
+struct State {
+    nodes: BTreeMap<String, Node>,
+    /// Node and requests of every Pod that has one, also of those whose binding is under way.
+    placed: HashMap<Key, (String, Room)>,
+    used: HashMap<String, Room>,
+    waiting: BTreeMap<Key, Pod>,
+    /// Something happened since waiting Pods were last looked at.
+    stirred: bool,
+    /// Both lists were received: what is used is known.
+    synced: (bool, bool),
+    /// Lists under way: what is not in them is gone.
+    listed_pods: Option<std::collections::HashSet<Key>>,
+    listed_nodes: Option<std::collections::HashSet<String>>,
 }
 
-struct Waiting {
-    pod: Pod,
-    /// Not decided since something changed.
-    fresh: bool,
-    /// What was said last, so that it is said once.
-    said: String,
-}
-
-enum Decision {
-    Bind { key: Key, pod: Box<Pod>, node: String },
-    Refuse { pod: Box<Pod>, message: String },
-}
-
-impl Cluster {
-    fn pod_event(&mut self, event: watcher::Event<Pod>) {
+impl State {
+    fn pod_changed(&mut self, event: watcher::Event<Pod>) {
         match event {
-            watcher::Event::Apply(pod) => self.pod(pod),
+            watcher::Event::Init => self.listed_pods = Some(Default::default()),
             watcher::Event::InitApply(pod) => {
-                self.pods_seen.push(key(&pod));
-                self.pod(pod);
+                if let Some(listed) = &mut self.listed_pods {
+                    listed.insert(key(&pod));
+                }
+                self.pod_is(pod);
             }
-            watcher::Event::Delete(pod) => self.forget(&key(&pod)),
-            watcher::Event::Init => self.pods_seen.clear(),
             watcher::Event::InitDone => {
-                let seen: std::collections::HashSet<Key> = std::mem::take(&mut self.pods_seen).into_iter().collect();
-                self.bound.retain(|key, _| seen.contains(key));
-                self.waiting.retain(|key, _| seen.contains(key));
-                self.listed.0 = true;
-                self.changed = true;
+                self.synced.0 = true;
+                self.stirred = true;
+                if let Some(listed) = self.listed_pods.take() {
+                    self.waiting.retain(|key, _| listed.contains(key));
+                    let gone: Vec<Key> = self.placed.keys().filter(|key| !listed.contains(*key)).cloned().collect();
+                    gone.iter().for_each(|key| self.unplace(key));
+                }
+            }
+            watcher::Event::Apply(pod) => self.pod_is(pod),
+            watcher::Event::Delete(pod) => {
+                let key = key(&pod);
+                self.waiting.remove(&key);
+                self.unplace(&key);
             }
         }
     }
 
-    fn pod(&mut self, pod: Pod) {
+    fn pod_is(&mut self, pod: Pod) {
         let key = key(&pod);
-        let spec = pod.spec.clone().unwrap_or_default();
-        let over = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-        if matches!(over, Some("Succeeded" | "Failed")) {
-            self.forget(&key);
-        } else if let Some(node) = spec.node_name.clone().filter(|node| !node.is_empty()) {
+        let Some(spec) = &pod.spec else { return };
+        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default();
+        if matches!(phase, "Succeeded" | "Failed") {
             self.waiting.remove(&key);
-            self.bound.insert(key, (node, requests(&pod)));
-        } else if spec.scheduler_name.as_deref().unwrap_or(NAME) == NAME
-            && pod.metadata.deletion_timestamp.is_none()
-            && spec.scheduling_gates.as_ref().is_none_or(Vec::is_empty)
-            && !self.bound.contains_key(&key)
+            self.unplace(&key);
+        } else if let Some(node) = spec.node_name.clone() {
+            self.waiting.remove(&key);
+            self.place(key, node, fit::requests(spec));
+        } else if pod.metadata.deletion_timestamp.is_none()
+            && spec.scheduler_name.as_deref().unwrap_or(NAME) == NAME
+            && !self.placed.contains_key(&key)
         {
-            let said = self.waiting.get(&key).map(|waiting| waiting.said.clone()).unwrap_or_default();
-            // A Pod that waits is looked at when it is new; its own status written by this scheduler wakes nothing.
-            let fresh = said.is_empty();
-            self.waiting.insert(key, Waiting { pod, fresh, said });
+            self.waiting.insert(key, pod);
+            self.stirred = true;
         } else if pod.metadata.deletion_timestamp.is_some() {
             self.waiting.remove(&key);
         }
     }
 
-    fn forget(&mut self, key: &Key) {
-        self.waiting.remove(key);
-        self.changed |= self.bound.remove(key).is_some();
-    }
-
-    fn unassume(&mut self, key: &Key) {
-        self.forget(key);
-    }
-
-    fn node_event(&mut self, event: watcher::Event<Node>) {
-        let name = |node: &Node| node.metadata.name.clone().unwrap_or_default();
+    fn node_changed(&mut self, event: watcher::Event<Node>) {
         match event {
-            watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
-                self.nodes_seen.push(name(&node));
-                let before = self.nodes.insert(name(&node), node.clone());
-                self.changed |= before.is_none_or(|before| matters(&before) != matters(&node));
-                if self.listed.1 {
-                    self.nodes_seen.clear();
+            watcher::Event::Init => self.listed_nodes = Some(Default::default()),
+            watcher::Event::InitApply(node) => {
+                if let Some(listed) = &mut self.listed_nodes {
+                    listed.insert(node.name_any());
                 }
-            }
-            watcher::Event::Delete(node) => {
-                self.nodes.remove(&name(&node));
-            }
-            watcher::Event::Init => {
-                self.listed.1 = false;
-                self.nodes_seen.clear();
+                self.node_is(node);
             }
             watcher::Event::InitDone => {
-                let seen = std::mem::take(&mut self.nodes_seen);
-                self.nodes.retain(|name, _| seen.contains(name));
-                self.listed.1 = true;
-                self.changed = true;
+                self.synced.1 = true;
+                self.stirred = true;
+                if let Some(listed) = self.listed_nodes.take() {
+                    self.nodes.retain(|name, _| listed.contains(name));
+                }
+            }
+            watcher::Event::Apply(node) => self.node_is(node),
+            watcher::Event::Delete(node) => {
+                self.nodes.remove(&node.name_any());
             }
         }
     }
 
-    /// Decides about every Pod that waits and may have a new answer.
-    fn decide(&mut self) -> Vec<Decision> {
-        if self.listed != (true, true) {
-            return Vec::new();
+    fn node_is(&mut self, mut node: Node) {
+        node.metadata.managed_fields = None;
+        if let Some(status) = &mut node.status {
+            // Not looked at, and large on nodes that run containers themselves.
+            status.images = None;
         }
-        let all = std::mem::take(&mut self.changed);
-        let keys: Vec<Key> = self.waiting.iter().filter(|(_, w)| all || w.fresh).map(|(key, _)| key.clone()).collect();
-        if keys.is_empty() {
-            return Vec::new();
+        self.nodes.insert(node.name_any(), node);
+        self.stirred = true;
+    }
+
+    fn place(&mut self, key: Key, node: String, room: Room) {
+        if self.placed.get(&key).is_some_and(|placed| *placed == (node.clone(), room)) {
+            return;
         }
-        let mut used: HashMap<String, Amounts> = HashMap::new();
-        for (node, amounts) in self.bound.values() {
-            add(used.entry(node.clone()).or_default(), *amounts);
+        self.unplace(&key);
+        self.used.entry(node.clone()).or_default().add(room);
+        self.placed.insert(key, (node, room));
+    }
+
+    fn unplace(&mut self, key: &Key) {
+        if let Some((node, room)) = self.placed.remove(key) {
+            if let Some(used) = self.used.get_mut(&node) {
+                used.remove(room);
+            }
+            self.stirred = true;
         }
-        let mut decisions = Vec::new();
-        for key in keys {
-            let Some(mut waiting) = self.waiting.remove(&key) else { continue };
-            waiting.fresh = false;
-            match choose(&waiting.pod, &self.nodes, &used) {
-                Ok(node) => {
-                    let amounts = requests(&waiting.pod);
-                    add(used.entry(node.clone()).or_default(), amounts);
-                    self.bound.insert(key.clone(), (node.clone(), amounts));
-                    decisions.push(Decision::Bind { key, pod: Box::new(waiting.pod), node });
-                }
-                Err(message) => {
-                    if waiting.said != message {
-                        waiting.said.clone_from(&message);
-                        decisions.push(Decision::Refuse { pod: Box::new(waiting.pod.clone()), message });
-                    }
-                    self.waiting.insert(key, waiting);
-                }
+    }
+
+    fn binding_refused(&mut self, key: &Key, pod: Option<Box<Pod>>) {
+        self.unplace(key);
+        if let Some(pod) = pod {
+            self.pod_is(*pod);
+        }
+    }
+
+    /// The ready node with room and the fewest Pods, or why there is none.
+    fn choose(&self, pod: &Pod) -> Result<String, String> {
+        let mut obstacles = Vec::new();
+        let mut best: Option<(u64, &String)> = None;
+        for (name, node) in &self.nodes {
+            let used = self.used.get(name).copied().unwrap_or_default();
+            match fit::obstacle(pod, node, used) {
+                Some(obstacle) => obstacles.push(obstacle),
+                None if best.is_none_or(|(pods, _)| used.pods < pods) => best = Some((used.pods, name)),
+                None => {}
             }
         }
-        decisions
+        best.map(|(_, name)| name.clone()).ok_or_else(|| fit::explain(self.nodes.len(), &obstacles))
+    }
+}
+
+impl Scheduler {
+    fn schedule(&mut self) {
+        if self.state.synced != (true, true) || !std::mem::take(&mut self.state.stirred) {
+            return;
+        }
+        let keys: Vec<Key> = self.state.waiting.keys().cloned().collect();
+        for key in keys {
+            let Some(pod) = self.state.waiting.get(&key) else { continue };
+            match self.state.choose(pod) {
+                Ok(node) => {
+                    let room = pod.spec.as_ref().map(fit::requests).unwrap_or_default();
+                    if let Some(pod) = self.state.waiting.remove(&key) {
+                        self.state.place(key.clone(), node.clone(), room);
+                        self.bind(key, pod, node);
+                    }
+                }
+                Err(why) => self.report(key, why),
+            }
+        }
+        // Placing stirs nobody: room only became less.
+        self.state.stirred = false;
+    }
+
+    fn bind(&self, key: Key, pod: Pod, node: String) {
+        let (client, recorder, answers) = (self.client.clone(), self.recorder.clone(), self.answers.clone());
+        tokio::spawn(async move {
+            match bind(&client, &pod, &node).await {
+                Ok(()) => {
+                    let note = format!("Successfully assigned {}/{} to {node}", key.0, key.1);
+                    publish(&recorder, &pod, EventType::Normal, "Scheduled", "Binding", note).await;
+                }
+                Err(error) => {
+                    tracing::debug!(namespace = key.0, pod = key.1, %error, "binding was refused");
+                    tokio::time::sleep(RETRY).await;
+                    let pods = Api::<Pod>::namespaced(client, &key.0);
+                    // What cannot be read now is tried as it was; a Pod that is gone stays gone.
+                    let now = pods.get_opt(&key.1).await.unwrap_or(Some(pod));
+                    let _ = answers.send((key, now.map(Box::new)));
+                }
+            }
+        });
+    }
+
+    /// Says on the Pod why it waits; only when the words are new.
+    fn report(&mut self, key: Key, why: String) {
+        let Some(pod) = self.state.waiting.get_mut(&key) else { return };
+        let conditions = pod.status.get_or_insert_default().conditions.get_or_insert_default();
+        let known = conditions.iter().find(|condition| condition.type_ == "PodScheduled");
+        if known.is_some_and(|known| known.status == "False" && known.message.as_deref() == Some(why.as_str())) {
+            return;
+        }
+        let condition = json!({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": why,
+            "lastTransitionTime": Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()});
+        if let Ok(condition) = serde_json::from_value(condition.clone()) {
+            conditions.retain(|condition: &k8s_openapi::api::core::v1::PodCondition| condition.type_ != "PodScheduled");
+            conditions.push(condition);
+        }
+        let (pods, recorder) = (Api::<Pod>::namespaced(self.client.clone(), &key.0), self.recorder.clone());
+        let pod = pod.clone();
+        tokio::spawn(async move {
+            let patch = Patch::Strategic(json!({"status": {"conditions": [condition]}}));
+            if let Err(error) = pods.patch_status(&key.1, &PatchParams::default(), &patch).await {
+                tracing::debug!(namespace = key.0, pod = key.1, %error, "condition could not be written");
+            }
+            publish(&recorder, &pod, EventType::Warning, "FailedScheduling", "Scheduling", why).await;
+        });
+    }
+}
+
+async fn bind(client: &kube::Client, pod: &Pod, node: &str) -> Result<(), kube::Error> {
+    let name = pod.name_any();
+    let pods = Api::<Pod>::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+    let binding = Binding {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            namespace: pod.namespace(),
+            // The server refuses the binding when another Pod of this name has taken its place.
+            uid: pod.uid(),
+            ..ObjectMeta::default()
+        },
+        target: ObjectReference {
+            kind: Some("Node".to_owned()),
+            name: Some(node.to_owned()),
+            ..ObjectReference::default()
+        },
+    };
+    let _answer: serde_json::Value =
+        pods.create_subresource("binding", &name, &PostParams::default(), &binding).await?;
+    Ok(())
+}
+
+async fn publish(recorder: &Recorder, pod: &Pod, type_: EventType, reason: &str, action: &str, note: String) {
+    let event =
+        Event { type_, reason: reason.to_owned(), action: action.to_owned(), note: Some(note), secondary: None };
+    if let Err(error) = recorder.publish(&event, &pod.object_ref(&())).await {
+        tracing::debug!(%error, reason, "event could not be written");
     }
 }
 
 fn key(pod: &Pod) -> Key {
-    (pod.metadata.namespace.clone().unwrap_or_default(), pod.metadata.name.clone().unwrap_or_default())
+    (pod.namespace().unwrap_or_default(), pod.name_any())
 }
 
-/// What of a Node decides: heartbeats do not.
-fn matters(
-    node: &Node,
-) -> (Option<&k8s_openapi::api::core::v1::NodeSpec>, Option<&BTreeMap<String, String>>, bool, Amounts) {
-    (node.spec.as_ref(), node.metadata.labels.as_ref(), ready(node), allocatable(node))
-}
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
 
-fn ready(node: &Node) -> bool {
-    let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
-}
+    use super::*;
 
-fn add(sum: &mut Amounts, more: Amounts) {
-    sum.cpu_milli = sum.cpu_milli.saturating_add(more.cpu_milli);
-    sum.memory_bytes = sum.memory_bytes.saturating_add(more.memory_bytes);
-    sum.pods += more.pods;
-}
-
-/// What a Pod asks for: the sum of its containers' requests and its overhead.
-fn requests(pod: &Pod) -> Amounts {
-    let mut sum = Amounts { pods: 1, ..Amounts::default() };
-    let Some(spec) = &pod.spec else { return sum };
-    let containers = spec.containers.iter().filter_map(|c| c.resources.as_ref()?.requests.as_ref());
-    for amounts in containers.chain(spec.overhead.as_ref()) {
-        let text = |name: &str| amounts.get(name).map_or("0", |amount| amount.0.as_str());
-        let cpu_milli = parse_milli(text("cpu")).unwrap_or(u64::MAX);
-        let memory_bytes = parse_units(text("memory")).unwrap_or(u64::MAX);
-        add(&mut sum, Amounts { cpu_milli, memory_bytes, pods: 0 });
-    }
-    sum
-}
-
-fn allocatable(node: &Node) -> Amounts {
-    let amounts = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
-    let text = |name: &str| amounts.and_then(|amounts| amounts.get(name)).map_or("0", |amount| amount.0.as_str());
-    Amounts {
-        cpu_milli: parse_milli(text("cpu")).unwrap_or(0),
-        memory_bytes: parse_units(text("memory")).unwrap_or(0),
-        pods: parse_units(text("pods")).unwrap_or(0),
-    }
-}
-
-/// The node for a Pod, or why there is none, in kube-scheduler's words.
-fn choose(pod: &Pod, nodes: &HashMap<String, Node>, used: &HashMap<String, Amounts>) -> Result<String, String> {
-    let wanted = requests(pod);
-    let mut best: Option<(u64, &String)> = None;
-    let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
-    for (name, node) in nodes {
-        let used = used.get(name).copied().unwrap_or_default();
-        match refusal(pod, node, wanted, used) {
-            None => {
-                let free = allocatable(node).memory_bytes.saturating_sub(used.memory_bytes);
-                if best.is_none_or(|(most, first)| (free, name) > (most, first)) {
-                    best = Some((free, name));
-                }
-            }
-            Some(reason) => *reasons.entry(reason).or_default() += 1,
+    fn pod(name: &str, node: Option<&str>, phase: &str) -> Pod {
+        let mut value = json!({"metadata": {"name": name, "namespace": "n"}, "status": {"phase": phase},
+            "spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}]}});
+        if let Some(node) = node {
+            value["spec"]["nodeName"] = Value::from(node);
         }
+        serde_json::from_value(value).unwrap()
     }
-    if let Some((_, name)) = best {
-        return Ok(name.clone());
-    }
-    if nodes.is_empty() {
-        return Err("no nodes available to schedule pods".into());
-    }
-    let reasons: Vec<String> = reasons.into_iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-    Err(format!("0/{} nodes are available: {}.", nodes.len(), reasons.join(", ")))
-}
 
-fn refusal(pod: &Pod, node: &Node, wanted: Amounts, used: Amounts) -> Option<String> {
-    let spec = pod.spec.as_ref()?;
-    let node_spec = node.spec.clone().unwrap_or_default();
-    if !ready(node) {
-        return Some("node(s) were not ready".into());
+    fn node(name: &str) -> Node {
+        serde_json::from_value(json!({"metadata": {"name": name}, "status": {
+            "conditions": [{"type": "Ready", "status": "True"}], "allocatable": {"cpu": "2", "pods": "10"}}}))
+        .unwrap()
     }
-    if node_spec.unschedulable == Some(true) {
-        return Some("node(s) were unschedulable".into());
-    }
-    let tolerations = spec.tolerations.as_deref().unwrap_or_default();
-    let repelling = node_spec.taints.iter().flatten().find(|taint| {
-        matches!(taint.effect.as_str(), "NoSchedule" | "NoExecute") && !tolerations.iter().any(|t| tolerates(t, taint))
-    });
-    if let Some(taint) = repelling {
-        let value = taint.value.as_deref().unwrap_or_default();
-        return Some(format!("node(s) had untolerated taint {{{}: {value}}}", taint.key));
-    }
-    if !selected(pod, node) {
-        return Some("node(s) didn't match Pod's node affinity/selector".into());
-    }
-    let has = allocatable(node);
-    let fits = |have: u64, used: u64, want: u64| used.saturating_add(want) <= have;
-    if !fits(has.pods, used.pods, 1) {
-        return Some("Too many pods".into());
-    }
-    if wanted.cpu_milli > 0 && !fits(has.cpu_milli, used.cpu_milli, wanted.cpu_milli) {
-        return Some("Insufficient cpu".into());
-    }
-    if wanted.memory_bytes > 0 && !fits(has.memory_bytes, used.memory_bytes, wanted.memory_bytes) {
-        return Some("Insufficient memory".into());
-    }
-    None
-}
 
-fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
-    let filled = |text: &Option<String>| text.clone().unwrap_or_default();
-    let (key, effect) = (filled(&toleration.key), filled(&toleration.effect));
-    if !effect.is_empty() && effect != taint.effect {
-        return false;
-    }
-    match toleration.operator.as_deref() {
-        Some("Exists") => key.is_empty() || key == taint.key,
-        _ => key == taint.key && filled(&toleration.value) == filled(&taint.value),
-    }
-}
-
-fn selected(pod: &Pod, node: &Node) -> bool {
-    let Some(spec) = &pod.spec else { return true };
-    let labels = node.metadata.labels.clone().unwrap_or_default();
-    if !spec.node_selector.iter().flatten().all(|(key, value)| labels.get(key) == Some(value)) {
-        return false;
-    }
-    let affinity = spec.affinity.as_ref().and_then(|affinity| affinity.node_affinity.as_ref());
-    let Some(required) = affinity.and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref()) else {
-        return true;
-    };
-    let fields = BTreeMap::from([("metadata.name".to_owned(), node.metadata.name.clone().unwrap_or_default())]);
-    required.node_selector_terms.iter().any(|term| {
-        let expressions = term.match_expressions.as_deref().unwrap_or_default();
-        let on_fields = term.match_fields.as_deref().unwrap_or_default();
-        expressions.len() + on_fields.len() > 0
-            && expressions.iter().all(|wanted| matches_requirement(wanted, &labels))
-            && on_fields.iter().all(|wanted| matches_requirement(wanted, &fields))
-    })
-}
-
-fn matches_requirement(wanted: &NodeSelectorRequirement, labels: &BTreeMap<String, String>) -> bool {
-    let value = labels.get(&wanted.key);
-    let values = wanted.values.as_deref().unwrap_or_default();
-    let number = |text: Option<&String>| text.and_then(|text| text.parse::<i64>().ok());
-    match wanted.operator.as_str() {
-        "In" => value.is_some_and(|value| values.contains(value)),
-        "NotIn" => value.is_none_or(|value| !values.contains(value)),
-        "Exists" => value.is_some(),
-        "DoesNotExist" => value.is_none(),
-        "Gt" => number(value).zip(number(values.first())).is_some_and(|(have, bound)| have > bound),
-        "Lt" => number(value).zip(number(values.first())).is_some_and(|(have, bound)| have < bound),
-        _ => false,
-    }
-}
-
-/// Writes a decision; `Some`: the binding did not come about.
-async fn carry_out(client: kube::Client, decision: Decision) -> Option<Key> {
-    match decision {
-        Decision::Bind { key, pod, node } => {
-            let api: Api<Pod> = Api::namespaced(client.clone(), &key.0);
-            let binding = json!({
-                "apiVersion": "v1", "kind": "Binding",
-                "metadata": { "name": key.1, "namespace": key.0, "uid": pod.metadata.uid },
-                "target": { "apiVersion": "v1", "kind": "Node", "name": node },
-            });
-            let bound: Result<serde_json::Value, _> =
-                api.create_subresource("binding", &key.1, &PostParams::default(), &binding).await;
-            if let Err(error) = bound {
-                tracing::warn!(namespace = key.0, pod = key.1, %error, "pod could not be bound");
-                return Some(key);
-            }
-            let message = format!("Successfully assigned {}/{} to {node}", key.0, key.1);
-            say(&client, &pod, false, "Scheduled", "Binding", message).await;
-            None
+    #[test]
+    fn the_emptiest_node_with_room_is_chosen() {
+        let mut state = State::default();
+        state.node_changed(watcher::Event::Apply(node("a")));
+        state.node_changed(watcher::Event::Apply(node("b")));
+        state.pod_changed(watcher::Event::Apply(pod("1", Some("a"), "Running")));
+        assert_eq!(state.choose(&pod("2", None, "Pending")), Ok("b".to_owned()));
+        for name in ["3", "4"] {
+            state.pod_changed(watcher::Event::Apply(pod(name, Some("b"), "Running")));
         }
-        Decision::Refuse { pod, message } => {
-            let (namespace, name) = key(&pod);
-            let status = json!({ "metadata": { "uid": pod.metadata.uid }, "status": { "conditions": [{
-                "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message,
-                "lastTransitionTime": Time(Timestamp::now()), "observedGeneration": pod.metadata.generation,
-            }]}});
-            let api: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-            let written = api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(status)).await;
-            if let Err(error) = written {
-                tracing::debug!(%error, "condition of an unschedulable pod could not be written");
-            }
-            say(&client, &pod, true, "FailedScheduling", "Scheduling", message).await;
-            None
-        }
+        assert_eq!(state.choose(&pod("5", None, "Pending")), Ok("a".to_owned()));
+        state.pod_changed(watcher::Event::Apply(pod("6", Some("a"), "Running")));
+        let full = state.choose(&pod("7", None, "Pending")).unwrap_err();
+        assert_eq!(full, "0/2 nodes are available: 2 Insufficient cpu.");
+        state.pod_changed(watcher::Event::Apply(pod("3", Some("b"), "Succeeded")));
+        assert_eq!(state.choose(&pod("7", None, "Pending")), Ok("b".to_owned()));
     }
-}
 
-async fn say(client: &kube::Client, pod: &Pod, warning: bool, reason: &str, action: &str, message: String) {
-    let (namespace, name) = key(pod);
-    let now = Timestamp::now();
-    let event = Event {
-        metadata: ObjectMeta {
-            name: Some(format!("{}.{:016x}", &name[..name.len().min(230)], now.as_nanosecond())),
-            namespace: Some(namespace.clone()),
-            ..ObjectMeta::default()
-        },
-        involved_object: ObjectReference {
-            api_version: Some("v1".into()),
-            kind: Some("Pod".into()),
-            name: Some(name),
-            namespace: Some(namespace.clone()),
-            uid: pod.metadata.uid.clone(),
-            ..ObjectReference::default()
-        },
-        action: Some(action.into()),
-        count: Some(1),
-        first_timestamp: Some(Time(now)),
-        last_timestamp: Some(Time(now)),
-        reason: Some(reason.into()),
-        message: Some(message),
-        type_: Some(if warning { "Warning" } else { "Normal" }.into()),
-        source: Some(EventSource { component: Some(NAME.into()), host: None }),
-        reporting_component: Some(NAME.into()),
-        ..Event::default()
-    };
-    let api: Api<Event> = Api::namespaced(client.clone(), &namespace);
-    if let Err(error) = api.create(&PostParams::default(), &event).await {
-        tracing::debug!(%error, "event could not be written");
+    #[test]
+    fn a_new_list_forgets_what_it_does_not_hold() {
+        let mut state = State::default();
+        state.pod_changed(watcher::Event::Apply(pod("old", Some("a"), "Running")));
+        state.pod_changed(watcher::Event::Apply(pod("waits", None, "Pending")));
+        state.pod_changed(watcher::Event::Init);
+        state.pod_changed(watcher::Event::InitApply(pod("new", Some("a"), "Running")));
+        state.pod_changed(watcher::Event::InitDone);
+        assert!(state.waiting.is_empty());
+        assert_eq!(state.placed.len(), 1);
+        assert_eq!(state.used["a"], Room { cpu: 1000, memory: 0, pods: 1 });
     }
 }

@@ -1,65 +1,52 @@
-//! The service account `default` of every namespace: made with the namespace, made again when deleted.
+//! Every active namespace has a ServiceAccount `default`; one that somebody deletes is made again.
 
-use std::time::Duration;
-
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::Api;
-use kube::api::PostParams;
-use kube::runtime::watcher;
+use kube::ResourceExt;
+use kube::api::{Api, PostParams};
+use kube::runtime::{WatchStreamExt, watcher};
 
-const RETRY: Duration = Duration::from_millis(300);
+/// Name of the account a Pod has when it names none.
+const NAME: &str = "default";
 
-/// Runs until dropped.
-pub async fn run(client: kube::Client) {
-    let mut namespaces = watcher(Api::<Namespace>::all(client.clone()), watcher::Config::default()).boxed();
-    let only = watcher::Config::default().fields("metadata.name=default");
-    let mut accounts = watcher(Api::<ServiceAccount>::all(client.clone()), only).boxed();
-    loop {
-        let wanting = tokio::select! {
-            event = namespaces.next() => match event {
-                Some(Ok(watcher::Event::Apply(namespace) | watcher::Event::InitApply(namespace))) => {
-                    namespace.metadata.name.filter(|_| namespace.metadata.deletion_timestamp.is_none())
-                }
-                Some(Ok(_)) => None,
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "watch of namespaces failed, trying again");
-                    tokio::time::sleep(RETRY).await;
-                    None
-                }
-                None => return,
-            },
-            event = accounts.next() => match event {
-                Some(Ok(watcher::Event::Delete(account))) => account.metadata.namespace,
-                Some(Ok(_)) => None,
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "watch of service accounts failed, trying again");
-                    tokio::time::sleep(RETRY).await;
-                    None
-                }
-                None => return,
-            },
-        };
-        if let Some(namespace) = wanting {
-            tokio::spawn(ensure(client.clone(), namespace));
+/// Keeps the accounts until dropped.
+pub(crate) async fn run(client: kube::Client) {
+    let config = watcher::Config::default();
+    let namespaces = watcher(Api::<Namespace>::all(client.clone()), config.clone())
+        .default_backoff()
+        .applied_objects()
+        .try_filter(|namespace| std::future::ready(namespace.metadata.deletion_timestamp.is_none()))
+        .map_ok(|namespace| namespace.name_any())
+        .boxed();
+    let accounts = Api::<ServiceAccount>::all(client.clone());
+    let deleted = watcher(accounts, config.fields(&format!("metadata.name={NAME}")))
+        .default_backoff()
+        .try_filter_map(|event| {
+            std::future::ready(Ok(match event {
+                watcher::Event::Delete(account) => account.namespace(),
+                _ => None,
+            }))
+        })
+        .boxed();
+    let mut wanted = stream::select(namespaces, deleted);
+    while let Some(next) = wanted.next().await {
+        let Ok(namespace) = next else { continue };
+        if let Err(error) = ensure(&client, &namespace).await {
+            tracing::warn!(namespace, %error, "service account default could not be made");
         }
     }
 }
 
-async fn ensure(client: kube::Client, namespace: String) {
-    let api: Api<ServiceAccount> = Api::namespaced(client, &namespace);
+async fn ensure(client: &kube::Client, namespace: &str) -> Result<(), kube::Error> {
+    let accounts = Api::<ServiceAccount>::namespaced(client.clone(), namespace);
     let account = ServiceAccount {
-        metadata: ObjectMeta { name: Some("default".into()), ..ObjectMeta::default() },
+        metadata: ObjectMeta { name: Some(NAME.to_owned()), ..ObjectMeta::default() },
         ..ServiceAccount::default()
     };
-    for attempt in 0..10_u32 {
-        match api.create(&PostParams::default(), &account).await {
-            Ok(_) => return,
-            // It is there, or the namespace is ending.
-            Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404 | 409) => return,
-            Err(error) => tracing::warn!(namespace, %error, "default service account could not be made, trying again"),
-        }
-        tokio::time::sleep(RETRY * 2_u32.pow(attempt.min(6))).await;
+    match accounts.create(&PostParams::default(), &account).await {
+        // It exists; or its namespace is going or gone.
+        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404 | 409) => Ok(()),
+        result => result.map(drop),
     }
 }

@@ -26,11 +26,11 @@ pub fn stream(bytes: impl Stream<Item = io::Result<Bytes>> + Send + 'static) -> 
     StreamBody::new(bytes.map_ok(Frame::data)).boxed_unsync()
 }
 
-/// The bytes of a received body as they come. Trailers are dropped.
+/// The bytes of a received body as they come. Trailers and empty parts are dropped.
 pub fn into_stream(body: Incoming) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin + 'static {
     BodyStream::new(body).filter_map(|frame| {
         std::future::ready(match frame {
-            Ok(frame) => frame.into_data().ok().map(Ok),
+            Ok(frame) => frame.into_data().ok().filter(|data| !data.is_empty()).map(Ok),
             Err(error) => Some(Err(io::Error::other(error))),
         })
     })

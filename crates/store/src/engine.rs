@@ -140,7 +140,9 @@ struct Group {
 impl Writer {
     fn run(mut self, queue: &Receiver<Work>) {
         loop {
-            let first = match locked(&self.state).next_end() {
+            // Not in the match: the lock would be held while waiting for work.
+            let end = locked(&self.state).next_end();
+            let first = match end {
                 None => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(end) => queue.recv_timeout(end.saturating_duration_since(Instant::now())),
             };

@@ -286,6 +286,9 @@ pub struct InstanceStatus {
     /// What happened on the way, oldest first, at most 32.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<InstanceEvent>,
+    /// Microseconds from the host's acceptance to the end of each phase of the last start: `images network sandbox running`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub timings: BTreeMap<String, u64>,
 }
 
 /// A step worth telling: `Scheduled Pulling Pulled Created Started Killing BackOff Failed`, as the kubelet names them.

@@ -1,0 +1,417 @@
+//! Drives one instance from its record to its end. One task owns the transitions.
+//!
+//! ```text
+//! record ──► pull ──► make ──► watch the agent ──────────────┐
+//!             │ ▲      │ ▲          │ agent lost             │ delete
+//!             ▼ │      ▼ │          ▼                        ▼
+//!          wait (10 s … 300 s)   policy restarts: unmake, make   stop (grace) ──► unmake ──► record removed ──► gone
+//!                                else: Failed, AgentLost
+//! ```
+//!
+//! A deletion is heard in every waiting state; steps of making are short and run to their end first.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use jiff::Timestamp;
+use joey_api::agent::AgentState;
+use joey_api::instance::{ContainerState, InstanceEvent, InstanceStatus, WirePhase};
+use joey_model::{Digest, ErrorKind, Fault, InstanceId, checkpoint};
+use joey_sandbox::{AgentClient, Sandbox};
+use tokio::sync::mpsc;
+
+use crate::engine::Shared;
+use crate::persist::Record;
+use crate::{start, status};
+
+/// Pauses between attempts, as the kubelet's for images.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(300));
+/// How long past its grace a stop may take until everything is killed from outside.
+const STOP_SLACK: Duration = Duration::from_secs(5);
+/// Events of the host that are kept.
+const EVENTS: usize = 32;
+
+/// What an instance is told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// The end, after so many seconds at most; durable already.
+    Delete {
+        grace: u32,
+    },
+    Restart,
+}
+
+/// One instance.
+pub(crate) struct Life {
+    pub(crate) id: InstanceId,
+    pub(crate) dir: PathBuf,
+    pub(crate) record: Record,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) status: InstanceStatus,
+    commands: mpsc::UnboundedReceiver<Command>,
+    events: Vec<InstanceEvent>,
+    agent_events: Vec<InstanceEvent>,
+    began: Instant,
+}
+
+/// Why watching or waiting ended.
+enum Turn {
+    Delete(u32),
+    AgentLost,
+    /// Try again.
+    Again,
+}
+
+impl Life {
+    pub(crate) fn new(
+        id: InstanceId,
+        record: Record,
+        shared: Arc<Shared>,
+        commands: mpsc::UnboundedReceiver<Command>,
+    ) -> Self {
+        let status = status::waiting(&record.spec, &shared.config.host_name, "ContainerCreating", "");
+        let dir = shared.dir(&id);
+        Self {
+            id,
+            dir,
+            record,
+            shared,
+            status,
+            commands,
+            events: Vec::new(),
+            agent_events: Vec::new(),
+            began: Instant::now(),
+        }
+    }
+
+    /// Lives from the record on; `adopted` is the sandbox that an earlier daemon made.
+    pub(crate) async fn run(mut self, adopted: Option<Arc<dyn Sandbox>>) {
+        let mut sandbox = adopted;
+        let grace = loop {
+            if let Some(grace) = self.record.deleting {
+                break grace;
+            }
+            let turn = match sandbox.take() {
+                Some(sandbox) => self.watch(&*sandbox).await,
+                None => match self.make().await {
+                    Ok(made) => {
+                        sandbox = Some(made);
+                        Turn::Again
+                    }
+                    Err(turn) => turn,
+                },
+            };
+            match turn {
+                Turn::Delete(grace) => break grace,
+                Turn::AgentLost => {
+                    if let Some(grace) = self.agent_lost().await {
+                        break grace;
+                    }
+                }
+                Turn::Again => {}
+            }
+        };
+        self.end(grace).await;
+    }
+
+    /// Pulls and makes, with growing pauses after failures.
+    async fn make(&mut self) -> Result<Arc<dyn Sandbox>, Turn> {
+        let mut pause = PAUSE.0;
+        self.began = Instant::now();
+        self.status.timings.clear();
+        loop {
+            self.publish();
+            let failed = match self.pull().await? {
+                Ok(images) => {
+                    self.status.phase = WirePhase::Starting;
+                    match start::make(self, images).await {
+                        Ok(sandbox) => return Ok(sandbox),
+                        Err(fault) => fault,
+                    }
+                }
+                Err(fault) => fault,
+            };
+            self.say_waiting(&failed, &failed.reason);
+            let backing_off = match failed.reason.as_str() {
+                "ErrImagePull" | "RegistryUnavailable" | "ImageNotFound" => "ImagePullBackOff",
+                other => other,
+            };
+            self.wait(pause, &failed, backing_off).await?;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    /// Gets the images; a deletion meanwhile gives the pull up.
+    async fn pull(&mut self) -> Result<Result<Vec<Arc<joey_image::Image>>, Fault>, Turn> {
+        // The commands are taken out, so that both can be waited for at once.
+        let (_, closed) = mpsc::unbounded_channel();
+        let mut commands = std::mem::replace(&mut self.commands, closed);
+        let turn = {
+            let pulling = start::images(self);
+            tokio::pin!(pulling);
+            loop {
+                tokio::select! {
+                    done = &mut pulling => break Ok(done),
+                    command = commands.recv() => match command {
+                        Some(Command::Delete { grace }) => break Err(Turn::Delete(grace)),
+                        Some(Command::Restart) => {}
+                        // The engine is gone, and with it this process.
+                        None => break Ok((&mut pulling).await),
+                    },
+                }
+            }
+        };
+        self.commands = commands;
+        turn
+    }
+
+    /// Waits before the next attempt; a restart cuts the wait short.
+    async fn wait(&mut self, pause: Duration, fault: &Fault, reason: &str) -> Result<(), Turn> {
+        // The first words stay for a moment so that watchers see the cause, then the waiting is named.
+        let (cause, total) = (Duration::from_secs(1), tokio::time::Instant::now() + pause);
+        for (until, named) in [(tokio::time::Instant::now() + cause, false), (total, true)] {
+            if named && reason != fault.reason {
+                self.event(true, "BackOff", format!("Back-off: {fault}"), None);
+                self.say_waiting(fault, reason);
+            }
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => {}
+                command = self.commands.recv() => match command {
+                    Some(Command::Delete { grace }) => return Err(Turn::Delete(grace)),
+                    Some(Command::Restart) => return Ok(()),
+                    None => std::future::pending().await,
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows the agent until it is lost or the end is asked for.
+    async fn watch(&mut self, sandbox: &dyn Sandbox) -> Turn {
+        let agent = AgentClient::new(sandbox.agent().clone());
+        self.shared.agent_is(&self.id, Some(agent.clone()));
+        let turn = self.follow(sandbox, &agent).await;
+        if matches!(turn, Turn::AgentLost) {
+            self.shared.agent_is(&self.id, None);
+        }
+        turn
+    }
+
+    async fn follow(&mut self, sandbox: &dyn Sandbox, agent: &AgentClient) -> Turn {
+        loop {
+            let mut states = match agent.watch().await {
+                Ok(states) => states,
+                Err(error) => {
+                    tracing::debug!(instance = %self.id, %error, "agent cannot be watched");
+                    // Either it is gone, which `exited` says, or it is busy.
+                    tokio::select! {
+                        () = sandbox.exited() => return Turn::AgentLost,
+                        () = tokio::time::sleep(Duration::from_millis(100)) => continue,
+                    }
+                }
+            };
+            loop {
+                tokio::select! {
+                    state = states.next() => match state {
+                        Some(Ok(state)) => self.agent_says(&state),
+                        Some(Err(_)) | None => break,
+                    },
+                    command = self.commands.recv() => match command {
+                        Some(Command::Delete { grace }) => return Turn::Delete(grace),
+                        Some(Command::Restart) => self.restart(agent).await,
+                        None => std::future::pending().await,
+                    },
+                    () = sandbox.exited() => return Turn::AgentLost,
+                }
+            }
+        }
+    }
+
+    async fn restart(&mut self, agent: &AgentClient) {
+        for container in &self.record.spec.containers {
+            if let Err(error) = agent.restart(&container.name).await {
+                tracing::warn!(instance = %self.id, container = container.name, %error, "restart was refused");
+            }
+        }
+    }
+
+    fn agent_says(&mut self, state: &AgentState) {
+        let policy = self.record.spec.restart_policy.into();
+        status::apply(&mut self.status, self.id.as_str(), policy, &self.record.restarts_before, state);
+        if self.status.phase == WirePhase::Running && !self.status.timings.contains_key("running") {
+            self.mark("running");
+        }
+        self.agent_events.clone_from(&state.events);
+        self.publish();
+    }
+
+    /// The agent is gone, and with it its containers. Says the grace when the end was asked for.
+    async fn agent_lost(&mut self) -> Option<u32> {
+        let last = last_state(&self.dir);
+        if let Some(state) = &last {
+            let policy = self.record.spec.restart_policy.into();
+            status::apply(&mut self.status, self.id.as_str(), policy, &self.record.restarts_before, state);
+        }
+        if status::is_final(self.status.phase) {
+            // It had nothing left to do; what it did stays told.
+            self.publish();
+            return self.until_deleted().await;
+        }
+        let message = format!("agent of instance {} was lost and its containers with it", self.id);
+        let fault = Fault::new(ErrorKind::Retryable, "AgentLost", message);
+        self.event(true, "AgentLost", fault.message.clone(), None);
+        if let Err(fault) = start::unmake(self).await {
+            tracing::error!(instance = %self.id, %fault, "what a lost agent left cannot be removed");
+        }
+        let policy: joey_model::RestartPolicy = self.record.spec.restart_policy.into();
+        status::lost(&mut self.status, &fault);
+        if !policy.restarts(137) {
+            self.publish();
+            return self.until_deleted().await;
+        }
+        for container in &self.status.containers {
+            self.record.restarts_before.insert(container.name.clone(), container.restart_count + 1);
+        }
+        if let Err(fault) = self.write_record().await {
+            tracing::error!(instance = %self.id, %fault, "restart counts could not be kept");
+        }
+        self.say_waiting(&fault, "ContainerCreating");
+        None
+    }
+
+    async fn until_deleted(&mut self) -> Option<u32> {
+        loop {
+            match self.commands.recv().await {
+                Some(Command::Delete { grace }) => return Some(grace),
+                Some(Command::Restart) => return None,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Ends the instance and everything it owns; tries until that is done.
+    async fn end(mut self, grace: u32) {
+        self.status.phase = WirePhase::Terminating;
+        self.publish();
+        if let Some(agent) = self.shared.agent(&self.id) {
+            self.stop(&agent, grace).await;
+            self.shared.agent_is(&self.id, None);
+        }
+        let mut pause = Duration::from_secs(1);
+        loop {
+            match self.remove().await {
+                Ok(()) => break,
+                Err(fault) => tracing::error!(instance = %self.id, %fault, "instance cannot be removed, trying again"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(30));
+        }
+        self.shared.gone(&self.id);
+    }
+
+    /// Asks the containers to end and waits until they have, at most the grace; a later, shorter grace counts.
+    async fn stop(&mut self, agent: &AgentClient, grace: u32) {
+        let limit = |grace: u32| tokio::time::Instant::now() + Duration::from_secs(grace.into()) + STOP_SLACK;
+        let (mut deadline, mut shortest) = (limit(grace), grace);
+        let watching = async {
+            agent.stop(grace).await?;
+            agent.watch().await
+        };
+        let Ok(mut states) = watching.await else { return };
+        loop {
+            tokio::select! {
+                state = states.next() => match state {
+                    Some(Ok(state)) => {
+                        self.agent_says(&state);
+                        let ended = |container: &joey_api::agent::AgentContainerState| {
+                            !matches!(container.state, ContainerState::Running { .. })
+                        };
+                        if state.stopping && state.containers.iter().all(ended) {
+                            return;
+                        }
+                    }
+                    Some(Err(_)) | None => return,
+                },
+                Some(command) = self.commands.recv() => if let Command::Delete { grace } = command
+                    && grace < shortest
+                {
+                    (shortest, deadline) = (grace, limit(grace));
+                    if agent.stop(grace).await.is_err() {
+                        return;
+                    }
+                },
+                () = tokio::time::sleep_until(deadline) => return,
+            }
+        }
+    }
+
+    async fn remove(&mut self) -> Result<(), Fault> {
+        start::unmake(self).await?;
+        let dir = self.dir.clone();
+        start::blocking("remove its directory", move || match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        })
+        .await?;
+        checkpoint::reached("instance-forgotten");
+        Ok(())
+    }
+
+    async fn write_record(&self) -> Result<(), Fault> {
+        let (dir, record) = (self.dir.clone(), self.record.clone());
+        start::blocking("write its record", move || record.write(&dir)).await
+    }
+
+    fn say_waiting(&mut self, fault: &Fault, reason: &str) {
+        let host = self.shared.config.host_name.clone();
+        let fresh = status::waiting(&self.record.spec, &host, reason, &fault.message);
+        for container in &mut self.status.containers {
+            container.last_termination = match std::mem::replace(
+                &mut container.state,
+                ContainerState::Waiting { reason: reason.to_owned(), message: fault.message.clone() },
+            ) {
+                ContainerState::Terminated(end) => Some(end),
+                _ => container.last_termination.take(),
+            };
+            container.restart_count = self.record.restarts_before.get(&container.name).copied().unwrap_or(0);
+        }
+        self.status.phase = fresh.phase;
+        (self.status.reason, self.status.message) = (Some(reason.to_owned()), Some(fault.message.clone()));
+        self.publish();
+    }
+
+    /// Notes how long after acceptance a phase of the start ended.
+    pub(crate) fn mark(&mut self, phase: &str) {
+        let micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.status.timings.insert(phase.to_owned(), micros);
+    }
+
+    pub(crate) fn event(&mut self, warning: bool, reason: &str, message: String, container: Option<&str>) {
+        self.events.push(InstanceEvent {
+            at: Timestamp::now(),
+            warning,
+            reason: reason.to_owned(),
+            message,
+            container: container.map(str::to_owned),
+        });
+        let surplus = self.events.len().saturating_sub(EVENTS);
+        self.events.drain(..surplus);
+    }
+
+    pub(crate) fn use_images(&self, ids: Vec<Digest>) {
+        self.shared.images_are(&self.id, ids);
+    }
+
+    /// Shows the status to everybody who watches.
+    pub(crate) fn publish(&mut self) {
+        self.status.events = status::events(&self.events, &self.agent_events);
+        self.shared.publish(&self.id, &self.status);
+    }
+}
+
+/// What the agent last wrote; `None` where there is nothing that can be read.
+fn last_state(dir: &std::path::Path) -> Option<AgentState> {
+    serde_json::from_slice(&std::fs::read(dir.join("state.json")).ok()?).ok()
+}

@@ -1,0 +1,71 @@
+//! The record of an instance on disk: `record.json` in its directory. Written whole, synced, renamed.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use jiff::Timestamp;
+use joey_api::instance::InstanceSpec;
+use serde::{Deserialize, Serialize};
+
+const VERSION: u32 = 1;
+const NAME: &str = "record.json";
+
+/// What was asked for. Holds credentials and file contents: mode 0600.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Record {
+    version: u32,
+    pub(crate) spec: InstanceSpec,
+    pub(crate) accepted_at: Timestamp,
+    /// The end was asked for, with this grace in seconds.
+    pub(crate) deleting: Option<u32>,
+    /// Starts of containers in sandboxes that are gone, by container.
+    #[serde(default)]
+    pub(crate) restarts_before: BTreeMap<String, u32>,
+}
+
+impl Record {
+    pub(crate) fn new(spec: InstanceSpec) -> Self {
+        Self { version: VERSION, spec, accepted_at: Timestamp::now(), deleting: None, restarts_before: BTreeMap::new() }
+    }
+
+    /// The record in `dir`; `None` where there is none that is whole: nothing was acknowledged then.
+    pub(crate) fn read(dir: &Path) -> io::Result<Option<Self>> {
+        let bytes = match fs::read(dir.join(NAME)) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let record: Self = serde_json::from_slice(&bytes)?;
+        match record.version {
+            VERSION => Ok(Some(record)),
+            other => Err(io::Error::other(format!("record has version {other}, this program reads {VERSION}"))),
+        }
+    }
+
+    /// Durable when it returns. Makes `dir` where it is missing.
+    pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
+        let made = match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(error) => return Err(error),
+        };
+        write_private(&dir.join("record.new"), &serde_json::to_vec(self)?)?.sync_all()?;
+        fs::rename(dir.join("record.new"), dir.join(NAME))?;
+        File::open(dir)?.sync_all()?;
+        match dir.parent().filter(|_| made) {
+            Some(parent) => File::open(parent)?.sync_all(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Writes a file that only root reads.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<File> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(bytes)?;
+    Ok(file)
+}

@@ -1,0 +1,246 @@
+//! Makes an instance: a list of steps, each with its undo. A step that fails undoes itself and all before it.
+//!
+//! ```text
+//! Images ──► Volumes ──► Network ──► Config ──► Sandbox
+//!  (kept)    directory    release    (in dir)   destroy      undo, in the other order
+//! ```
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use joey_api::agent::{AgentConfig, AgentVolume, VERSION};
+use joey_api::instance::{ContainerSpec, PullPolicy, VolumeSource};
+use joey_image::Image;
+use joey_model::{ErrorKind, Fault, ImageRef, checkpoint};
+use joey_network::{Attachment, Bandwidth};
+use joey_sandbox::{CreateRequest, Sandbox};
+
+use crate::life::Life;
+use crate::merge::{self, Surroundings};
+use crate::{files, persist};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Volumes,
+    Network,
+    Config,
+    Sandbox,
+}
+
+const STEPS: [Step; 4] = [Step::Volumes, Step::Network, Step::Config, Step::Sandbox];
+
+/// What the steps have made so far.
+struct Made {
+    images: Vec<Arc<Image>>,
+    attachment: Option<Attachment>,
+    config: Option<AgentConfig>,
+    sandbox: Option<Arc<dyn Sandbox>>,
+}
+
+/// Makes the sandbox of an instance whose images are here; on an error everything is undone.
+pub(crate) async fn make(life: &mut Life, images: Vec<Arc<Image>>) -> Result<Arc<dyn Sandbox>, Fault> {
+    let starts = life.shared.starts.clone();
+    // Closed never: the semaphore lives as long as the engine.
+    let _turn = starts.acquire().await;
+    let mut made = Made { images, attachment: None, config: None, sandbox: None };
+    for (done, step) in STEPS.into_iter().enumerate() {
+        if let Err(fault) = perform(life, &mut made, step).await {
+            tracing::warn!(instance = %life.id, ?step, %fault, "step of creation failed");
+            for step in STEPS[..=done].iter().rev() {
+                undo(life, *step).await?;
+            }
+            return Err(fault);
+        }
+    }
+    made.sandbox.ok_or_else(|| Fault::new(ErrorKind::Internal, "SandboxFailed", "no sandbox was made"))
+}
+
+/// Undoes every step, done or not, from nothing but the instance's id.
+pub(crate) async fn unmake(life: &mut Life) -> Result<(), Fault> {
+    for step in STEPS.into_iter().rev() {
+        undo(life, step).await?;
+    }
+    Ok(())
+}
+
+async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fault> {
+    match step {
+        Step::Volumes => {
+            let (dir, spec) = (life.dir.clone(), life.record.spec.clone());
+            blocking("write the volumes", move || files::make_volumes(&dir, &spec)).await?;
+            checkpoint::reached("instance-volumes");
+        }
+        Step::Network => {
+            let caps = &life.record.spec.network;
+            let bandwidth = Bandwidth { ingress: caps.ingress_bits_per_second, egress: caps.egress_bits_per_second };
+            let attachment = life.shared.network.attach(&life.id, bandwidth).await?;
+            life.status.address = Some(attachment.address);
+            made.attachment = Some(attachment);
+            life.mark("network");
+            checkpoint::reached("instance-network");
+        }
+        Step::Config => {
+            let config = config(life, made).await?;
+            let bytes = serde_json::to_vec(&config).map_err(|error| host_fault("write its configuration", &error))?;
+            let path = life.dir.join("agent.json");
+            blocking("write its configuration", move || persist::write_private(&path, &bytes).map(drop)).await?;
+            made.config = Some(config);
+            checkpoint::reached("instance-configured");
+        }
+        Step::Sandbox => {
+            let class = life.shared.class(&life.record.spec.class)?;
+            let netns = made.attachment.as_ref().map(|attachment| attachment.netns.clone());
+            let Some(config) = made.config.clone() else {
+                return Err(Fault::new(ErrorKind::Internal, "SandboxFailed", "instance has no configuration"));
+            };
+            let request = CreateRequest { instance: life.id.clone(), dir: life.dir.clone(), netns, config };
+            made.sandbox = Some(class.create(request).await?);
+            life.mark("sandbox");
+            checkpoint::reached("instance-sandbox");
+        }
+    }
+    Ok(())
+}
+
+async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
+    match step {
+        Step::Sandbox => {
+            let class = life.shared.class(&life.record.spec.class)?;
+            class.destroy(&life.id, &life.dir).await?;
+            checkpoint::reached("instance-sandbox-destroyed");
+        }
+        Step::Config => {}
+        Step::Network => {
+            life.shared.network.release(&life.id).await?;
+            life.status.address = None;
+            checkpoint::reached("instance-network-released");
+        }
+        Step::Volumes => {
+            let dir = life.dir.clone();
+            blocking("remove its files", move || {
+                for name in ["volumes", "upper", "agent.json"] {
+                    let path = dir.join(name);
+                    let removed = match path.is_dir() {
+                        true => std::fs::remove_dir_all(&path),
+                        false => std::fs::remove_file(&path),
+                    };
+                    match removed {
+                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                        _ => {}
+                    }
+                }
+                Ok(())
+            })
+            .await?;
+        }
+    }
+    Ok(())
+}
+
+/// Every image of the instance, pulled where its policy says so. Dropping the future gives the pull up.
+pub(crate) async fn images(life: &mut Life) -> Result<Vec<Arc<Image>>, Fault> {
+    let mut images = Vec::new();
+    for container in life.record.spec.containers.clone() {
+        let image = image(life, &container).await?;
+        let known = format!("{}/{}@{}", image.reference.registry(), image.reference.repository(), image.manifest);
+        if let Some(status) = life.status.containers.iter_mut().find(|status| status.name == container.name) {
+            status.image_id = known;
+        }
+        images.push(image);
+    }
+    life.use_images(images.iter().map(|image| image.id.clone()).collect());
+    life.mark("images");
+    Ok(images)
+}
+
+async fn image(life: &mut Life, container: &ContainerSpec) -> Result<Arc<Image>, Fault> {
+    let reference = ImageRef::parse(&container.image)
+        .map_err(|error| Fault::new(ErrorKind::Invalid, "InvalidImageName", error.to_string()))?;
+    let name = &container.name;
+    if container.pull_policy != PullPolicy::Always
+        && let Some(image) = life.shared.images.find(&reference).await
+    {
+        let message = format!("Container image \"{}\" already present on machine", container.image);
+        life.event(false, "Pulled", message, Some(name));
+        return Ok(image);
+    }
+    if container.pull_policy == PullPolicy::Never {
+        let message = format!("Container image \"{}\" is not present with pull policy of Never", container.image);
+        return Err(Fault::new(ErrorKind::NotFound, "ErrImageNeverPull", message)
+            .with_hint("import or pull the image first, or choose the policy IfNotPresent"));
+    }
+    life.event(false, "Pulling", format!("Pulling image \"{}\"", container.image), Some(name));
+    life.publish();
+    let began = Instant::now();
+    let credentials = life.record.spec.credentials.clone();
+    match life.shared.images.pull(&reference, &credentials, |_| {}).await {
+        Ok(image) => {
+            let message = format!(
+                "Successfully pulled image \"{}\" in {:.3}s. Image size: {} bytes.",
+                container.image,
+                began.elapsed().as_secs_f64(),
+                image.size
+            );
+            life.event(false, "Pulled", message, Some(name));
+            Ok(image)
+        }
+        Err(error) => {
+            let fault = Fault::from(error);
+            life.event(true, "Failed", format!("Failed to pull image \"{}\": {fault}", container.image), Some(name));
+            Err(fault)
+        }
+    }
+}
+
+async fn config(life: &Life, made: &Made) -> Result<AgentConfig, Fault> {
+    let (spec, shared) = (&life.record.spec, &life.shared);
+    let address = made.attachment.as_ref().map(|attachment| attachment.address);
+    let first = spec.name.split('.').next().unwrap_or(&spec.name);
+    let hostname = spec.hostname.clone().unwrap_or_else(|| first.chars().take(63).collect());
+    let mut containers = Vec::new();
+    for (container, image) in spec.containers.iter().zip(&made.images) {
+        let layers = shared.images.mount(image).await?;
+        let layers = layers.iter().map(|layer| layer.to_string_lossy().into_owned()).collect();
+        let around = Surroundings { hostname: &hostname, address, layers };
+        containers.push(merge::container(container, image, around)?);
+    }
+    let volumes = spec.volumes.iter().map(|volume| {
+        let (memory, size_limit_bytes) = match volume.source {
+            VolumeSource::EmptyDir { memory, size_limit_bytes } => (memory, size_limit_bytes),
+            VolumeSource::Files(_) => (false, None),
+        };
+        AgentVolume { name: volume.name.clone(), memory, size_limit_bytes }
+    });
+    Ok(AgentConfig {
+        version: VERSION,
+        instance: life.id.to_string(),
+        resolv_conf: files::resolv_conf(spec, &shared.config.resolv_conf),
+        hosts: files::hosts(spec, &hostname, address),
+        hostname,
+        address,
+        containers,
+        volumes: volumes.collect(),
+        restart_policy: spec.restart_policy,
+        termination_grace_period_seconds: spec.termination_grace_period_seconds,
+        cgroup: format!("{}/{}", shared.config.cgroup_root, life.id),
+        log_max_bytes: shared.config.log_max_bytes,
+        log_max_files: shared.config.log_max_files,
+    })
+}
+
+/// Runs file work where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(
+    operation: &'static str,
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, Fault> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(|error| host_fault(operation, &error)),
+        Err(error) => Err(host_fault(operation, &error)),
+    }
+}
+
+/// A failure of this host; its text goes to the platform's log only.
+pub(crate) fn host_fault(operation: &'static str, error: &dyn std::error::Error) -> Fault {
+    tracing::error!(operation, %error, "host failed");
+    Fault::new(ErrorKind::Internal, "HostFailed", format!("the host could not {operation}"))
+}

@@ -1,0 +1,149 @@
+//! What an instance's status says, derived from what its agent says. Pure.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use joey_api::agent::AgentState;
+use joey_api::instance::{
+    ContainerState, ContainerStatus, InstanceEvent, InstanceSpec, InstanceStatus, Termination, WirePhase,
+};
+use joey_model::{Fault, RestartPolicy};
+
+/// Events a status shows.
+const EVENTS: usize = 32;
+
+/// The status before there is an agent: every container waits for `reason`.
+pub(crate) fn waiting(spec: &InstanceSpec, host: &str, reason: &str, message: &str) -> InstanceStatus {
+    let containers = spec.containers.iter().map(|container| ContainerStatus {
+        name: container.name.clone(),
+        state: ContainerState::Waiting { reason: reason.to_owned(), message: message.to_owned() },
+        last_termination: None,
+        restart_count: 0,
+        image: container.image.clone(),
+        image_id: String::new(),
+        container_id: String::new(),
+    });
+    InstanceStatus { host: Some(host.to_owned()), containers: containers.collect(), ..InstanceStatus::default() }
+}
+
+/// Brings the agent's truth into a status.
+pub(crate) fn apply(
+    status: &mut InstanceStatus,
+    id: &str,
+    policy: RestartPolicy,
+    restarts_before: &BTreeMap<String, u32>,
+    state: &AgentState,
+) {
+    for told in &state.containers {
+        let Some(container) = status.containers.iter_mut().find(|container| container.name == told.name) else {
+            continue;
+        };
+        container.state = told.state.clone();
+        container.restart_count = restarts_before.get(&told.name).copied().unwrap_or(0) + told.restart_count;
+        if told.last_termination.is_some() {
+            container.last_termination = told.last_termination.clone();
+        }
+        if !matches!(told.state, ContainerState::Waiting { .. }) {
+            container.container_id = format!("joey://{id}/{}/{}", told.name, container.restart_count);
+        }
+    }
+    status.phase = match state.stopping {
+        true => WirePhase::Terminating,
+        false => phase(policy, &status.containers),
+    };
+    (status.reason, status.message) = (None, None);
+}
+
+/// The phase that containers in these states make.
+pub(crate) fn phase(policy: RestartPolicy, containers: &[ContainerStatus]) -> WirePhase {
+    let mut failed = false;
+    for container in containers {
+        match &container.state {
+            ContainerState::Terminated(end) if !policy.restarts(end.exit_code) => failed |= end.exit_code != 0,
+            ContainerState::Waiting { .. } if container.last_termination.is_none() => {
+                // Not one run yet: the rest decides whether something runs already.
+                let others = containers.iter().any(|other| !matches!(other.state, ContainerState::Waiting { .. }));
+                return if others { WirePhase::Running } else { WirePhase::Starting };
+            }
+            _ => return WirePhase::Running,
+        }
+    }
+    if failed { WirePhase::Failed } else { WirePhase::Succeeded }
+}
+
+/// Whether nothing will run any more by itself.
+pub(crate) fn is_final(phase: WirePhase) -> bool {
+    matches!(phase, WirePhase::Succeeded | WirePhase::Failed)
+}
+
+/// The status of an instance whose agent is gone and that is not started again.
+pub(crate) fn lost(status: &mut InstanceStatus, fault: &Fault) {
+    for container in &mut status.containers {
+        if let ContainerState::Terminated(_) = container.state {
+            continue;
+        }
+        container.state = ContainerState::Terminated(Termination {
+            exit_code: 137,
+            signal: Some(9),
+            reason: "Error".to_owned(),
+            message: fault.message.clone(),
+            started_at: match container.state {
+                ContainerState::Running { started_at, .. } => Some(started_at),
+                _ => None,
+            },
+            finished_at: Timestamp::now(),
+        });
+    }
+    status.phase = WirePhase::Failed;
+    (status.reason, status.message) = (Some(fault.reason.clone()), Some(fault.message.clone()));
+}
+
+/// Events of the host and of the agent in one list, oldest first.
+pub(crate) fn events(ours: &[InstanceEvent], agent: &[InstanceEvent]) -> Vec<InstanceEvent> {
+    let mut all: Vec<InstanceEvent> = ours.iter().chain(agent).cloned().collect();
+    all.sort_by_key(|event| event.at);
+    all.drain(..all.len().saturating_sub(EVENTS));
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn container(state: ContainerState, before: bool) -> ContainerStatus {
+        let mut status: ContainerStatus = serde_json::from_value(json!({"name": "c", "image": "i", "restartCount": 0,
+            "state": {"waiting": {"reason": "ContainerCreating", "message": ""}}}))
+        .unwrap();
+        status.state = state;
+        status.last_termination = before.then(|| end(1));
+        status
+    }
+
+    fn end(exit_code: i32) -> Termination {
+        serde_json::from_value(json!({"exitCode": exit_code, "reason": "r", "finishedAt": "2026-01-01T00:00:00Z"}))
+            .unwrap()
+    }
+
+    #[test]
+    fn phases() {
+        let runs = || ContainerState::Running { started_at: Timestamp::UNIX_EPOCH, pid: 1 };
+        let waits = || ContainerState::Waiting { reason: "r".to_owned(), message: String::new() };
+        let ended = |code| ContainerState::Terminated(end(code));
+        for (policy, states, expected) in [
+            (RestartPolicy::Always, vec![(waits(), false)], WirePhase::Starting),
+            (RestartPolicy::Always, vec![(waits(), false), (runs(), false)], WirePhase::Running),
+            (RestartPolicy::Always, vec![(waits(), true)], WirePhase::Running),
+            (RestartPolicy::Always, vec![(ended(0), false)], WirePhase::Running),
+            (RestartPolicy::OnFailure, vec![(ended(0), false), (ended(1), false)], WirePhase::Running),
+            (RestartPolicy::OnFailure, vec![(ended(0), false)], WirePhase::Succeeded),
+            (RestartPolicy::Never, vec![(ended(0), false), (runs(), false)], WirePhase::Running),
+            (RestartPolicy::Never, vec![(ended(0), false), (ended(3), false)], WirePhase::Failed),
+            (RestartPolicy::Never, vec![(ended(0), false), (ended(0), false)], WirePhase::Succeeded),
+        ] {
+            let containers: Vec<_> = states.into_iter().map(|(state, before)| container(state, before)).collect();
+            assert_eq!(phase(policy, &containers), expected, "{policy:?} {containers:?}");
+        }
+    }
+}

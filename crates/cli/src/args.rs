@@ -37,6 +37,12 @@ impl Arguments {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run everything on this machine: API server, scheduler, virtual node, instances
+    Up(Box<Up>),
+    /// End every instance and leave nothing behind
+    Down(Down),
+    /// Join a Kubernetes cluster as a virtual node
+    Vnode(Box<Vnode>),
     /// Start an instance; returns when it runs
     Run(Run),
     /// List instances
@@ -63,6 +69,78 @@ pub enum Command {
     Version(Output),
     /// Write a shell's completion script
     Completion { shell: clap_complete::Shell },
+}
+
+/// What a host of instances is told; shared by `up` and `vnode`.
+#[derive(Debug, Args)]
+pub struct HostFlags {
+    /// Addresses of instances
+    #[arg(long, value_name = "CIDR", default_value = "10.244.0.0/16")]
+    pub pod_range: String,
+    /// Network interfaces kept ready
+    #[arg(long, value_name = "COUNT", default_value_t = 16)]
+    pub prepared: usize,
+    /// Most instances at a time
+    #[arg(long, value_name = "COUNT", default_value_t = 1000)]
+    pub max_pods: u64,
+    /// Registry spoken to in plain http, as HOST[:PORT]; repeat for more (those on loopback always are)
+    #[arg(long, value_name = "REGISTRY")]
+    pub plain_http: Vec<String>,
+    /// Docker configuration file with credentials for registries
+    #[arg(long, value_name = "FILE")]
+    pub docker_config: Option<PathBuf>,
+    /// Largest layer accepted, unpacked
+    #[arg(long, value_name = "AMOUNT", default_value = "16Gi")]
+    pub max_layer_bytes: String,
+    /// The program joey-agent; looked for beside joey when not given
+    #[arg(long, value_name = "FILE")]
+    pub agent: Option<PathBuf>,
+    /// What to log to standard error: error, warn, info, debug, or by module
+    #[arg(long, value_name = "LEVEL", default_value = "warn", env = "JOEY_LOG")]
+    pub log: String,
+    /// Ends the process at a durable step; for tests of recovery
+    #[arg(long, value_name = "STEP", hide = true)]
+    pub crash_at: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Up {
+    /// Where the Kubernetes API listens; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:6443")]
+    pub listen: String,
+    /// Name of the virtual node
+    #[arg(long, value_name = "NAME", default_value = "joey")]
+    pub node_name: String,
+    #[command(flatten)]
+    pub host: HostFlags,
+}
+
+#[derive(Debug, Args)]
+pub struct Down {
+    /// Remove images, state and keys as well
+    #[arg(long)]
+    pub purge: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Vnode {
+    /// How to reach the cluster
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: PathBuf,
+    /// Name of the virtual node; joey- and this machine's name when not given
+    #[arg(long, value_name = "NAME")]
+    pub node_name: Option<String>,
+    /// Address the cluster's API server reaches this node at; the one that faces the cluster when not given
+    #[arg(long, value_name = "ADDRESS")]
+    pub address: Option<std::net::IpAddr>,
+    /// Socket of a running joey whose pool is used, instead of a host in this process
+    #[arg(long, value_name = "SOCKET")]
+    pub pool: Option<PathBuf>,
+    /// Do not taint the node
+    #[arg(long)]
+    pub no_taint: bool,
+    #[command(flatten)]
+    pub host: HostFlags,
 }
 
 #[derive(Debug, Args)]

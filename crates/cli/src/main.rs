@@ -4,12 +4,17 @@
 //! on the code of what they ran.
 
 mod args;
+mod down;
 mod exec;
 mod failure;
+mod host;
 mod images;
 mod instances;
 mod output;
+mod roles;
 mod run;
+mod settings;
+mod up;
 
 use std::process::ExitCode;
 
@@ -23,6 +28,9 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
+    if let Some(outcome) = roles(&arguments) {
+        return outcome.unwrap_or_else(Failure::tell);
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(error).tell(),
@@ -36,9 +44,27 @@ fn main() -> ExitCode {
     }
 }
 
+/// Runs the command where it is a role of the platform, on a runtime of its own.
+fn roles(arguments: &Arguments) -> Option<Result<ExitCode, Failure>> {
+    let dir = &arguments.data_dir;
+    match &arguments.command {
+        Command::Up(up) => Some(up.validate(dir).and_then(|settings| {
+            roles::log(&up.host.log)?;
+            up.host.crash_at.iter().for_each(joey_model::checkpoint::arm);
+            roles::run(up::up(settings))
+        })),
+        Command::Down(down) => Some(settings::for_down(dir).and_then(|settings| {
+            roles::log("warn")?;
+            roles::run(down::down(&settings, down.purge))
+        })),
+        _ => None,
+    }
+}
+
 async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
     let service = arguments.service();
     match arguments.command {
+        Command::Up(_) | Command::Down(_) | Command::Vnode(_) => unreachable!("roles have a runtime of their own"),
         Command::Run(run) => run::run(&service, run.validate()?).await,
         Command::Ps(output) => instances::ps(&service, output.format()).await,
         Command::Describe(named) => instances::describe(&service, &named.name).await,

@@ -1,10 +1,12 @@
-//! Schemas of kinds, and what is generic over them: decoding and defaults. Patches and OpenAPI documents are not here.
+//! Schemas of kinds, and what is generic over them: decoding, defaults and patches.
 //!
 //! No kind has code here; facts come from `schema-facts/`.
 
 mod decode;
 mod defaults;
+mod merge;
 mod types;
 
 pub use decode::{FieldError, FieldReason, UnknownFields};
+pub use merge::{MergeError, json_merge, json_patch};
 pub use types::{Schemas, TypeId};

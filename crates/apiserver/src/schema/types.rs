@@ -38,7 +38,6 @@ pub(super) struct Field {
     pub(super) map_keys: Vec<String>,
     pub(super) set: bool,
     pub(super) merge: bool,
-    pub(super) retain_keys: bool,
     pub(super) merge_key: Option<String>,
 }
 
@@ -139,7 +138,6 @@ fn field(schema: &Value, ids: &HashMap<&str, TypeId>) -> Field {
         map_keys: if is_map { texts(&schema["x-kubernetes-list-map-keys"]) } else { Vec::new() },
         set: schema["x-kubernetes-list-type"] == "set",
         merge: strategy.split(',').any(|word| word == "merge"),
-        retain_keys: strategy.split(',').any(|word| word == "retainKeys"),
         merge_key: schema["x-kubernetes-patch-merge-key"].as_str().map(str::to_owned),
     }
 }

@@ -53,6 +53,10 @@ fn resolve_in(user: &str, supplemental: &[u32], passwd: &str, group: &str) -> Re
         all.extend(groups.iter().filter(|g| g.len() >= 4 && member(g[3])).filter_map(|g| number(g, 2)));
     }
     all.insert(gid);
+    // The highest number tells setresuid(2) to change nothing: the process would stay root.
+    if let Some(number) = all.iter().chain([&uid]).find(|number| **number > i32::MAX as u32) {
+        return Err(format!("user or group {number} is out of range"));
+    }
     let home = entry.map_or("/", |fields| fields[5]);
     let home = if home.is_empty() { "/" } else { home };
     Ok(Identity { uid, gid, groups: all.into_iter().collect(), home: home.to_owned() })
@@ -127,8 +131,14 @@ pub fn capability_bits(names: &[String]) -> u64 {
 /// Becomes the identity with no more than the given capabilities, for ever.
 pub fn become_identity(identity: &Identity, capabilities: u64) -> io::Result<()> {
     for number in 0..64 {
-        if capabilities & (1 << number) == 0 && sys::prctl(libc::PR_CAPBSET_DROP, number).is_err() {
-            break;
+        if capabilities & (1 << number) == 0
+            && let Err(error) = sys::prctl(libc::PR_CAPBSET_DROP, number)
+        {
+            match error.raw_os_error() {
+                // Beyond the last one that this kernel knows.
+                Some(libc::EINVAL) => break,
+                _ => return Err(error),
+            }
         }
     }
     sys::prctl(libc::PR_SET_KEEPCAPS, 1)?;
@@ -165,6 +175,7 @@ mod tests {
         assert_eq!(resolve("1000"), Ok((1000, 0, vec![0, 7], "/".into())));
         assert_eq!(resolve("1000:2000"), Ok((1000, 2000, vec![7, 2000], "/".into())));
         assert!(resolve("nobody").is_err() && resolve("web:nogroup").is_err());
+        assert!(resolve("4294967295").is_err() && resolve("1:4294967295").is_err() && resolve("2147483648").is_err());
     }
 
     #[test]

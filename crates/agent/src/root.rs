@@ -9,15 +9,22 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use joey_api::agent::{AgentConfig, AgentContainer};
-use libc::{MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_REMOUNT};
+use libc::{MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC};
 
 use crate::sys;
 
-const IN_ROOT: u64 = 0x10;
+/// How paths are walked: within the root and never through the links of /proc.
+const IN_ROOT: u64 = 0x10 | 0x02;
 const NO_SYMLINKS: u64 = 0x04;
 
-/// Paths hidden from containers, and paths they may read only: as containerd has them.
-const MASKED: [&str; 11] = [
+/// Attributes of mounts.
+const RDONLY: u64 = 1;
+const NOSUID: u64 = 2;
+const NODEV: u64 = 4;
+const NOEXEC: u64 = 8;
+
+/// Paths hidden from containers, and paths they may read only: as containerd and Docker have them.
+const MASKED: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
@@ -29,123 +36,124 @@ const MASKED: [&str; 11] = [
     "/proc/sched_debug",
     "/proc/scsi",
     "/sys/firmware",
+    "/sys/devices/virtual/powercap",
 ];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
-const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+const DEVICES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
 fn told<T>(what: &str, result: io::Result<T>) -> Result<T, String> {
     result.map_err(|error| format!("cannot {what}: {error}"))
 }
 
-/// Mounts everything and makes it this process's root. `upper` holds `data` and `work`.
+/// Mounts everything and makes it this process's root. `upper` holds `data`, `work` and `root`.
+///
+/// What the kernel and the agent supply is in place and closed before anything is mounted that a container can write to,
+/// so that no container of the Pod can lead these mounts elsewhere.
 pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper: &Path) -> Result<(), String> {
     told("detach the mounts", sys::mount("none", "/", "", MS_REC | MS_PRIVATE, ""))?;
     let base = upper.join("root");
     told("mount the root", overlay(container, upper, &base))?;
     let root: OwnedFd = told("open the root", File::open(&base))?.into();
-    kernel_mounts(root.as_fd())?;
-    devices(root.as_fd())?;
-    volumes(config, container, dir, root.as_fd())?;
+    let root = root.as_fd();
+    kernel_mounts(root, dir)?;
+    devices(root)?;
+    mask(root)?;
+    volumes(config, container, dir, root)?;
     for file in ["hosts", "resolv.conf", "hostname"] {
-        let target = told("make a file of /etc", target(root.as_fd(), &Path::new("/etc").join(file), true, IN_ROOT))?;
-        told("mount a file of /etc", bind(&dir.join("etc").join(file), &target, false))?;
+        let mounted = target(root, &Path::new("/etc").join(file), true, IN_ROOT)
+            .and_then(|target| bind(root, &dir.join("etc").join(file), &target, NOSUID | NODEV));
+        told(&format!("mount /etc/{file}"), mounted)?;
     }
-    told("enter the root", std::env::set_current_dir(&base))?;
-    drop(root);
-    told("enter the root", sys::pivot_to_working_dir())?;
-    mask()?;
     if container.read_only_root {
-        told("make the root read-only", sys::mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NODEV, ""))?;
+        told("make the root read-only", sys::close_mount(root, RDONLY, false))?;
     }
-    Ok(())
+    told("enter the root", sys::fchdir(root))?;
+    told("enter the root", sys::pivot_to_working_dir())
 }
 
-/// The layers with a fresh writable one on top.
+/// The layers with a fresh writable one on top. It ends with the container, so nothing of it needs to reach the disk:
+/// `volatile` keeps fsync and the end of the mount from waiting for that.
 fn overlay(container: &AgentContainer, upper: &Path, base: &Path) -> io::Result<()> {
     let escape = |path: &str| path.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,");
-    let layers: Vec<String> = container.layers.iter().map(|layer| escape(layer)).collect();
     let plain = |name: &str| escape(&upper.join(name).display().to_string());
-    let options = format!("lowerdir={},upperdir={},workdir={}", layers.join(":"), plain("data"), plain("work"));
-    if options.len() < 4000 {
-        return sys::mount("overlay", base, "overlay", MS_NODEV, &options);
+    let mount = |layers: &[String]| {
+        let (data, work) = (plain("data"), plain("work"));
+        let options = format!("lowerdir={},upperdir={data},workdir={work},volatile", layers.join(":"));
+        sys::mount("overlay", base, "overlay", MS_NODEV, &options)
+    };
+    let layers: Vec<String> = container.layers.iter().map(|layer| escape(layer)).collect();
+    if layers.iter().map(|layer| layer.len() + 1).sum::<usize>() < 3000 {
+        return mount(&layers);
     }
-    // A page is all that mount(2) passes on; longer lists go in piece by piece (Linux 6.8).
-    many_layers(container, upper, base)
+    // A page is all that mount(2) passes on: many layers are named by their number in the working directory.
+    let short = upper.join("layers");
+    std::fs::create_dir_all(&short)?;
+    sys::mount("tmpfs", &short, "tmpfs", MS_NODEV, "mode=700")?;
+    std::env::set_current_dir(&short)?;
+    for (number, layer) in container.layers.iter().enumerate() {
+        std::fs::create_dir(number.to_string())?;
+        sys::mount(layer, number.to_string(), "", MS_BIND, "")?;
+    }
+    let numbers: Vec<String> = (0..layers.len()).map(|number| number.to_string()).collect();
+    mount(&numbers)?;
+    std::env::set_current_dir("/")?;
+    // The overlay holds the layers by itself.
+    sys::detach(&short)
 }
 
-fn many_layers(container: &AgentContainer, upper: &Path, base: &Path) -> io::Result<()> {
-    use std::os::fd::FromRawFd;
-    let place = sys::c(base)?;
-    // SAFETY: C strings live through their calls; descriptors are new and owned at once. fsconfig's commands are
-    // 1 (set string) and 6 (create), fsmount's attribute 4 is nodev, move_mount's flag 4 is an empty source path.
-    unsafe {
-        let fd = sys::check(libc::syscall(libc::SYS_fsopen, c"overlay".as_ptr(), 1))?;
-        let context = OwnedFd::from_raw_fd(fd as i32);
-        let set = |key: &std::ffi::CStr, value: &Path| -> io::Result<()> {
-            let value = sys::c(value)?;
-            let (key, value) = (key.as_ptr(), value.as_ptr());
-            sys::check(libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), 1, key, value, 0)).map(drop)
-        };
-        for layer in &container.layers {
-            set(c"lowerdir+", Path::new(layer))?;
-        }
-        set(c"upperdir", &upper.join("data"))?;
-        set(c"workdir", &upper.join("work"))?;
-        let none = std::ptr::null::<libc::c_char>();
-        sys::check(libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), 6, none, none, 0))?;
-        let fd = sys::check(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 4))?;
-        let mount = OwnedFd::from_raw_fd(fd as i32);
-        let empty = c"".as_ptr();
-        let at = libc::AT_FDCWD;
-        sys::check(libc::syscall(libc::SYS_move_mount, mount.as_raw_fd(), empty, at, place.as_ptr(), 4)).map(drop)
-    }
-}
-
-fn kernel_mounts(root: BorrowedFd<'_>) -> Result<(), String> {
+fn kernel_mounts(root: BorrowedFd<'_>, dir: &Path) -> Result<(), String> {
     let closed = MS_NOSUID | MS_NOEXEC | MS_NODEV;
     for (path, kind, flags, data) in [
         ("/proc", "proc", closed, ""),
-        ("/dev", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=65536k"),
+        // Devices work here until `devices` has made its own.
+        ("/dev", "tmpfs", MS_NOSUID, "mode=755,size=65536k"),
         ("/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
-        ("/dev/shm", "tmpfs", closed, "mode=1777,size=65536k"),
         ("/dev/mqueue", "mqueue", closed, ""),
         ("/sys", "sysfs", closed | MS_RDONLY, ""),
     ] {
-        let mounted = target(root, Path::new(path), false, IN_ROOT | NO_SYMLINKS)
-            .and_then(|target| sys::mount(kind, place(&target), kind, flags, data));
+        let mounted = own(root, path, false).and_then(|target| sys::mount(kind, place(&target), kind, flags, data));
         told(&format!("mount {path}"), mounted)?;
     }
+    let shared =
+        own(root, "/dev/shm", false).and_then(|target| bind(root, &dir.join("shm"), &target, NOSUID | NODEV | NOEXEC));
+    told("mount /dev/shm", shared)?;
     cgroups(root, closed | MS_RDONLY)
 }
 
 /// The container's own view of its cgroups, read-only.
 fn cgroups(root: BorrowedFd<'_>, flags: libc::c_ulong) -> Result<(), String> {
-    let at = |path: &str| target(root, Path::new(path), false, IN_ROOT | NO_SYMLINKS);
     if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        let mounted = at("/sys/fs/cgroup").and_then(|t| sys::mount("cgroup", place(&t), "cgroup2", flags, ""));
+        let mounted =
+            own(root, "/sys/fs/cgroup", false).and_then(|t| sys::mount("cgroup", place(&t), "cgroup2", flags, ""));
         return told("mount /sys/fs/cgroup", mounted);
     }
-    let top = told("mount /sys/fs/cgroup", at("/sys/fs/cgroup"))?;
+    let top = told("mount /sys/fs/cgroup", own(root, "/sys/fs/cgroup", false))?;
     let closed = flags & !MS_RDONLY;
     told("mount /sys/fs/cgroup", sys::mount("tmpfs", place(&top), "tmpfs", closed, "mode=755,size=64k"))?;
     for name in ["memory", "cpu", "cpuacct", "pids"] {
         // Hosts mount hierarchies together as they like; what cannot be mounted alone is left out.
-        if let Ok(target) = at(&format!("/sys/fs/cgroup/{name}")) {
+        if let Ok(target) = own(root, &format!("/sys/fs/cgroup/{name}"), false) {
             let _ = sys::mount("cgroup", place(&target), "cgroup", flags, name);
         }
     }
-    let top = told("mount /sys/fs/cgroup", at("/sys/fs/cgroup"))?;
-    told("close /sys/fs/cgroup", sys::mount("none", place(&top), "", MS_REMOUNT | MS_BIND | flags, ""))
+    let top = told("mount /sys/fs/cgroup", own(root, "/sys/fs/cgroup", false))?;
+    told("close /sys/fs/cgroup", sys::close_mount(top.as_fd(), RDONLY, false))
 }
 
+/// Device nodes of the container's own: their modes and owners are its to change, and no other container's. Each is mounted
+/// on itself, and what is around them is closed to devices afterwards.
 fn devices(root: BorrowedFd<'_>) -> Result<(), String> {
-    for name in DEVICES {
-        let path = Path::new("/dev").join(name);
-        let bound = target(root, &path, true, IN_ROOT | NO_SYMLINKS)
-            .and_then(|target| sys::mount(&path, place(&target), "", MS_BIND, ""));
-        told(&format!("make /dev/{name}"), bound)?;
+    let dev = told("open /dev", own(root, "/dev", false))?;
+    for (name, major, minor) in DEVICES {
+        let open = || sys::openat2(dev.as_fd(), Path::new(name), libc::O_PATH, IN_ROOT | NO_SYMLINKS);
+        let made = sys::device(dev.as_fd(), name, major, minor).and_then(|()| {
+            let mount = sys::clone_mount(dev.as_fd(), Path::new(name), false)?;
+            sys::close_mount(mount.as_fd(), NOEXEC, false)?;
+            sys::attach_mount(mount.as_fd(), open()?.as_fd())
+        });
+        told(&format!("make /dev/{name}"), made)?;
     }
-    let dev = told("open /dev", target(root, Path::new("/dev"), false, IN_ROOT | NO_SYMLINKS))?;
     for (name, leads_to) in [
         ("fd", "/proc/self/fd"),
         ("stdin", "/proc/self/fd/0"),
@@ -156,7 +164,7 @@ fn devices(root: BorrowedFd<'_>) -> Result<(), String> {
     ] {
         told(&format!("make /dev/{name}"), std::os::unix::fs::symlink(leads_to, place(&dev).join(name)))?;
     }
-    Ok(())
+    told("close /dev", sys::close_mount(dev.as_fd(), NODEV | NOEXEC, false))
 }
 
 fn volumes(config: &AgentConfig, container: &AgentContainer, dir: &Path, root: BorrowedFd<'_>) -> Result<(), String> {
@@ -164,72 +172,122 @@ fn volumes(config: &AgentConfig, container: &AgentContainer, dir: &Path, root: B
         if !config.volumes.iter().any(|volume| volume.name == mount.volume) {
             return Err(format!("volume \"{}\" does not exist", mount.volume));
         }
+        let attributes = NOSUID | NODEV | if mount.read_only { RDONLY } else { 0 };
         let bound = target(root, Path::new(&mount.path), false, IN_ROOT)
-            .and_then(|target| bind(&dir.join("volumes").join(&mount.volume), &target, mount.read_only));
+            .and_then(|target| bind(root, &dir.join("volumes").join(&mount.volume), &target, attributes));
         told(&format!("mount volume \"{}\" at {}", mount.volume, mount.path), bound)?;
     }
     Ok(())
 }
 
-fn mask() -> Result<(), String> {
-    for path in MASKED {
-        let masked = match std::fs::symlink_metadata(path) {
-            Ok(meta) if meta.is_dir() => sys::mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NODEV, "size=0"),
-            Ok(_) => sys::mount("/dev/null", path, "", MS_BIND, ""),
-            Err(_) => Ok(()),
-        };
-        told(&format!("mask {path}"), masked)?;
-    }
-    for path in READ_ONLY.iter().filter(|path| Path::new(path).exists()) {
-        let flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
-        let closed =
-            sys::mount(path, path, "", MS_BIND | MS_REC, "").and_then(|()| sys::mount("", path, "", flags, ""));
-        told(&format!("close {path}"), closed)?;
-    }
-    Ok(())
+fn mask(root: BorrowedFd<'_>) -> Result<(), String> {
+    let find = |path: &str| match sys::openat2(root, Path::new(path), libc::O_PATH, IN_ROOT | NO_SYMLINKS) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some),
+    };
+    // All hidden directories are one empty one.
+    let mut empty = None;
+    let mut hide = |path: &str| -> io::Result<()> {
+        let Some(target) = find(path)? else { return Ok(()) };
+        if !std::fs::metadata(place(&target))?.is_dir() {
+            let null = sys::clone_mount(root, Path::new("dev/null"), false)?;
+            return sys::attach_mount(null.as_fd(), target.as_fd());
+        }
+        match &empty {
+            Some(empty) => sys::attach_mount(clone_of(empty)?.as_fd(), target.as_fd()),
+            None => {
+                let flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+                sys::mount("tmpfs", place(&target), "tmpfs", flags, "size=0,mode=555")?;
+                empty = find(path)?;
+                Ok(())
+            }
+        }
+    };
+    MASKED.iter().try_for_each(|path| told(&format!("mask {path}"), hide(path)))?;
+    let close = |path: &str| -> io::Result<()> {
+        let Some(target) = find(path)? else { return Ok(()) };
+        let mount = sys::clone_mount(target.as_fd(), Path::new(""), true)?;
+        sys::close_mount(mount.as_fd(), RDONLY | NOSUID | NODEV | NOEXEC, true)?;
+        sys::attach_mount(mount.as_fd(), target.as_fd())
+    };
+    READ_ONLY.iter().try_for_each(|path| told(&format!("close {path}"), close(path)))
 }
 
-fn bind(source: &Path, target: &OwnedFd, read_only: bool) -> io::Result<()> {
-    sys::mount(source, place(target), "", MS_BIND, "")?;
-    let flags = MS_REMOUNT | MS_BIND | MS_NODEV | MS_NOSUID | if read_only { MS_RDONLY } else { 0 };
-    // The descriptor names what is below the new mount; the path through /proc is walked anew to the mount on top.
-    let path = std::fs::read_link(place(target))?;
-    sys::mount("", path, "", flags, "")
+fn clone_of(mounted: &OwnedFd) -> io::Result<OwnedFd> {
+    sys::clone_mount(mounted.as_fd(), Path::new(""), false)
+}
+
+/// Shows `source`, a path of the agent's, at a place of the container's. What the kernel shows of itself is never covered:
+/// its files are how the container is held.
+fn bind(root: BorrowedFd<'_>, source: &Path, target: &OwnedFd, attributes: u64) -> io::Result<()> {
+    let at_root = {
+        use std::os::unix::fs::MetadataExt;
+        let (root, target) = (std::fs::metadata(format!("/proc/self/fd/{}", root.as_raw_fd()))?, place(target));
+        let target = std::fs::metadata(target)?;
+        (root.dev(), root.ino()) == (target.dev(), target.ino())
+    };
+    let kernels = matches!(sys::filesystem(target.as_fd())?, libc::PROC_SUPER_MAGIC | libc::SYSFS_MAGIC);
+    if at_root || kernels {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "nothing may be mounted there"));
+    }
+    let mount = sys::clone_mount(root, source, false)?;
+    sys::close_mount(mount.as_fd(), attributes, false)?;
+    sys::attach_mount(mount.as_fd(), target.as_fd())
 }
 
 fn place(target: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", target.as_raw_fd()))
 }
 
-/// Opens `path` inside the root, making what is missing: directories on the way, and a directory or file at the end.
+/// A place that the kernel's mounts go to: no link of the image may stand in for it.
+fn own(root: BorrowedFd<'_>, path: &str, file: bool) -> io::Result<OwnedFd> {
+    target(root, Path::new(path), file, IN_ROOT | NO_SYMLINKS)
+}
+
+/// Opens `path` inside the root, making what is missing: directories on the way, and a directory or file at the end. Links
+/// are followed within the root, also those that lead to what is not there yet.
 fn target(root: BorrowedFd<'_>, path: &Path, file: bool, resolve: u64) -> io::Result<OwnedFd> {
     if let Ok(found) = sys::openat2(root, path, libc::O_PATH, resolve) {
         return Ok(found);
     }
-    let names: Vec<&std::ffi::OsStr> = path
-        .components()
-        .filter_map(|part| match part {
-            Component::Normal(name) => Some(name),
-            _ => None,
-        })
-        .collect();
-    let mut so_far = PathBuf::from("/");
-    let mut parent = sys::openat2(root, &so_far, libc::O_PATH | libc::O_DIRECTORY, resolve)?;
-    for (at, name) in names.iter().enumerate() {
-        let last = at + 1 == names.len();
-        so_far.push(name);
-        let kind = if last { 0 } else { libc::O_DIRECTORY };
-        parent = match sys::openat2(root, &so_far, libc::O_PATH | kind, resolve) {
-            Ok(found) => found,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                match last && file {
-                    true => drop(sys::touchat(parent.as_fd(), Path::new(name))?),
-                    false => sys::mkdirat(parent.as_fd(), Path::new(name))?,
+    let names = |path: &Path| -> Vec<PathBuf> {
+        let named = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::ParentDir);
+        path.components().rev().filter(|part| named(*part)).map(|part| PathBuf::from(part.as_os_str())).collect()
+    };
+    // `at` holds no links, so that its parent is the directory before it.
+    let (mut at, mut left, mut links) = (PathBuf::from("/"), names(path), 0);
+    while let Some(name) = left.pop() {
+        if name == Path::new("..") {
+            at.pop();
+            continue;
+        }
+        let next = at.join(&name);
+        match sys::openat2(root, &next, libc::O_PATH | libc::O_NOFOLLOW, IN_ROOT) {
+            Ok(found) => {
+                // Only a link can be read.
+                let Ok(leads_to) = sys::read_link(found.as_fd()) else {
+                    at = next;
+                    continue;
+                };
+                links += 1;
+                if links > 40 || resolve & NO_SYMLINKS != 0 {
+                    return Err(io::Error::from_raw_os_error(libc::ELOOP));
                 }
-                sys::openat2(root, &so_far, libc::O_PATH | kind, resolve)?
+                if leads_to.is_absolute() {
+                    at = PathBuf::from("/");
+                }
+                left.extend(names(&leads_to));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = sys::openat2(root, &at, libc::O_PATH | libc::O_DIRECTORY, IN_ROOT | NO_SYMLINKS)?;
+                match left.is_empty() && file {
+                    true => drop(sys::touchat(parent.as_fd(), &name)?),
+                    false => sys::mkdirat(parent.as_fd(), &name)?,
+                }
+                at = next;
             }
             Err(error) => return Err(error),
-        };
+        }
     }
-    Ok(parent)
+    sys::openat2(root, &at, libc::O_PATH, IN_ROOT | NO_SYMLINKS)
 }

@@ -106,6 +106,10 @@ fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
         let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o644).open(path)?;
         file.write_all(text.as_bytes())?;
     }
+    // The Pod's containers share their memory files, as in one Kubernetes sandbox.
+    make(&dir.join("shm"))?;
+    let closed = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    sys::mount("tmpfs", dir.join("shm"), "tmpfs", closed, "mode=1777,size=65536k")?;
     for volume in config.volumes.iter().filter(|volume| volume.memory) {
         let place = dir.join("volumes").join(&volume.name);
         make(&place)?;

@@ -79,7 +79,112 @@ pub fn pivot_to_working_dir() -> io::Result<()> {
     }
 }
 
-/// openat2(2) with `resolve` bits (RESOLVE_IN_ROOT = 0x10, RESOLVE_NO_SYMLINKS = 0x04).
+/// A new mount, attached nowhere, that shows what is at `path` below `dir` (the place itself: an empty path).
+pub fn clone_mount(dir: BorrowedFd<'_>, path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = c(path)?;
+    // OPEN_TREE_CLONE is 1.
+    let flags = 1 | libc::O_CLOEXEC | libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: an open descriptor and a C string that lives through the call.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, dir.as_raw_fd(), path.as_ptr(), flags) })?;
+    // SAFETY: a new descriptor that belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Adds attributes to the mount whose root `mount` is: MOUNT_ATTR_RDONLY = 1, NOSUID = 2, NODEV = 4, NOEXEC = 8.
+pub fn close_mount(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
+    let wanted: [u64; 4] = [attributes, 0, 0, 0];
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    let size = std::mem::size_of_val(&wanted);
+    // SAFETY: the four words are `struct mount_attr`; they and the path live through the call.
+    check(unsafe {
+        libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), c"".as_ptr(), flags, wanted.as_ptr(), size)
+    })
+    .map(drop)
+}
+
+/// Attaches a mount at an open place: no path is walked, so nobody can lead it elsewhere.
+pub fn attach_mount(mount: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<()> {
+    // MOVE_MOUNT_F_EMPTY_PATH and MOVE_MOUNT_T_EMPTY_PATH.
+    let (empty, flags) = (c"".as_ptr(), 0x44);
+    // SAFETY: open descriptors and a C string that lives for ever.
+    check(unsafe { libc::syscall(libc::SYS_move_mount, mount.as_raw_fd(), empty, place.as_raw_fd(), empty, flags) })
+        .map(drop)
+}
+
+/// Takes away what is mounted at a place, at once for this namespace.
+pub fn detach(place: &Path) -> io::Result<()> {
+    let place = c(place)?;
+    // SAFETY: a C string that lives through the call.
+    check(unsafe { libc::umount2(place.as_ptr(), libc::MNT_DETACH) }.into()).map(drop)
+}
+
+/// Makes a character device with this mode, whatever the umask.
+pub fn device(dir: BorrowedFd<'_>, name: &str, major: u32, minor: u32) -> io::Result<()> {
+    let name = c(name)?;
+    // SAFETY: an open descriptor and a C string that lives through both calls.
+    unsafe {
+        let number = libc::makedev(major, minor);
+        check(libc::mknodat(dir.as_raw_fd(), name.as_ptr(), libc::S_IFCHR | 0o666, number).into())?;
+        check(libc::fchmodat(dir.as_raw_fd(), name.as_ptr(), 0o666, 0).into()).map(drop)
+    }
+}
+
+/// The type of the file system that an open file is on, as in statfs(2).
+pub fn filesystem(fd: BorrowedFd<'_>) -> io::Result<i64> {
+    // SAFETY: the zeroed structure lives through the call, which fills it.
+    unsafe {
+        let mut found: libc::statfs = std::mem::zeroed();
+        check(libc::fstatfs(fd.as_raw_fd(), &mut found).into())?;
+        Ok(found.f_type as i64)
+    }
+}
+
+pub fn fchdir(dir: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: an open descriptor.
+    check(unsafe { libc::fchdir(dir.as_raw_fd()) }.into()).map(drop)
+}
+
+/// Where a link leads that was opened with O_PATH | O_NOFOLLOW.
+pub fn read_link(link: BorrowedFd<'_>) -> io::Result<std::path::PathBuf> {
+    let mut text = vec![0u8; 4096];
+    // SAFETY: the buffer lives through the call and its length is told.
+    let length = check(unsafe {
+        libc::readlinkat(link.as_raw_fd(), c"".as_ptr(), text.as_mut_ptr().cast(), text.len()) as libc::c_long
+    })?;
+    text.truncate(length as usize);
+    Ok(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(text).into())
+}
+
+/// Closes every descriptor from 3 on but these. What owned them must not be used or dropped any more.
+pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
+    let mut kept: Vec<u32> = kept.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
+    kept.sort_unstable();
+    kept.push(u32::MAX);
+    let mut first = 3;
+    for fd in kept {
+        if fd > first {
+            // SAFETY: integers only. The caller gives the descriptors up.
+            check(unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) })?;
+        }
+        first = first.max(fd.saturating_add(1));
+    }
+    Ok(())
+}
+
+/// Sets a limit as far as this process may: the hard limit never grows.
+pub fn lower_limit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) {
+    // SAFETY: the structure lives through both calls.
+    unsafe {
+        let mut now: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(resource, &mut now) == 0 {
+            now.rlim_max = now.rlim_max.min(hard);
+            now.rlim_cur = now.rlim_max.min(soft);
+            libc::setrlimit(resource, &now);
+        }
+    }
+}
+
+/// openat2(2) with `resolve` bits (RESOLVE_NO_MAGICLINKS = 0x02, RESOLVE_NO_SYMLINKS = 0x04, RESOLVE_IN_ROOT = 0x10).
 pub fn openat2(dir: BorrowedFd<'_>, path: &Path, flags: libc::c_int, resolve: u64) -> io::Result<OwnedFd> {
     let path = c(path)?;
     let how: [u64; 3] = [(flags | libc::O_CLOEXEC) as u64, 0, resolve];

@@ -13,13 +13,37 @@ struct Ground(Bench);
 
 impl Drop for Ground {
     fn drop(&mut self) {
+        let name = self.0.cgroup_root.trim_start_matches('/').to_owned();
         for controller in ["memory", "cpu", "cpuacct", "pids", ""] {
-            let root = Path::new("/sys/fs/cgroup").join(controller);
-            // Fails where something was left behind, which the tests look at.
-            let _ = std::fs::remove_dir(root.join(self.0.cgroup_root.trim_start_matches('/')));
+            let root = Path::new("/sys/fs/cgroup").join(controller).join(&name);
+            // Tests leave nothing, which they look at themselves; one that panics leaves all.
+            for _ in 0..200 {
+                if !std::thread::panicking() || end_all(&root) {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            let _ = std::fs::remove_dir(root);
         }
         let _ = std::fs::remove_dir_all(&self.0.dir);
     }
+}
+
+/// Kills what is in a cgroup tree and removes it; true when nothing is left.
+fn end_all(place: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(place) else { return true };
+    for child in entries.flatten().filter(|entry| entry.path().is_dir()) {
+        end_all(&child.path());
+    }
+    let pids = std::fs::read_to_string(place.join("cgroup.procs")).unwrap_or_default();
+    for pid in pids.lines().filter_map(|line| line.parse::<i32>().ok()) {
+        // SAFETY: integers, and a null status; the pid is that of a process in the test's own cgroup.
+        unsafe {
+            libc::kill(pid, libc::SIGKILL);
+            libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG);
+        }
+    }
+    std::fs::remove_dir(place).is_ok()
 }
 
 fn ground(name: &str) -> Option<Ground> {
@@ -40,7 +64,10 @@ fn ground(name: &str) -> Option<Ground> {
         std::fs::create_dir_all(layer.join(place)).unwrap();
     }
     std::fs::copy(busybox, layer.join("bin/busybox")).unwrap();
-    for applet in ["sh", "sleep", "cat", "ls", "mount", "id", "hostname", "grep", "mknod", "seq", "stty", "ps", "dd"] {
+    for applet in [
+        "sh", "sleep", "cat", "ls", "mount", "id", "hostname", "grep", "mknod", "seq", "stty", "ps", "dd", "chmod",
+        "touch", "readlink", "ln", "stat",
+    ] {
         std::os::unix::fs::symlink("busybox", layer.join("bin").join(applet)).unwrap();
     }
     std::fs::write(layer.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n").unwrap();
@@ -97,6 +124,112 @@ async fn a_container_is_closed_in() {
     assert!(status.message.unwrap().contains("executable file not found"));
     let (_, status) = exec(&agent, &["sh", "-c", "kill -9 $$"]).await;
     assert_eq!(status.exit_code, Some(137));
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn devices_are_the_containers_own() {
+    let Some(ground) = ground("devices") else { return };
+    let bench = &ground.0;
+    let mut request = bench.request(1, "sleep 1000");
+    request.config.volumes = vec![AgentVolume { name: "v".into(), memory: false, size_limit_bytes: None }];
+    request.config.containers[0].mounts = vec![AgentMount { volume: "v".into(), path: "/v".into(), read_only: false }];
+    std::fs::create_dir_all(request.dir.join("volumes/v")).unwrap();
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    running(&agent).await;
+    // The host's own device must not be what a container's root changes.
+    let mode = |path: &str| std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(path).unwrap().permissions());
+    let before = mode("/dev/null");
+    let (text, status) = exec(&agent, &["sh", "-c", "stat -c %a /dev/null; chmod 600 /dev/null"]).await;
+    assert_eq!((text.as_str(), status.exit_code), ("666\n", Some(0)));
+    assert_eq!(mode("/dev/null"), before);
+    // Everything but the few nodes is closed to devices, whatever file system it is.
+    let (table, _) = exec(&agent, &["cat", "/proc/self/mountinfo"]).await;
+    let open: Vec<&str> = table
+        .lines()
+        .filter(|line| !line.split(' ').nth(5).unwrap().split(',').any(|option| option == "nodev"))
+        .map(|line| line.split(' ').nth(4).unwrap())
+        .filter(|place| {
+            !["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"].contains(place)
+        })
+        .filter(|place| !place.starts_with("/proc/") && *place != "/dev/pts")
+        .collect();
+    assert_eq!(open, Vec::<&str>::new(), "{table}");
+    for place in ["/tmp", "/dev", "/dev/shm", "/v"] {
+        let script = format!("mknod {place}/disk b 254 0; mknod {place}/n c 1 3; cat {place}/disk || cat {place}/n");
+        let (_, status) = exec(&agent, &["sh", "-c", &script]).await;
+        assert_ne!(status.exit_code, Some(0), "{place}");
+    }
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn an_image_cannot_lead_mounts_elsewhere() {
+    let Some(ground) = ground("links") else { return };
+    let bench = &ground.0;
+    let link = |from: &Path, to: &str| std::os::unix::fs::symlink(to, from).unwrap();
+    let mut number = 0;
+    for (made, starts, works) in [
+        // Out of the root and back: what does not exist is made inside.
+        (vec![("etc", "../../../../new/etc")], true, "cat /new/etc/resolv.conf"),
+        (vec![("etc/resolv.conf", "../run/resolve/stub.conf")], true, "cat /run/resolve/stub.conf"),
+        (vec![("etc/hosts", "/proc/self/root/found")], true, "cat /found"),
+        (vec![("etc/resolv.conf", "/tmp/a"), ("tmp/a", "/tmp/b"), ("tmp/b", "/tmp/a")], false, ""),
+        // What holds the container must not be covered or reached.
+        (vec![("etc/hosts", "/proc/self/attr/exec")], false, ""),
+        (vec![("etc/resolv.conf", "/proc/sys/kernel/core_pattern")], false, ""),
+        (vec![("proc", "/tmp")], false, ""),
+        (vec![("dev", "/tmp")], false, ""),
+        (vec![("sys", "/proc")], false, ""),
+    ] {
+        number += 1;
+        let layer = ground.0.dir.join(format!("layer{number}"));
+        for place in ["etc", "tmp"] {
+            if !made.iter().any(|(from, _)| *from == place) {
+                std::fs::create_dir_all(layer.join(place)).unwrap();
+            }
+        }
+        std::fs::create_dir_all(&layer).unwrap();
+        made.iter().for_each(|(from, to)| link(&layer.join(from), to));
+        let mut request = bench.request(number, works);
+        request.config.containers[0].layers.insert(0, layer.display().to_string());
+        let sandbox = bench.create(&request).await;
+        let ended = termination(&AgentClient::new(sandbox.agent().clone()), 0).await;
+        assert_eq!(ended.exit_code, if starts { 0 } else { 128 }, "{made:?}: {ended:?}");
+        let dir = bench.dir.display().to_string();
+        assert!(!ended.message.contains(&dir), "{ended:?}");
+        bench.destroy(&request).await;
+    }
+    for path in ["/proc", "/proc/sys/kernel", "/sys", "/", "/sys/firmware"] {
+        number += 1;
+        let mut request = bench.request(number, "true");
+        request.config.volumes = vec![AgentVolume { name: "v".into(), memory: true, size_limit_bytes: None }];
+        let mount = AgentMount { volume: "v".into(), path: path.into(), read_only: false };
+        request.config.containers[0].mounts = vec![mount];
+        let sandbox = bench.create(&request).await;
+        let ended = termination(&AgentClient::new(sandbox.agent().clone()), 0).await;
+        // A masked place is another file system already, and belongs to the container.
+        assert_eq!(ended.exit_code, if path == "/sys/firmware" { 0 } else { 128 }, "{path}: {ended:?}");
+        bench.destroy(&request).await;
+    }
+}
+
+#[tokio::test]
+async fn many_layers_fit() {
+    let Some(ground) = ground("layers") else { return };
+    let bench = &ground.0;
+    let mut request = bench.request(1, "cat /layers/1 /layers/180");
+    for number in 1..=180 {
+        let layer = bench.dir.join(format!("a layer, with: a long name {number}"));
+        std::fs::create_dir_all(layer.join("layers")).unwrap();
+        std::fs::write(layer.join(format!("layers/{number}")), format!("{number}\n")).unwrap();
+        request.config.containers[0].layers.push(layer.display().to_string());
+    }
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    termination(&agent, 0).await;
+    assert_eq!(logs(&agent, "main", &LogOptions::default()).await, "1\n180\n");
     bench.destroy(&request).await;
 }
 

@@ -250,13 +250,6 @@ impl Cache {
         Snapshot { objects, revision }
     }
 
-    /// Whether any object of any kind is left below a namespace.
-    pub fn namespace_is_empty(&self, namespace: &str) -> bool {
-        self.kinds.iter().filter(|(resource, _)| resource.namespaced).all(|(resource, _)| {
-            self.list(resource, &resource.key(namespace, ""), None, &|_| true).objects.is_empty()
-        })
-    }
-
     /// Changes of a kind after a revision, up to the revision returned; an error when they are forgotten.
     pub fn changes(&self, resource: &'static Resource, after: u64) -> ApiResult<(Vec<Change>, u64)> {
         let Some(kind) = self.kind(resource) else { return Ok((Vec::new(), after)) };

@@ -26,7 +26,7 @@ pub async fn create_value(call: &Call<'_>, value: Value) -> ApiResult<Answer> {
     check_type(resource, &value)?;
     let dry_run = call.query.dry_run()?;
     let unknown = UnknownFields::parse(call.query.get("fieldValidation"))?;
-    let (value, warnings) = call.state.types.admit(resource, text(&value, "/metadata/name"), value, unknown)?;
+    let (value, warnings) = call.state.types.admit(resource, text(&value, "/metadata/name"), &value, unknown)?;
     let mut value = convert::incoming(resource, value);
     place(resource, &call.target.namespace, &mut value)?;
     let generated = begin(resource, &mut value)?;

@@ -36,7 +36,7 @@ pub async fn patch(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
         let shown = convert::outgoing(resource, current.value.clone());
         let patched = patched(call, &patch, shown)?;
         let version_given = text(&patched, "/metadata/resourceVersion") != current.revision.to_string();
-        let (patched, warnings) = call.state.types.admit(resource, &call.target.name, patched, unknown)?;
+        let (patched, warnings) = call.state.types.admit(resource, &call.target.name, &patched, unknown)?;
         let mut patched = convert::incoming(resource, patched);
         keep_name(call, &mut patched)?;
         if let Some(answer) = replace(call, &current, patched).await? {
@@ -73,7 +73,7 @@ fn patched(call: &Call<'_>, patch: &Patch, mut value: Value) -> ApiResult<Value>
             json_patch::merge(&mut value, patch);
             Ok(value)
         }
-        Patch::Strategic(patch) => call.state.types.strategic_merge(call.target.resource, value, patch),
+        Patch::Strategic(patch) => call.state.types.strategic_merge(call.target.resource, &value, patch),
     }
 }
 

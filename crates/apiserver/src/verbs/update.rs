@@ -41,7 +41,7 @@ pub async fn update(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
     let value = call.object(body)?;
     check_type(resource, &value)?;
     let unknown = UnknownFields::parse(call.query.get("fieldValidation"))?;
-    let (value, warnings) = call.state.types.admit(resource, &call.target.name, value, unknown)?;
+    let (value, warnings) = call.state.types.admit(resource, &call.target.name, &value, unknown)?;
     let mut value = convert::incoming(resource, value);
     place(resource, &call.target.namespace, &mut value)?;
     let name = text(&value, "/metadata/name");

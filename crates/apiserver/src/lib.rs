@@ -177,6 +177,11 @@ impl ApiServer {
         &self.pki
     }
 
+    /// Where clients reach the server: `https://ADDRESS:PORT`.
+    pub fn url(&self) -> String {
+        format!("https://{}", self.state.advertise)
+    }
+
     /// A kubeconfig for the administrator, with everything in it. Whoever writes it keeps it at mode 0600.
     pub fn kubeconfig(&self) -> String {
         kubeconfig(self.state.advertise, &self.pki.ca, "joey-admin", &self.pki.admin)

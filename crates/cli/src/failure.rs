@@ -24,6 +24,17 @@ impl Failure {
         Self { message: message.into(), hint: None, code: 2 }
     }
 
+    /// Something went wrong, and why, down to the first cause.
+    pub fn caused(what: &str, error: &dyn std::error::Error) -> Self {
+        let mut message = format!("{what}: {error}");
+        let mut source = error.source();
+        while let Some(cause) = source {
+            message.push_str(&format!(": {cause}"));
+            source = cause.source();
+        }
+        Self::new(message)
+    }
+
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self

@@ -15,6 +15,7 @@ mod roles;
 mod run;
 mod settings;
 mod up;
+mod vnode;
 
 use std::process::ExitCode;
 
@@ -56,6 +57,10 @@ fn roles(arguments: &Arguments) -> Option<Result<ExitCode, Failure>> {
         Command::Down(down) => Some(settings::for_down(dir).and_then(|settings| {
             roles::log("warn")?;
             roles::run(down::down(&settings, down.purge))
+        })),
+        Command::Vnode(vnode) => Some(vnode.validate(dir).and_then(|settings| {
+            roles::log(&vnode.host.log)?;
+            roles::run(vnode::vnode(settings))
         })),
         _ => None,
     }

@@ -136,14 +136,42 @@ pub fn serve_rest(place: &Place, pool: &Arc<Pool>, shutdown: CancellationToken) 
     Ok(())
 }
 
-/// Resolves at SIGTERM or SIGINT.
-pub async fn asked_to_stop() -> Result<(), Failure> {
+/// SIGTERM and SIGINT, caught from the moment this is called.
+pub fn asked_to_stop() -> Result<Stop, Failure> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let token = CancellationToken::new();
+    let asked = token.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        asked.cancel();
+    });
+    Ok(Stop { token })
+}
+
+/// The wish that this process stops.
+#[derive(Clone)]
+pub struct Stop {
+    token: CancellationToken,
+}
+
+impl Stop {
+    /// Resolves once somebody asked.
+    pub async fn wait(self) -> Result<(), Failure> {
+        self.token.cancelled().await;
+        Ok(())
     }
-    Ok(())
+}
+
+/// Replaces a file that only its owner may read; whoever reads it meanwhile sees the old or the new one.
+pub fn write_private(path: &std::path::Path, bytes: &[u8]) -> Result<(), Failure> {
+    let new = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    Ok(std::fs::rename(new, path)?)
 }
 
 /// Runs a role on a runtime of its own: many connections, two threads.

@@ -10,15 +10,15 @@
 //!
 //! A deletion is heard in every waiting state; steps of making are short and run to their end first.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use jiff::Timestamp;
-use joey_api::agent::AgentState;
+use joey_api::agent::{AgentConfig, AgentState};
 use joey_api::instance::{ContainerState, InstanceEvent, InstanceStatus, WirePhase};
-use joey_model::{Digest, ErrorKind, Fault, InstanceId, checkpoint};
+use joey_model::{Digest, ErrorKind, Fault, ImageRef, InstanceId, checkpoint};
 use joey_sandbox::{AgentClient, Sandbox};
 use tokio::sync::mpsc;
 
@@ -88,6 +88,9 @@ impl Life {
 
     /// Lives from the record on; `adopted` is the sandbox that an earlier daemon made.
     pub(crate) async fn run(mut self, adopted: Option<Arc<dyn Sandbox>>) {
+        if adopted.is_some() {
+            self.remember().await;
+        }
         let mut sandbox = adopted;
         let grace = loop {
             if let Some(grace) = self.record.deleting {
@@ -114,6 +117,25 @@ impl Life {
             }
         };
         self.end(grace).await;
+    }
+
+    /// What an adopted sandbox was made from: its address, and the images as its configuration names them.
+    async fn remember(&mut self) {
+        self.status.address = self.shared.network.find(&self.id).map(|attachment| attachment.address);
+        if let Some(config) = read_json::<AgentConfig>(&self.dir.join("agent.json")) {
+            for made in config.containers {
+                if let Some(status) = self.status.containers.iter_mut().find(|status| status.name == made.name) {
+                    status.image_id = made.image_id;
+                }
+            }
+        }
+        let mut used = Vec::new();
+        for container in &self.record.spec.containers {
+            if let Ok(reference) = ImageRef::parse(&container.image) {
+                used.extend(self.shared.images.find(&reference).await.map(|image| image.id.clone()));
+            }
+        }
+        self.use_images(used);
     }
 
     /// Pulls and makes, with growing pauses after failures.
@@ -412,6 +434,10 @@ impl Life {
 }
 
 /// What the agent last wrote; `None` where there is nothing that can be read.
-fn last_state(dir: &std::path::Path) -> Option<AgentState> {
-    serde_json::from_slice(&std::fs::read(dir.join("state.json")).ok()?).ok()
+fn last_state(dir: &Path) -> Option<AgentState> {
+    read_json(&dir.join("state.json"))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }

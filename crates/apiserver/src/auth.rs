@@ -151,7 +151,11 @@ fn node_rules() -> &'static [Rule] {
         Rule { group: "", resources: &["pods"], verbs: &["get", "list", "watch", "delete", "update", "patch"] },
         Rule { group: "", resources: &["pods/status"], verbs: &["get", "update", "patch"] },
         Rule { group: "", resources: &["pods/eviction"], verbs: &["create"] },
-        Rule { group: "", resources: &["configmaps", "secrets", "services", "namespaces", "serviceaccounts"], verbs: READ },
+        Rule {
+            group: "",
+            resources: &["configmaps", "secrets", "services", "namespaces", "serviceaccounts"],
+            verbs: READ,
+        },
         Rule { group: "", resources: &["serviceaccounts/token"], verbs: &["create"] },
         Rule { group: "", resources: &["events"], verbs: &["create", "get", "list", "update", "patch"] },
         Rule { group: "events.k8s.io", resources: &["events"], verbs: &["create", "get", "list", "update", "patch"] },
@@ -219,8 +223,7 @@ pub fn authorize_path(who: &Identity, verb: &str, segments: &[String]) -> ApiRes
     if open || !who.is_anonymous() {
         return Ok(());
     }
-    let message =
-        format!("forbidden: User \"{}\" cannot {verb} path \"/{}\"", who.user, segments.join("/"));
+    let message = format!("forbidden: User \"{}\" cannot {verb} path \"/{}\"", who.user, segments.join("/"));
     let mut error = ApiError::new(http::StatusCode::FORBIDDEN, "Forbidden", message);
     error.details = serde_json::json!({});
     Err(error)

@@ -196,8 +196,7 @@ impl Cache {
             let soon = tokio::time::timeout(std::time::Duration::from_secs(3), reached.wait_for(|r| *r >= at_least));
             if soon.await.is_err() {
                 let mut error = ApiError::timeout();
-                error.message =
-                    format!("Too large resource version: {at_least}, current: {}", *self.reached.borrow());
+                error.message = format!("Too large resource version: {at_least}, current: {}", *self.reached.borrow());
                 error.details = serde_json::json!({"retryAfterSeconds": 1,
                     "causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}]});
                 error.retry_after = Some(1);

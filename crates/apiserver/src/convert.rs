@@ -33,7 +33,11 @@ pub fn incoming(resource: &'static Resource, value: Value) -> Value {
     }
 }
 
-fn renamed(to: &Resource, mut value: Value, order: fn((&'static str, &'static str)) -> (&'static str, &'static str)) -> Value {
+fn renamed(
+    to: &Resource,
+    mut value: Value,
+    order: fn((&'static str, &'static str)) -> (&'static str, &'static str),
+) -> Value {
     if let Some(map) = value.as_object_mut() {
         for pair in EVENT_NAMES.into_iter().chain(REPORTING) {
             let (from, into) = order(pair);

@@ -4,7 +4,7 @@ use http::{HeaderMap, Response, StatusCode};
 use serde_json::{Value, json};
 
 use crate::kinds::{self, RESOURCES, Resource};
-use crate::request::{accepted};
+use crate::request::accepted;
 use crate::status::{ApiError, ApiResult, bytes_response, json_response};
 use crate::{Body, State};
 
@@ -15,7 +15,8 @@ const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGrou
 /// Answers a path that is about no object.
 pub fn answer(state: &State, headers: &HeaderMap, segments: &[String]) -> ApiResult<Response<Body>> {
     let words: Vec<&str> = segments.iter().map(String::as_str).collect();
-    let wants_all = accepted(headers).iter().any(|wanted| wanted.wants("APIGroupDiscoveryList", "apidiscovery.k8s.io", "v2"));
+    let wants_all =
+        accepted(headers).iter().any(|wanted| wanted.wants("APIGroupDiscoveryList", "apidiscovery.k8s.io", "v2"));
     let value = match words.as_slice() {
         ["healthz" | "livez" | "readyz", ..] => return Ok(bytes_response(StatusCode::OK, "text/plain", "ok")),
         ["version"] => version(),
@@ -39,16 +40,16 @@ pub fn answer(state: &State, headers: &HeaderMap, segments: &[String]) -> ApiRes
             value
         }
         ["apis", group, version] => resources(group, version)?,
-        ["openapi", "v3"] => state.types.openapi_index(),
-        ["openapi", "v3", "api", "v1"] => openapi(state, "", "v1")?,
-        ["openapi", "v3", "apis", group, version] => openapi(state, group, version)?,
+        ["openapi", "v3"] => {
+            return Ok(bytes_response(StatusCode::OK, "application/json", state.types.openapi().index()));
+        }
+        ["openapi", "v3", root @ ..] => {
+            let document = state.types.openapi().document(&root.join("/")).ok_or_else(ApiError::no_such_path)?;
+            return Ok(bytes_response(StatusCode::OK, "application/json", document));
+        }
         _ => return Err(ApiError::no_such_path()),
     };
     Ok(json_response(StatusCode::OK, &value))
-}
-
-fn openapi(state: &State, group: &str, version: &str) -> ApiResult<Value> {
-    state.types.openapi(group, version).ok_or_else(ApiError::no_such_path)
 }
 
 fn version() -> Value {
@@ -119,7 +120,11 @@ fn aggregated(core: bool) -> Value {
         .filter(|(group, _)| group.is_empty() == core)
         .map(|(group, version)| {
             let resources: Vec<Value> = of(group, version).map(discovered).collect();
-            let metadata = if core { json!({"creationTimestamp": null}) } else { json!({"name": group, "creationTimestamp": null}) };
+            let metadata = if core {
+                json!({"creationTimestamp": null})
+            } else {
+                json!({"name": group, "creationTimestamp": null})
+            };
             json!({"metadata": metadata, "versions":
                 [{"version": version, "freshness": "Current", "resources": resources}]})
         })

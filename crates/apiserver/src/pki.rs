@@ -102,11 +102,11 @@ pub struct Names {
 impl Pki {
     /// Reads the directory, making what is missing, about to expire or no longer fits the names.
     pub fn open(dir: &Path, names: &Names) -> Result<Self, PkiError> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(|source| PkiError::File { verb: "create", path: dir.to_owned(), source })?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| PkiError::File {
+            verb: "create",
+            path: dir.to_owned(),
+            source,
+        })?;
         let authority = Authority::open(dir)?;
         let server = authority.leaf(dir, "server", Subject::server("joey-apiserver", server_names(names)))?;
         let admin = authority.leaf(dir, "admin", Subject::client("joey-admin", &["system:masters"]))?;

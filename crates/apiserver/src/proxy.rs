@@ -101,9 +101,9 @@ fn container(query: &Query, pod: &Value, name: &str) -> ApiResult<String> {
     }
     match query.get("container").unwrap_or_default() {
         "" => {
-            let marked = pod.pointer("/metadata/annotations").and_then(|notes| {
-                notes.get("kubectl.kubernetes.io/default-container").and_then(Value::as_str)
-            });
+            let marked = pod
+                .pointer("/metadata/annotations")
+                .and_then(|notes| notes.get("kubectl.kubernetes.io/default-container").and_then(Value::as_str));
             let main = list(pod, "/spec/containers");
             match (marked.filter(|marked| names.contains(marked)), main) {
                 (Some(marked), _) => Ok(marked.to_owned()),
@@ -171,7 +171,8 @@ async fn exchange(
     (address, port): (&str, u16),
 ) -> ApiResult<Response<Body>> {
     let internal = |error: hyper::Error| ApiError::internal(format!("the node did not answer: {error}"));
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(internal)?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(internal)?;
     tokio::spawn(connection.with_upgrades());
     let wants_upgrade = request.headers().contains_key(header::UPGRADE);
     if !wants_upgrade && subresource != "log" {

@@ -105,8 +105,9 @@ fn target(method: &Method, query: &Query, (group, version): (&str, &str), rest: 
         rest => (rest, query.flag("watch")),
     };
     let (namespace, rest) = match rest {
-        ["namespaces", namespace, plural, rest @ ..] if kinds::find("", "v1", "namespaces")
-            .is_some_and(|r| group != r.group || r.subresource(plural).is_none()) =>
+        ["namespaces", namespace, plural, rest @ ..]
+            if kinds::find("", "v1", "namespaces")
+                .is_some_and(|r| group != r.group || r.subresource(plural).is_none()) =>
         {
             (*namespace, [&[*plural][..], rest].concat())
         }

@@ -66,8 +66,22 @@ fn rules(call: &Call<'_>, value: &mut Value) {
         .map(|rule| json!({"verbs": rule.verbs, "apiGroups": [rule.group], "resources": rule.resources}))
         .collect();
     let all = rules.iter().any(|rule| rule.group == "*");
-    let urls = if all { json!(["*"]) } else { json!(["/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez",
-        "/openapi", "/openapi/*", "/readyz", "/version"]) };
+    let urls = if all {
+        json!(["*"])
+    } else {
+        json!([
+            "/api",
+            "/api/*",
+            "/apis",
+            "/apis/*",
+            "/healthz",
+            "/livez",
+            "/openapi",
+            "/openapi/*",
+            "/readyz",
+            "/version"
+        ])
+    };
     let verbs = if all { json!(["*"]) } else { json!(["get"]) };
     value["status"] = json!({"resourceRules": resources, "incomplete": false,
         "nonResourceRules": [{"verbs": verbs, "nonResourceURLs": urls}]});

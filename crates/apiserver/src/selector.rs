@@ -290,8 +290,20 @@ mod tests {
     #[test]
     fn grammar() {
         for yes in [
-            "", "app=web", "app==web", "app", "!no", "app!=db", "no!=x", "app in (db, web)", "app notin (a,b),tier>2",
-            "tier<4", "x/y=", "x/y", " app = web , tier ", "in=web,app" 
+            "",
+            "app=web",
+            "app==web",
+            "app",
+            "!no",
+            "app!=db",
+            "no!=x",
+            "app in (db, web)",
+            "app notin (a,b),tier>2",
+            "tier<4",
+            "x/y=",
+            "x/y",
+            " app = web , tier ",
+            "in=web,app",
         ] {
             assert_eq!(matches(yes, ""), !yes.starts_with("in="), "{yes}");
         }

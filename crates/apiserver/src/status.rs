@@ -29,11 +29,8 @@ impl FieldFault {
             Value::Object(_) | Value::Array(_) => "{...}".to_owned(),
             other => other.to_string(),
         };
-        let shown = if shown.chars().count() > 256 {
-            shown.chars().take(256).collect::<String>() + "…\""
-        } else {
-            shown
-        };
+        let shown =
+            if shown.chars().count() > 256 { shown.chars().take(256).collect::<String>() + "…\"" } else { shown };
         Self { field: field.into(), reason: "FieldValueInvalid", message: format!("Invalid value: {shown}: {detail}") }
     }
 
@@ -129,9 +126,8 @@ impl ApiError {
     }
 
     pub fn unsupported_media_type(accepted: &str) -> Self {
-        let message = format!(
-            "the body of the request was in an unknown format - accepted media types include: {accepted}"
-        );
+        let message =
+            format!("the body of the request was in an unknown format - accepted media types include: {accepted}");
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", message)
     }
 

@@ -102,8 +102,7 @@ mod tests {
     fn round_trip_and_forgery() {
         let key = rcgen::KeyPair::generate().unwrap().serialize_der();
         let tokens = Tokens::new(&key).unwrap();
-        let account =
-            Account { namespace: "a", name: "b", uid: "u", audiences: vec![ISSUER.to_owned()], pod: None };
+        let account = Account { namespace: "a", name: "b", uid: "u", audiences: vec![ISSUER.to_owned()], pod: None };
         let now = Timestamp::now();
         let token = tokens.sign(&account, now, 600).unwrap();
         let who = tokens.verify(&token, now).unwrap();

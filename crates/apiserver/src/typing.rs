@@ -1,9 +1,13 @@
 //! Where the server meets the schemas: every use of [`crate::schema`] is here.
 
+use std::sync::OnceLock;
+
 use serde_json::Value;
 
-use crate::kinds::Resource;
-use crate::schema::{FieldError, FieldReason, Schemas, TypeId, UnknownFields as Unknown};
+use crate::kinds::{RESOURCES, Resource};
+use crate::schema::{
+    Documents, FieldError, FieldReason, Schemas, ServedResource, ServedSubresource, TypeId, UnknownFields as Unknown,
+};
 use crate::status::{ApiError, ApiResult, FieldFault};
 
 /// What to do with fields that the schema does not know (`fieldValidation`).
@@ -59,26 +63,46 @@ impl Types {
         merged.map_err(|error| ApiError::bad_request(format!("the patch cannot be applied: {error}")))
     }
 
-    pub fn openapi_index(&self) -> Value {
-        serde_json::json!({"paths": {}})
+    /// OpenAPI documents of everything that is served; made when they are first asked for.
+    pub fn openapi(&self) -> &Documents {
+        static DOCUMENTS: OnceLock<Documents> = OnceLock::new();
+        DOCUMENTS.get_or_init(|| Documents::build(RESOURCES.iter().map(served)))
     }
+}
 
-    pub fn openapi(&self, _group: &str, _version: &str) -> Option<Value> {
-        None
-    }
+fn served(resource: &Resource) -> (ServedResource<'_>, Vec<ServedSubresource<'_>>) {
+    let entry = ServedResource {
+        group: resource.group,
+        version: resource.version,
+        kind: resource.kind,
+        plural: resource.plural,
+        namespaced: resource.namespaced,
+        verbs: resource.verbs,
+    };
+    let below = resource.subresources.iter();
+    (entry, below.map(|sub| ServedSubresource { name: sub.name, verbs: sub.verbs, body: sub.body }).collect())
 }
 
 /// Faults of the form are a bad request; faults of values make the object invalid, as kube-apiserver has it.
 fn refused(resource: &Resource, name: &str, errors: &[FieldError]) -> ApiError {
-    let unknown: Vec<String> = errors.iter().filter(|e| e.reason == FieldReason::Unknown).map(|e| e.detail.clone()).collect();
+    let unknown: Vec<String> =
+        errors.iter().filter(|e| e.reason == FieldReason::Unknown).map(|e| e.detail.clone()).collect();
     if !unknown.is_empty() {
         return ApiError::bad_request(format!("strict decoding error: {}", unknown.join(", ")));
     }
-    let types: Vec<String> =
-        errors.iter().filter(|e| e.reason == FieldReason::TypeInvalid).map(|e| format!("{} {}", e.path, e.detail)).collect();
+    let types: Vec<String> = errors
+        .iter()
+        .filter(|e| e.reason == FieldReason::TypeInvalid)
+        .map(|e| format!("{} {}", e.path, e.detail))
+        .collect();
     if !types.is_empty() {
-        return ApiError::bad_request(format!("{} in version \"{}\" cannot be handled as a {}: {}", resource.kind,
-            resource.api_version(), resource.kind, types.join(", ")));
+        return ApiError::bad_request(format!(
+            "{} in version \"{}\" cannot be handled as a {}: {}",
+            resource.kind,
+            resource.api_version(),
+            resource.kind,
+            types.join(", ")
+        ));
     }
     let faults: Vec<FieldFault> = errors
         .iter()

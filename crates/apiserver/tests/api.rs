@@ -87,9 +87,7 @@ async fn the_life_of_a_pod() {
     assert!(again.to_string().contains("pods \"a\" already exists"), "{again}");
     let binding = json!({"apiVersion": "v1", "kind": "Binding", "metadata": {"name": "a"},
         "target": {"kind": "Node", "name": "n"}});
-    pods.create_subresource::<serde_json::Value>("binding", "a", &PostParams::default(), serde_json::to_vec(&binding).unwrap())
-        .await
-        .unwrap();
+    pods.create_subresource::<_, serde_json::Value>("binding", "a", &PostParams::default(), &binding).await.unwrap();
     let on_node = pods.list(&ListParams::default().fields("spec.nodeName=n")).await.unwrap();
     assert_eq!(on_node.items.len(), 1);
     let status = json!({"status": {"phase": "Running", "podIP": "10.0.0.9"}, "spec": {"nodeName": "other"}});
@@ -170,10 +168,7 @@ async fn namespaces_end_when_they_are_finalized() {
     empty["apiVersion"] = "v1".into();
     empty["kind"] = "Namespace".into();
     empty["spec"]["finalizers"] = json!([]);
-    namespaces
-        .replace_subresource::<serde_json::Value>("finalize", "t", &PostParams::default(), serde_json::to_vec(&empty).unwrap())
-        .await
-        .unwrap();
+    namespaces.replace_subresource::<serde_json::Value>("finalize", "t", &PostParams::default(), &empty).await.unwrap();
     assert!(namespaces.get_opt("t").await.unwrap().is_none());
     let other: Api<Pod> = Api::namespaced(server.client(), "absent");
     let refused = other.create(&PostParams::default(), &typed("a")).await.unwrap_err();
@@ -250,7 +245,8 @@ async fn kubectl_at_work() {
         let (done, output) = run(arguments, input).await;
         assert!(done && output.contains(expected), "kubectl {arguments:?}: {output}");
     }
-    let bad = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [{"name": "c"}]}});
+    let bad =
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [{"name": "c"}]}});
     for (input, expected) in [
         (bad.to_string(), "The Pod \"x\" is invalid: spec.containers[0].image: Required value"),
         (manifest.replace("\"image\"", "\"imag\""), "unknown field \"spec.containers[0].imag\""),

@@ -98,7 +98,8 @@ fn check_container(container: &Value, field: &str, volumes: &HashSet<&str>, faul
         if name.is_empty() {
             faults.push(FieldFault::required(format!("{field}.name"), ""));
         } else if name.contains('=') || !name.bytes().all(|c| (0x20..0x7f).contains(&c)) {
-            let why = "a valid environment variable name must consist only of printable ASCII characters other than '='";
+            let why =
+                "a valid environment variable name must consist only of printable ASCII characters other than '='";
             faults.push(FieldFault::invalid(format!("{field}.name"), &name.into(), why));
         }
         let given = variable.get("value").and_then(Value::as_str).is_some_and(|value| !value.is_empty());

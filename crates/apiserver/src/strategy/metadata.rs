@@ -68,7 +68,11 @@ pub fn check(resource: &Resource, value: &Value, faults: &mut Vec<FieldFault>) {
     for (index, finalizer) in list(value, "/metadata/finalizers").iter().enumerate() {
         if !finalizer.as_str().is_some_and(key_is_valid) {
             let field = format!("metadata.finalizers[{index}]");
-            faults.push(FieldFault::invalid(field, finalizer, "name is neither a standard finalizer name nor qualified"));
+            faults.push(FieldFault::invalid(
+                field,
+                finalizer,
+                "name is neither a standard finalizer name nor qualified",
+            ));
         }
     }
 }

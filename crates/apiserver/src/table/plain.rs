@@ -15,7 +15,9 @@ fn or_none(text: &str) -> Value {
 
 pub const CONFIG_MAP: &[Column] = &[
     NAME,
-    column("Data", "Number of entries.", |value| (count(value, "data") + count(value, "binaryData")).to_string().into()),
+    column("Data", "Number of entries.", |value| {
+        (count(value, "data") + count(value, "binaryData")).to_string().into()
+    }),
     AGE,
 ];
 
@@ -26,11 +28,8 @@ pub const SECRET: &[Column] = &[
     AGE,
 ];
 
-pub const SERVICE_ACCOUNT: &[Column] = &[
-    NAME,
-    column("Secrets", "Number of secrets.", |value| list(value, "/secrets").len().to_string().into()),
-    AGE,
-];
+pub const SERVICE_ACCOUNT: &[Column] =
+    &[NAME, column("Secrets", "Number of secrets.", |value| list(value, "/secrets").len().to_string().into()), AGE];
 
 pub const NAMESPACE: &[Column] =
     &[NAME, column("Status", "Phase of the namespace.", |value| text(value, "/status/phase").into()), AGE];

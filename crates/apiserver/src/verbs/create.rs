@@ -106,7 +106,8 @@ fn begin(resource: &Resource, value: &mut Value) -> ApiResult<bool> {
     if !version.is_empty() && version != "0" {
         return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
     }
-    if resource.has_status() && resource.strategy.clears_status()
+    if resource.has_status()
+        && resource.strategy.clears_status()
         && let Some(map) = value.as_object_mut()
     {
         map.remove("status");
@@ -162,9 +163,7 @@ async fn namespace_takes_objects(call: &Call<'_>, name: &str) -> ApiResult<()> {
         return Err(ApiError::not_found(namespaces, namespace));
     };
     if object::is_deleting(&found) && resource.plural != "events" {
-        let why = format!(
-            "unable to create new content in namespace {namespace} because it is being terminated"
-        );
+        let why = format!("unable to create new content in namespace {namespace} because it is being terminated");
         let mut error = ApiError::forbidden(resource, name, &why);
         error.details["causes"] = serde_json::json!([{"reason": "NamespaceTerminating",
             "message": format!("namespace {namespace} is being terminated"), "field": "metadata.namespace"}]);

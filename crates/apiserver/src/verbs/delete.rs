@@ -10,8 +10,8 @@
 
 use bytes::Bytes;
 use http::Response;
-use joey_store::Op;
 use jiff::{SignedDuration, Timestamp};
+use joey_store::Op;
 use serde_json::{Value, json};
 
 use super::update::{ATTEMPTS, is_finished};
@@ -120,9 +120,7 @@ fn check(call: &Call<'_>, options: &Options, current: &Current) -> ApiResult<()>
     let (resource, name) = (call.target.resource, &call.target.name);
     let uid = text(&current.value, "/metadata/uid");
     if let Some(wanted) = options.uid.as_deref().filter(|wanted| *wanted != uid) {
-        let why = format!(
-            "Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}"
-        );
+        let why = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}");
         return Err(ApiError::conflict(resource, name, &why));
     }
     if let Some(wanted) = options.version.as_deref().filter(|wanted| *wanted != current.revision.to_string()) {

@@ -105,9 +105,7 @@ pub async fn snapshot(call: &Call<'_>, selector: &Selector, at_least: u64) -> Ap
         (false, _) => resource.key("", name),
     };
     let node = selector.exact(resource, "spec.nodeName").filter(|node| !node.is_empty());
-    let keep = |object: &Object| {
-        selector.matches(resource, object) && (name.is_empty() || object.name() == name)
-    };
+    let keep = |object: &Object| selector.matches(resource, object) && (name.is_empty() || object.name() == name);
     Ok(call.state.cache.list(resource, &prefix, node, &keep))
 }
 
@@ -118,7 +116,9 @@ async fn page(call: &Call<'_>) -> ApiResult<Page> {
     let token = call.query.get("continue").filter(|token| !token.is_empty());
     let token = token.map(Continue::read).transpose()?;
     let snapshot = snapshot(call, &selector, at_least).await?;
-    if exact && at_least != snapshot.revision && call.state.cache.changes(call.target.resource, at_least)?.0.iter().any(|_| true)
+    if exact
+        && at_least != snapshot.revision
+        && call.state.cache.changes(call.target.resource, at_least)?.0.iter().any(|_| true)
     {
         return Err(ApiError::expired(format!("too old resource version: {at_least} ({})", snapshot.revision)));
     }

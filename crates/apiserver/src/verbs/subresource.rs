@@ -68,8 +68,7 @@ async fn bind(call: &Call<'_>, binding: &Value) -> ApiResult<Answer> {
         };
         if let Some(why) = refused {
             let mut error = ApiError::conflict(resource, name, &why);
-            error.message =
-                format!("Operation cannot be fulfilled on pods/binding \"{name}\": {why}");
+            error.message = format!("Operation cannot be fulfilled on pods/binding \"{name}\": {why}");
             return Err(error);
         }
         let mut value = current.value.clone();
@@ -166,7 +165,8 @@ async fn bound_pod(call: &Call<'_>, spec: &Value) -> ApiResult<Option<(String, S
         account => account,
     };
     if account != call.target.name {
-        let why = format!("cannot bind token for serviceaccount \"{}\" to pod running as \"{account}\"", call.target.name);
+        let why =
+            format!("cannot bind token for serviceaccount \"{}\" to pod running as \"{account}\"", call.target.name);
         return Err(ApiError::bad_request(why));
     }
     Ok(Some((name.to_owned(), uid.to_owned())))

@@ -80,9 +80,11 @@ pub async fn watch(state: &State, call: &Call<'_>, draining: CancellationToken) 
     };
     let now = Instant::now();
     // Half an hour to an hour when the client names no time, so that watches do not all end at once.
-    let seconds = call.query.number::<u64>("timeoutSeconds")?.filter(|s| *s > 0).unwrap_or_else(|| {
-        1800 + rand::random_range(0..1800)
-    });
+    let seconds = call
+        .query
+        .number::<u64>("timeoutSeconds")?
+        .filter(|s| *s > 0)
+        .unwrap_or_else(|| 1800 + rand::random_range(0..1800));
     let watcher = Watcher {
         cache: state.cache.clone(),
         resource,
@@ -117,9 +119,7 @@ pub async fn watch(state: &State, call: &Call<'_>, draining: CancellationToken) 
 fn initial_events(call: &Call<'_>) -> ApiResult<Option<bool>> {
     let Some(text) = call.query.get("sendInitialEvents") else { return Ok(None) };
     if call.query.get("resourceVersionMatch") != Some("NotOlderThan") {
-        return Err(ApiError::bad_request(
-            "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
-        ));
+        return Err(ApiError::bad_request("sendInitialEvents requires setting resourceVersionMatch to NotOlderThan"));
     }
     Ok(Some(text.is_empty() || !matches!(text, "false" | "0")))
 }

@@ -78,6 +78,8 @@ impl Cgroup {
                 true => {
                     write("memory", "memory.max", bytes.to_string())?;
                     let _ = write("memory", "memory.swap.max", "0".to_owned());
+                    // The container as a whole runs out of memory, not its unlucky process: as the kubelet on v2.
+                    let _ = write("memory", "memory.oom.group", "1".to_owned());
                 }
                 false => {
                     write("memory", "memory.limit_in_bytes", bytes.to_string())?;

@@ -6,7 +6,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use joey_api::agent::{AgentConfig, AgentContainer};
@@ -15,6 +15,47 @@ use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::Cgroup;
 use crate::{identity, root, seccomp, sys};
+
+/// Why a process did not start, in words for its user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The specification cannot be met: trying again helps only when the image changes.
+    Config(String),
+    /// What the container needs could not be made.
+    Create(String),
+    /// The program could not be started.
+    Start(String),
+}
+
+impl Failure {
+    pub fn message(&self) -> &str {
+        let (Self::Config(message) | Self::Create(message) | Self::Start(message)) = self;
+        message
+    }
+
+    fn kind(&self) -> u8 {
+        match self {
+            Self::Config(_) => b'f',
+            Self::Create(_) => b'c',
+            Self::Start(_) => b's',
+        }
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(bytes.get(1..).unwrap_or_default()).into_owned();
+        match bytes.first() {
+            Some(b'f') => Self::Config(text),
+            Some(b'c') => Self::Create(text),
+            _ => Self::Start(text),
+        }
+    }
+}
+
+impl From<String> for Failure {
+    fn from(message: String) -> Self {
+        Self::Start(message)
+    }
+}
 
 /// A process of a container, and the agent's ends of its streams.
 pub struct Started {
@@ -53,18 +94,19 @@ pub async fn container(
     dir: &Path,
     upper: &Path,
     cgroup: &Cgroup,
-) -> Result<Started, String> {
+) -> Result<Started, Failure> {
     let flags = (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64;
-    start(program, flags, || {
+    start(program, flags, &mut || Ok(()), &[], || {
         cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
         sys::unshare(libc::CLONE_NEWCGROUP).map_err(|error| format!("cannot unshare the cgroup: {error}"))?;
+        sys::best_effort_oom(oom_score(program.container));
         root::enter(config, program.container, dir, upper)
     })
     .await
 }
 
 /// Starts a further process in the container whose first process is `init`.
-pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Result<Started, String> {
+pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Result<Started, Failure> {
     let open =
         |kind: &str| File::open(format!("/proc/{init}/ns/{kind}")).map_err(|_| "container is not running".to_owned());
     let (pids, mounts, cgroups) = (open("pid")?, open("mnt")?, open("cgroup")?);
@@ -72,10 +114,12 @@ pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Resul
     // Only children are affected by the pid namespace: the agent steps into it for the moment of one clone.
     sys::setns(pids.as_fd(), libc::CLONE_NEWPID).map_err(|_| "container is not running".to_owned())?;
     let mut back = || sys::setns(own.as_fd(), libc::CLONE_NEWPID).map_err(|error| error.to_string());
-    start_then(program, 0, &mut back, || {
+    let kept = [mounts.as_raw_fd(), cgroups.as_raw_fd()];
+    start(program, 0, &mut back, &kept, || {
         let enter = || -> io::Result<()> {
             cgroup.join()?;
             sys::setns(cgroups.as_fd(), libc::CLONE_NEWCGROUP)?;
+            sys::best_effort_oom(oom_score(program.container));
             sys::setns(mounts.as_fd(), libc::CLONE_NEWNS)
         };
         enter().map_err(|error| format!("cannot enter the container: {error}"))
@@ -83,36 +127,47 @@ pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Resul
     .await
 }
 
+/// Kills a container without a memory limit before any other process, and one with a limit after them: as the kubelet ranks
+/// them, without its middle class.
+fn oom_score(container: &AgentContainer) -> i32 {
+    if container.resources.memory_bytes.is_some() { -997 } else { 1000 }
+}
+
+/// Clones; in the child closes every descriptor but `kept`, enters the container and becomes the program.
 async fn start(
     program: &Program<'_>,
     flags: u64,
-    enter: impl FnOnce() -> Result<(), String>,
-) -> Result<Started, String> {
-    start_then(program, flags, &mut || Ok(()), enter).await
-}
-
-async fn start_then(
-    program: &Program<'_>,
-    flags: u64,
     cloned_once: &mut (dyn FnMut() -> Result<(), String> + Send),
+    kept: &[RawFd],
     enter: impl FnOnce() -> Result<(), String>,
-) -> Result<Started, String> {
+) -> Result<Started, Failure> {
     let prepared = sys::socketpair().and_then(|sockets| Ok((sockets, pipes(program)?)));
     let cloned = prepared.and_then(|prepared| sys::clone(flags).map(|cloned| (prepared, cloned)));
     let (((near, far), (mut streams, ends)), pid, pidfd) = match cloned {
         Ok((prepared, sys::Cloned::Parent { pid, pidfd })) => (prepared, pid, pidfd),
         Ok((((_near, far), (streams, ends)), sys::Cloned::Child)) => {
-            drop(streams);
-            let error = match enter().and_then(|()| run(program, ends, &far)) {
-                Ok(never) => match never {},
-                Err(error) => error,
+            // This child never returns, so nothing drops what is closed behind its owner's back.
+            std::mem::forget(streams);
+            let mut kept = kept.to_vec();
+            kept.extend([&ends.stdin, &ends.stdout, &ends.stderr].into_iter().flatten().map(AsRawFd::as_raw_fd));
+            kept.push(far.as_raw_fd());
+            // The agent's own descriptors lead to the host: nothing that the container decides on happens before they are gone.
+            let closed = sys::close_all_but(&kept).map_err(|error| format!("cannot close the descriptors: {error}"));
+            let failure = match closed.and_then(|()| enter()).map_err(Failure::Start) {
+                Ok(()) => match run(program, ends, &far) {
+                    Ok(never) => match never {},
+                    Err(failure) => failure,
+                },
+                Err(failure) => failure,
             };
-            let _ = sys::send(far.as_fd(), &error.as_bytes()[..error.len().min(4000)], None);
+            let mut message = vec![failure.kind()];
+            message.extend(failure.message().bytes().take(4000));
+            let _ = sys::send(far.as_fd(), &message, None);
             sys::exit_now(127)
         }
         Err(error) => {
             cloned_once()?;
-            return Err(format!("cannot start a process: {error}"));
+            return Err(Failure::Create(format!("cannot start a process: {error}")));
         }
     };
     cloned_once()?;
@@ -128,7 +183,7 @@ async fn start_then(
     while let Ok(Some((message, fd))) = near.async_io(Interest::READABLE, |socket| sys::receive(socket.as_fd())).await {
         match fd {
             Some(fd) => terminal(&mut streams, fd).map_err(|error| error.to_string())?,
-            None => failure = Some(String::from_utf8_lossy(&message).into_owned()),
+            None => failure = Some(Failure::from_bytes(&message)),
         }
     }
     match failure {
@@ -178,15 +233,15 @@ fn pipes(program: &Program<'_>) -> io::Result<(Streams, Ends)> {
 enum Never {}
 
 /// The child, inside the container: gives everything up and becomes the program.
-fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, String> {
+fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Failure> {
     let said = |what: &'static str| move |error: io::Error| format!("cannot {what}: {error}");
     let container = program.container;
-    // No process of the container may look into this one before it is theirs.
-    sys::prctl(libc::PR_SET_DUMPABLE, 0).map_err(said("close the process"))?;
+    // SAFETY: umask takes an integer and cannot fail.
+    unsafe { libc::umask(0o022) };
     sys::setsid().map_err(said("make a session"))?;
-    let identity = identity::resolve(&container.user, &container.supplemental_groups)?;
+    let identity = identity::resolve(&container.user, &container.supplemental_groups).map_err(Failure::Create)?;
     if container.run_as_non_root && identity.uid == 0 {
-        return Err("container has runAsNonRoot and image will run as root".to_owned());
+        return Err(Failure::Config("container has runAsNonRoot and image will run as root".to_owned()));
     }
     stdio(program, ends, status, identity.uid).map_err(said("set up the streams"))?;
     let working_dir = if container.working_dir.is_empty() { "/" } else { &container.working_dir };
@@ -194,15 +249,13 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Str
         .and_then(|()| std::env::set_current_dir(working_dir))
         .map_err(|error| format!("cannot change to working directory {working_dir}: {error}"))?;
     if !std::env::current_dir().is_ok_and(|dir| dir.is_absolute()) {
-        return Err(format!("working directory {working_dir} is outside of the root"));
+        return Err(Failure::Start(format!("working directory {working_dir} is outside of the root")));
     }
     let env = environment(container, &identity, program.tty);
     let candidates = candidates(&program.args[0], &env);
     let strings = |list: &[String]| list.iter().map(sys::c).collect::<io::Result<Vec<CString>>>();
     let args = strings(program.args).map_err(|_| "an argument holds a zero byte".to_owned())?;
     let env = strings(&env).map_err(|_| "a variable holds a zero byte".to_owned())?;
-    // SAFETY: umask takes an integer and cannot fail.
-    unsafe { libc::umask(0o022) };
     if container.no_new_privileges {
         sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(said("give up new privileges"))?;
     }
@@ -210,6 +263,9 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Str
     identity::become_identity(&identity, identity::capability_bits(&container.capabilities))
         .map_err(said("become the container's user"))?;
     sys::default_signals();
+    // What programs expect to start with, as under containerd: few descriptors until they ask for more, no core files.
+    sys::lower_limit(libc::RLIMIT_NOFILE, 1024, 524_288);
+    sys::lower_limit(libc::RLIMIT_CORE, 0, u64::MAX);
     sys::cloexec_all().map_err(said("close the descriptors"))?;
     let mut failure = io::Error::from_raw_os_error(libc::ENOENT);
     for candidate in candidates {
@@ -219,14 +275,17 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Str
             failure = error;
         }
     }
-    let name = &program.args[0];
-    Err(match failure.raw_os_error() {
+    Err(Failure::Start(not_executed(&program.args[0], &failure)))
+}
+
+fn not_executed(name: &str, failure: &io::Error) -> String {
+    match failure.raw_os_error() {
         Some(libc::ENOENT) if name.contains('/') => format!("exec: \"{name}\": no such file or directory: not found"),
         Some(libc::ENOENT) => format!("exec: \"{name}\": executable file not found in $PATH: not found"),
         Some(libc::ENOEXEC) => format!("exec: \"{name}\": exec format error"),
         Some(libc::EACCES) => format!("exec: \"{name}\": permission denied"),
         _ => format!("exec: \"{name}\": {failure}"),
-    })
+    }
 }
 
 fn stdio(program: &Program<'_>, ends: Ends, status: &OwnedFd, uid: u32) -> io::Result<()> {
@@ -239,7 +298,7 @@ fn stdio(program: &Program<'_>, ends: Ends, status: &OwnedFd, uid: u32) -> io::R
         }
         return sys::control_terminal();
     }
-    let null = File::options().read(true).write(true).open("/dev/null")?;
+    let null = sys::null_device()?;
     for (fd, end) in [(0, &ends.stdin), (1, &ends.stdout), (2, &ends.stderr)] {
         if let Some(end) = end {
             // /dev/stdout and its kin are opened anew by the container's user.

@@ -166,15 +166,12 @@ fn open_all(source: &Source) -> VecDeque<(BufReader<File>, u64)> {
     files
 }
 
-/// The parts newer than the one with this inode, when there are any.
+/// The parts newer than the one with this inode, when there are any. One that was rotated away for good is followed by all
+/// that are left: what is between is lost to a reader this slow.
 fn after(source: &Source, inode: u64) -> Option<VecDeque<(BufReader<File>, u64)>> {
     let mut all = open_all(source);
-    while let Some((_, front)) = all.front() {
-        let found = *front == inode;
-        all.pop_front();
-        if found {
-            break;
-        }
+    if let Some(at) = all.iter().position(|(_, own)| *own == inode) {
+        all.drain(..=at);
     }
     (!all.is_empty()).then_some(all)
 }

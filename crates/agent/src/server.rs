@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use joey_api::frame::{
     CLOSE, Decoder, ExecStatus, MAX_PAYLOAD, RESIZE, STATUS, STDERR, STDIN, STDOUT, TerminalSize, encode,
 };
-use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Usage};
+use joey_api::instance::{ExecRequest, LogOptions, Usage};
 use joey_model::{ErrorKind, Fault};
 use joey_rpc::{Body, empty_answer, fault_answer, into_stream, json_answer, lines_answer, parse_query, stream_answer};
 use tokio::sync::mpsc;
@@ -23,6 +23,9 @@ use crate::log_read;
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, Life, lock};
 use crate::sys;
+
+/// What a terminal takes for the end of its input (Ctrl-D).
+const END_OF_FILE: u8 = 4;
 
 type Answers = mpsc::Sender<io::Result<Bytes>>;
 
@@ -86,7 +89,7 @@ fn container(
             let attach: ExecRequest = parse_query(query)?;
             running(life)?;
             let (to, answer) = answers();
-            tokio::spawn(run_attach(agent, life.clone(), attach, request.into_body(), to));
+            tokio::spawn(run_attach(life.clone(), attach, request.into_body(), to));
             Ok(answer)
         }
         _ => Err(Fault::new(ErrorKind::NotFound, "NotFound", format!("no such call on a container: {verb}"))),
@@ -156,11 +159,14 @@ async fn run_exec(agent: Arc<Agent>, life: Arc<Life>, exec: ExecRequest, body: I
     let program = Program { container, args: &exec.command, stdin: exec.stdin, tty: exec.tty };
     let started = match running(&life) {
         Ok(init) => launch::further(&program, init, &cgroup).await,
-        Err(fault) => Err(fault.message),
+        Err(fault) => Err(launch::Failure::Start(fault.message)),
     };
     let started = match started {
         Ok(started) => started,
-        Err(message) => return status(&to, ExecStatus { exit_code: None, message: Some(message) }).await,
+        Err(failure) => {
+            let message = Some(failure.message().to_owned());
+            return status(&to, ExecStatus { exit_code: None, message }).await;
+        }
     };
     let launch::Started { pid, pidfd, streams } = started;
     let input = streams.stdin.and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
@@ -218,7 +224,7 @@ async fn feed(body: Incoming, mut input: Option<Arc<Pipe>>, terminal: Option<std
             CLOSE => {
                 // A terminal has no half-close: its end-of-file character says the same.
                 if let Some(pipe) = &input {
-                    let _ = pipe.write_all(&[4]).await;
+                    let _ = pipe.write_all(&[END_OF_FILE]).await;
                 }
             }
             RESIZE => resize(terminal.as_ref(), &payload),
@@ -256,26 +262,41 @@ fn resize(terminal: Option<&std::os::fd::OwnedFd>, payload: &[u8]) {
     }
 }
 
-async fn run_attach(agent: Arc<Agent>, life: Arc<Life>, attach: ExecRequest, body: Incoming, to: Answers) {
+async fn run_attach(life: Arc<Life>, attach: ExecRequest, body: Incoming, to: Answers) {
     let mut output = life.output.subscribe();
-    let input = if attach.stdin { lock(&life.input).clone() } else { None };
     let fed = life.clone();
     let feeder = tokio::spawn(async move {
         let mut frames = Frames::new(into_stream(body));
         while let Some((channel, payload)) = frames.next().await {
-            match (channel, &input) {
-                (STDIN, Some(pipe)) => {
-                    let _ = pipe.write_all(&payload).await;
+            match channel {
+                STDIN if attach.stdin => {
+                    let input = lock(&fed.input).clone();
+                    if let Some(pipe) = input {
+                        let _ = pipe.write_all(&payload).await;
+                    }
                 }
-                (RESIZE, _) => resize(lock(&fed.terminal).as_ref(), &payload),
+                // The end of the caller's input is the container's; a caller that only goes away leaves it open.
+                CLOSE if attach.stdin && lock(&fed.terminal).is_none() => *lock(&fed.input) = None,
+                CLOSE if attach.stdin => {
+                    let input = lock(&fed.input).clone();
+                    if let Some(pipe) = input {
+                        let _ = pipe.write_all(&[END_OF_FILE]).await;
+                    }
+                }
+                RESIZE => resize(lock(&fed.terminal).as_ref(), &payload),
                 _ => {}
             }
         }
     });
+    let mut exit_code = None;
     loop {
         tokio::select! {
             received = output.recv() => match received {
-                Ok((u8::MAX, _)) | Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
+                Ok((STATUS, code)) => {
+                    exit_code = code.as_ref().try_into().ok().map(i32::from_be_bytes);
+                    break;
+                }
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
                 Ok((STDERR, _)) if !attach.stderr => {}
                 Ok((channel, bytes)) => {
                     for piece in bytes.chunks(MAX_PAYLOAD) {
@@ -292,13 +313,5 @@ async fn run_attach(agent: Arc<Agent>, life: Arc<Life>, attach: ExecRequest, bod
         }
     }
     feeder.abort();
-    let last = {
-        let state = agent.state.borrow();
-        let container = &state.containers[life.at];
-        match &container.state {
-            ContainerState::Terminated(ended) => Some(ended.exit_code),
-            _ => container.last_termination.as_ref().map(|ended| ended.exit_code),
-        }
-    };
-    status(&to, ExecStatus { exit_code: last.or(Some(0)), message: None }).await;
+    status(&to, ExecStatus { exit_code, message: None }).await;
 }

@@ -77,6 +77,9 @@ fn isolate(options: &Options, config: &AgentConfig) -> io::Result<()> {
     let _ = sys::setsid();
     sys::prctl(libc::PR_SET_NAME, c"joey-agent".as_ptr() as libc::c_ulong)?;
     sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1)?;
+    // Its children are seen in containers before they are theirs: nobody there may look into them. Programs start afresh.
+    sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
+    sys::best_effort_oom(-998);
     let own = crate::cgroup::Cgroup::new(&config.cgroup).child("agent");
     own.make()?;
     own.join()?;

@@ -1,6 +1,9 @@
 //! The life of the containers: start, end, restart with back-off, stop. One task a container owns its transitions.
 //!
 //! ```text
+//! Waiting(CreateContainerConfigError | CreateContainerError) every 10 s
+//!        ▲ │
+//!        │ ▼
 //! Waiting(ContainerCreating) ─► Running ─► Terminated ─► (policy says no: stays)
 //!                                  ▲           │
 //!                                  └─ Waiting(CrashLoopBackOff) ◄┘ 10 s, 20 s … 300 s; 10 s again after 10 min of running
@@ -16,13 +19,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentContainer, AgentContainerState, AgentState, VERSION};
+use joey_api::frame::STATUS;
 use joey_api::instance::{ContainerState, InstanceEvent, Termination};
 use joey_model::RestartPolicy;
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
-use crate::launch::{self, Program, Started, Streams};
+use crate::launch::{self, Failure, Program, Started, Streams};
 use crate::log_write::{LineSplitter, LogWriter};
 use crate::stream::Pipe;
 use crate::sys;
@@ -53,10 +57,24 @@ pub struct Life {
     pub pid: AtomicU32,
     pub run: AtomicU32,
     restart: Notify,
+    /// Frames by channel; `STATUS` with the exit code as four bytes is a run's last.
     pub output: broadcast::Sender<(u8, Bytes)>,
     pub grown: Mutex<watch::Sender<u64>>,
     pub input: Mutex<Option<Arc<Pipe>>>,
     pub terminal: Mutex<Option<std::os::fd::OwnedFd>>,
+}
+
+/// How an attempt to run a container went.
+enum Outcome {
+    /// It ran, or its program could not be started; `asked`: it was ended in order to start it again.
+    Ended {
+        end: Termination,
+        asked: bool,
+    },
+    NotMade {
+        reason: &'static str,
+        message: String,
+    },
 }
 
 impl Agent {
@@ -146,7 +164,13 @@ impl Agent {
         let mut delay = FIRST_DELAY;
         loop {
             let begun = Instant::now();
-            let (ended, by_request) = self.run_once(container, &life).await;
+            let (ended, by_request) = match self.run_once(container, &life).await {
+                Outcome::Ended { end, asked } => (end, asked),
+                Outcome::NotMade { reason, message } => match self.wait_to_retry(&life, reason, message).await {
+                    true => continue,
+                    false => return,
+                },
+            };
             let exit_code = ended.exit_code;
             let stopping = self.stop.borrow().is_some();
             let again = !stopping && (by_request || policy.restarts(exit_code));
@@ -211,22 +235,37 @@ impl Agent {
         self.change(|state| state.events.push(event));
     }
 
-    /// One run: how it ended, and whether because a restart was asked for.
-    async fn run_once(&self, container: &AgentContainer, life: &Arc<Life>) -> (Termination, bool) {
+    /// A container that could not be made is no run of it: it waits and is tried again, whatever the restart policy says, as
+    /// under the kubelet. False: everything is to stop.
+    async fn wait_to_retry(&self, life: &Life, reason: &'static str, message: String) -> bool {
+        let mut stop = self.stop.subscribe();
+        self.change(|state| state.containers[life.at].state = waiting(reason, message.clone()));
+        tokio::select! {
+            () = tokio::time::sleep(FIRST_DELAY) => true,
+            () = life.restart.notified() => true,
+            _ = stop.wait_for(Option::is_some) => {
+                let end = not_started(reason, message);
+                self.change(|state| state.containers[life.at].state = ContainerState::Terminated(end));
+                false
+            }
+        }
+    }
+
+    /// One run.
+    async fn run_once(&self, container: &AgentContainer, life: &Arc<Life>) -> Outcome {
         let run = life.run.load(Ordering::Relaxed);
         let upper = self.dir.join("upper").join(&container.name).join(run.to_string());
         let cgroup = self.cgroup.child(&container.name);
         let kills = cgroup.oom_kills();
         match self.launch(container, &upper, &cgroup).await {
-            Err(message) => {
-                self.event(true, "Failed", format!("Error: {message}"), container);
+            Err(failure) => {
+                self.event(true, "Failed", format!("Error: {}", failure.message()), container);
                 let _ = std::fs::remove_dir_all(&upper);
-                let now = Timestamp::now();
-                let reason = "StartError".to_owned();
-                (
-                    Termination { exit_code: 128, signal: None, reason, message, started_at: None, finished_at: now },
-                    false,
-                )
+                match failure {
+                    Failure::Config(message) => Outcome::NotMade { reason: "CreateContainerConfigError", message },
+                    Failure::Create(message) => Outcome::NotMade { reason: "CreateContainerError", message },
+                    Failure::Start(message) => Outcome::Ended { end: not_started("StartError", message), asked: false },
+                }
             }
             Ok(started) => {
                 let started_at = Timestamp::now();
@@ -244,16 +283,16 @@ impl Agent {
                 });
                 let (code, signal, asked) = self.attend(container, life, started, run).await;
                 let _ = std::fs::remove_dir_all(&upper);
-                let reason = match (code, cgroup.oom_kills() > kills && signal == Some(libc::SIGKILL)) {
-                    (_, true) => "OOMKilled",
-                    (0, _) => "Completed",
+                let reason = match code {
+                    0 => "Completed",
+                    // Also a shell that answers with the fate of its child.
+                    137 if cgroup.oom_kills() > kills => "OOMKilled",
                     _ => "Error",
                 };
                 let (reason, message, started_at) = (reason.to_owned(), String::new(), Some(started_at));
-                (
-                    Termination { exit_code: code, signal, reason, message, started_at, finished_at: Timestamp::now() },
-                    asked,
-                )
+                let end =
+                    Termination { exit_code: code, signal, reason, message, started_at, finished_at: Timestamp::now() };
+                Outcome::Ended { end, asked }
             }
         }
     }
@@ -263,7 +302,7 @@ impl Agent {
         container: &AgentContainer,
         upper: &std::path::Path,
         cgroup: &Cgroup,
-    ) -> Result<Started, String> {
+    ) -> Result<Started, Failure> {
         let prepare = || -> io::Result<()> {
             // A restarted container starts from its image, as under the kubelet.
             let _ = std::fs::remove_dir_all(upper);
@@ -271,7 +310,7 @@ impl Agent {
             cgroup.make()?;
             cgroup.limit(&container.resources)
         };
-        prepare().map_err(|error| format!("cannot prepare the container: {error}"))?;
+        prepare().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))?;
         let program = Program { container, args: &container.args, stdin: container.stdin, tty: container.tty };
         launch::container(&self.config, &program, &self.dir, upper, cgroup).await
     }
@@ -333,7 +372,7 @@ impl Agent {
         // Readers of this run's log see its end; the next run has a channel of its own.
         let old = std::mem::replace(&mut *lock(&life.grown), watch::Sender::new(0));
         old.send_replace(u64::MAX);
-        let _ = life.output.send((u8::MAX, Bytes::new()));
+        let _ = life.output.send((STATUS, Bytes::copy_from_slice(&code.to_be_bytes())));
         (code, by, asked)
     }
 }
@@ -373,6 +412,12 @@ async fn carry(dir: PathBuf, container: String, run: u32, limits: (u64, u32), li
 
 pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The end of a container whose program never ran; 128 as the kubelet has it.
+fn not_started(reason: &str, message: String) -> Termination {
+    let (reason, finished_at) = (reason.to_owned(), Timestamp::now());
+    Termination { exit_code: 128, signal: None, reason, message, started_at: None, finished_at }
 }
 
 fn waiting(reason: &str, message: String) -> ContainerState {

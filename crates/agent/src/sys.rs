@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -341,9 +341,35 @@ pub fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     io::Error::last_os_error()
 }
 
+fn open_plain(path: &str) -> io::Result<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt;
+    // Read and write: not even a pipe by that name would make this wait.
+    let flags = libc::O_NOFOLLOW | libc::O_NOCTTY;
+    std::fs::OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map(OwnedFd::from)
+}
+
+/// The container's /dev/null, when it is what it says.
+pub fn null_device() -> io::Result<OwnedFd> {
+    use std::os::unix::fs::MetadataExt;
+    let null = std::fs::File::from(open_plain("/dev/null")?);
+    match null.metadata()?.rdev() == libc::makedev(1, 3) {
+        true => Ok(null.into()),
+        false => Err(io::Error::new(io::ErrorKind::NotFound, "/dev/null is not the null device")),
+    }
+}
+
+/// Sets this process's place in the kernel's choice of victims; lowering it needs a capability that a host may not have.
+pub fn best_effort_oom(score: i32) {
+    let _ = std::fs::write("/proc/self/oom_score_adj", score.to_string());
+}
+
 /// Opens a new pseudo-terminal of the devpts below /dev/pts: master and slave, close-on-exec.
 pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
-    let master = std::fs::OpenOptions::new().read(true).write(true).open("/dev/pts/ptmx").map(OwnedFd::from)?;
+    let master = open_plain("/dev/pts/ptmx")?;
+    // DEVPTS_SUPER_MAGIC: a volume there could hold anything.
+    if filesystem(master.as_fd())? != 0x1cd1 {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "/dev/pts holds no terminals"));
+    }
     let unlock: libc::c_int = 0;
     // SAFETY: TIOCSPTLCK reads an integer; TIOCGPTPEER takes open flags and gives a new descriptor.
     unsafe {

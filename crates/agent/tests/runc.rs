@@ -216,6 +216,97 @@ async fn an_image_cannot_lead_mounts_elsewhere() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_made_waits() {
+    let Some(ground) = ground("waits") else { return };
+    let bench = &ground.0;
+    for (number, user, non_root, expected) in [
+        (1, "", true, "CreateContainerConfigError"),
+        (2, "nobody-here", false, "CreateContainerError"),
+        (3, "4294967295", true, "CreateContainerError"),
+    ] {
+        let mut request = bench.request(number, "true");
+        request.config.containers[0].user = user.into();
+        request.config.containers[0].run_as_non_root = non_root;
+        let sandbox = bench.create(&request).await;
+        let agent = AgentClient::new(sandbox.agent().clone());
+        let waits = |state: &joey_api::agent::AgentState| matches!(&state.containers[0].state, ContainerState::Waiting { reason, .. } if reason == expected);
+        state_where(&agent, waits).await;
+        agent.stop(0).await.unwrap();
+        assert_eq!(termination(&agent, 0).await.reason, expected);
+        bench.destroy(&request).await;
+    }
+}
+
+#[tokio::test]
+async fn processes_begin_with_nothing_of_the_agent() {
+    let Some(ground) = ground("begin") else { return };
+    let bench = &ground.0;
+    let script = "readlink /proc/self/fd/3 /proc/self/fd/4 /proc/self/fd/5 /proc/self/fd/9; ls -l /proc/self/fd | grep -c -- '->'";
+    let mut request = bench.request(1, &format!("{script}; sleep 1000"));
+    request.config.containers[0].no_new_privileges = true;
+    request.config.containers[0].capabilities = Vec::new();
+    let mut other = conformance::container("other", "echo shared > /dev/shm/file; sleep 1000", &bench.layers);
+    other.working_dir = "/made/for/it".into();
+    request.config.containers.push(other);
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    state_where(&agent, |state| state.containers.iter().all(|one| matches!(one.state, ContainerState::Running { .. })))
+        .await;
+    // Its own streams; the directory that ls reads is closed when ls looks at what it found.
+    let (text, _) = exec(&agent, &["sh", "-c", script]).await;
+    assert_eq!(text, "3\n");
+    let (text, _) = exec(&agent, &["sh", "-c", "cat /proc/self/status /proc/1/status; cat /dev/shm/file"]).await;
+    for (line, count) in [("NoNewPrivs:\t1", 2), ("Seccomp:\t2", 2), ("CapBnd:\t0000000000000000", 2), ("shared", 1)] {
+        assert_eq!(text.matches(line).count(), count, "{line}: {text}");
+    }
+    // No way out by descriptors, by the program's own file or through what is hidden.
+    for script in [
+        "cat /proc/1/root/etc/shadow",
+        "cat /proc/self/fd/7/../../etc/shadow",
+        "echo x >> /proc/self/exe",
+        "cat /sys/firmware/*",
+        "ls /sys/devices/virtual/powercap/*",
+        "echo x > /sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "echo x > /sys/fs/cgroup/memory.max",
+    ] {
+        let (text, status) = exec(&agent, &["sh", "-c", script]).await;
+        assert_ne!(status.exit_code, Some(0), "{script}: {text}");
+    }
+    bench.destroy(&request).await;
+
+    for (number, place) in [(2, "/proc/self/fd/7"), (3, "/proc/self/fd/3/../.."), (4, "/etc/passwd")] {
+        let mut request = bench.request(number, "true");
+        request.config.containers[0].working_dir = place.into();
+        let sandbox = bench.create(&request).await;
+        let ended = termination(&AgentClient::new(sandbox.agent().clone()), 0).await;
+        assert_eq!((ended.reason.as_str(), ended.exit_code), ("StartError", 128), "{place}: {ended:?}");
+        bench.destroy(&request).await;
+    }
+}
+
+#[tokio::test]
+async fn attached_input_reaches_the_container_and_ends() {
+    let Some(ground) = ground("attach") else { return };
+    let bench = &ground.0;
+    let mut request = bench.request(1, "cat; exit 6");
+    request.config.containers[0].stdin = true;
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    running(&agent).await;
+    let query = joey_api::agent::ExecQuery { stdin: true, stdout: true, stderr: true, ..Default::default() };
+    // Who goes away does not end the input; who says CLOSE does.
+    drop(agent.attach("main", &query, futures::stream::empty()).await.unwrap());
+    let mut frames = joey_api::frame::encode(joey_api::frame::STDIN, b"said\n");
+    frames.extend(joey_api::frame::encode(joey_api::frame::CLOSE, b""));
+    let outgoing =
+        futures::StreamExt::chain(futures::stream::iter([bytes::Bytes::from(frames)]), futures::stream::pending());
+    let answer = agent.attach("main", &query, outgoing).await.unwrap();
+    let (text, status) = tokio::time::timeout(conformance::LIMIT, conformance::read_frames(answer)).await.unwrap();
+    assert_eq!((text.as_str(), status.exit_code), ("said\n", Some(6)));
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
 async fn many_layers_fit() {
     let Some(ground) = ground("layers") else { return };
     let bench = &ground.0;

@@ -15,7 +15,7 @@ use joey_store::Op;
 use serde_json::{Value, json};
 
 use super::update::{ATTEMPTS, is_finished};
-use super::{Answer, Call, Current, list, with_revision, yaml_body};
+use super::{Answer, Call, Current, list, protobuf_body, with_revision, yaml_body};
 use crate::convert;
 use crate::object::{self, is_deleting, metadata, text};
 use crate::request::Target;
@@ -33,7 +33,11 @@ pub struct Options {
 
 impl Options {
     pub fn read(call: &Call<'_>, body: &Bytes) -> ApiResult<Self> {
-        let value = if body.is_empty() { Value::Null } else { yaml_body(body)? };
+        let value = match call.media_type().as_str() {
+            _ if body.is_empty() => Value::Null,
+            "application/vnd.kubernetes.protobuf" => protobuf_body(body)?,
+            _ => yaml_body(body)?,
+        };
         Self::from_value(call, &value)
     }
 

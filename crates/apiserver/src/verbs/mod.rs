@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::State;
 use crate::auth::Identity;
 use crate::object;
+use crate::protobuf::Refused;
 use crate::request::{Query, Target};
 use crate::status::{ApiError, ApiResult};
 
@@ -80,7 +81,8 @@ impl Call<'_> {
         let value = match self.media_type().as_str() {
             "" | "application/json" => json_body(body)?,
             "application/yaml" | "text/yaml" => yaml_body(body)?,
-            _ => return Err(ApiError::unsupported_media_type("application/json, application/yaml")),
+            "application/vnd.kubernetes.protobuf" => protobuf_body(body)?,
+            _ => return Err(ApiError::unsupported_media_type(ACCEPTED)),
         };
         match value.is_object() {
             true => Ok(value),
@@ -93,6 +95,16 @@ impl Call<'_> {
 pub fn json_body(body: &Bytes) -> ApiResult<Value> {
     serde_json::from_slice(body)
         .map_err(|error| ApiError::bad_request(format!("the body of the request is not JSON: {error}")))
+}
+
+const ACCEPTED: &str = "application/json, application/yaml";
+
+/// Reads Kubernetes' protobuf, for the kinds that Go clients send that way.
+pub fn protobuf_body(body: &Bytes) -> ApiResult<Value> {
+    crate::protobuf::decode(body).map_err(|refused| match refused {
+        Refused::Malformed => ApiError::bad_request("the body of the request is not Kubernetes protobuf"),
+        Refused::Kind(_) => ApiError::unsupported_media_type(ACCEPTED),
+    })
 }
 
 /// Parses YAML.

@@ -8,12 +8,15 @@ use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 
 use super::{Answer, Call, session, text};
 
 /// In v5, a message on this channel closes the channel its one byte names.
 const CLOSE: u8 = 255;
+/// How long a client may take to answer a closure.
+const CLOSE_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
 
 pub(super) fn answer(request: Request<Incoming>, call: Call) -> Answer {
     let offered = |wanted: &str| {
@@ -73,12 +76,15 @@ where
                 return;
             }
         }
-        let _ = sink.close().await;
+        // Without a code, clients take the end for a failure (RFC 6455, 7.4.1: 1000 is a normal closure).
+        let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+        let _ = sink.send(Message::Close(Some(normal))).await;
     };
     let running = async { tokio::join!(session::run(call, frames, output), writing) };
-    // The client's going away ends everything; the command's end ends the reading.
+    tokio::pin!(reading);
+    // The client's going away ends everything; after the command's end the client answers the closure.
     tokio::select! {
-        _ = running => {}
-        () = reading => {}
+        _ = running => drop(tokio::time::timeout(CLOSE_LIMIT, reading).await),
+        () = &mut reading => {}
     }
 }

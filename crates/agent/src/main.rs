@@ -13,6 +13,7 @@ mod setup;
 mod stream;
 mod supervisor;
 mod sys;
+mod view;
 
 use std::process::ExitCode;
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use joey_api::agent::{AgentConfig, VERSION};
 
 use crate::supervisor::Agent;
-use crate::{server, sys};
+use crate::{server, sys, view};
 
 /// How long killed containers may take to end at a shutdown.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -49,7 +49,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     }
     let dir = std::path::absolute(&options.dir).map_err(|error| format!("cannot find the directory: {error}"))?;
     let config = configuration(&dir)?;
-    isolate(options, &config).map_err(|error| format!("cannot isolate the agent: {error}"))?;
+    isolate(options, &dir, &config).map_err(|error| format!("cannot isolate the agent: {error}"))?;
     prepare(&dir, &config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -66,6 +66,11 @@ fn configuration(dir: &Path) -> Result<AgentConfig, String> {
         return Err(format!("agent.json has version {}, this agent knows {VERSION}", config.version));
     }
     let known = |name: &str| joey_model::id::check_label("container name", name).is_ok() && name != "agent";
+    if let Some(volume) =
+        config.volumes.iter().find(|volume| joey_model::id::check_label("volume name", &volume.name).is_err())
+    {
+        return Err(format!("volume \"{}\" has no valid name", volume.name));
+    }
     match config.containers.iter().find(|container| container.args.is_empty() || !known(&container.name)) {
         Some(container) => Err(format!("container \"{}\" has no program or no valid name", container.name)),
         None => Ok(config),
@@ -73,7 +78,7 @@ fn configuration(dir: &Path) -> Result<AgentConfig, String> {
 }
 
 /// Away from the daemon's session and cgroup, into the Pod's namespaces.
-fn isolate(options: &Options, config: &AgentConfig) -> io::Result<()> {
+fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()> {
     let _ = sys::setsid();
     sys::prctl(libc::PR_SET_NAME, c"joey-agent".as_ptr() as libc::c_ulong)?;
     sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1)?;
@@ -91,8 +96,7 @@ fn isolate(options: &Options, config: &AgentConfig) -> io::Result<()> {
         }
     }
     sys::unshare(libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNS)?;
-    // What the host unmounts goes away here too; what is mounted here stays here.
-    sys::mount("none", "/", "", libc::MS_REC | libc::MS_SLAVE, "")?;
+    view::narrow(dir, config)?;
     sys::sethostname(&config.hostname)
 }
 
@@ -147,6 +151,6 @@ fn say_ready() -> io::Result<()> {
     let mut out = io::stdout();
     // A daemon that died meanwhile is no reason to end.
     let _ = out.write_all(b"ready\n").and_then(|()| out.flush());
-    let null = File::options().write(true).open("/dev/null")?;
-    sys::dup2(std::os::fd::AsRawFd::as_raw_fd(&null), 1)
+    // Standard input is the null device.
+    sys::dup2(0, 1)
 }

@@ -97,6 +97,9 @@ async fn a_container_is_closed_in() {
     let sandbox = bench.create(&request).await;
     let agent = AgentClient::new(sandbox.agent().clone());
     running(&agent).await;
+    // The agent itself sees nothing of the host but what it needs.
+    let seen = std::fs::read_to_string(format!("/proc/{}/mountinfo", sandbox.pid().unwrap())).unwrap();
+    assert!(!seen.contains(" /dev ") && !seen.contains(" /run"), "{seen}");
     let sh = async |script: &str| exec(&agent, &["sh", "-c", script]).await;
     let (text, _) = sh("cat /proc/1/status /proc/self/status").await;
     assert_eq!(text.matches("Seccomp:\t2").count(), 2, "{text}");

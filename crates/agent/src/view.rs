@@ -1,0 +1,41 @@
+//! What the agent sees of the host's files: its own directory, the layers, /proc and the cgroups. Nothing else is mounted in
+//! its namespace: a copy of every mount of the host in every agent would grow with the square of the Pods, and each
+//! container begins with a copy of this.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use joey_api::agent::AgentConfig;
+
+use crate::sys;
+
+/// Leaves the host's files behind; what stays keeps its path. The caller has a mount namespace of its own.
+pub fn narrow(dir: &Path, config: &AgentConfig) -> io::Result<()> {
+    sys::mount("none", "/", "", libc::MS_REC | libc::MS_PRIVATE, "")?;
+    let base = dir.join("view");
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&base)?;
+    let top = std::fs::File::open("/")?;
+    // Before its own part is covered, and with what the host mounted in it.
+    let own = sys::clone_mount(top.as_fd(), dir, true)?;
+    sys::mount("tmpfs", &base, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=755,size=1m")?;
+    let place = |path: &Path| -> io::Result<std::fs::File> {
+        let place: PathBuf = base.join(path.strip_prefix("/").unwrap_or(path));
+        std::fs::create_dir_all(&place)?;
+        std::fs::File::open(place)
+    };
+    sys::attach_mount(own.as_fd(), place(dir)?.as_fd())?;
+    let layers: BTreeSet<&str> =
+        config.containers.iter().flat_map(|container| &container.layers).map(String::as_str).collect();
+    for (path, recursive) in
+        [("/proc", false), ("/sys/fs/cgroup", true)].into_iter().chain(layers.into_iter().map(|layer| (layer, false)))
+    {
+        let seen = sys::clone_mount(top.as_fd(), Path::new(path), recursive)?;
+        sys::attach_mount(seen.as_fd(), place(Path::new(path))?.as_fd())?;
+    }
+    std::env::set_current_dir(&base)?;
+    drop(top);
+    sys::pivot_to_working_dir()
+}

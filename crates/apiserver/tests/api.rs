@@ -259,3 +259,114 @@ async fn kubectl_at_work() {
     assert!(!done && output.contains("Error from server (NotFound): pods \"absent\" not found"), "{output}");
     server.stop().await;
 }
+
+/// A kubelet endpoint that says what it was asked and echoes upgraded bytes.
+async fn kubelet(server: &Server) -> u16 {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let pki = server.api.pki();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(pki.ca.as_bytes()).unwrap()).unwrap();
+    let verifier =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build().unwrap();
+    let tls = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(
+            vec![CertificateDer::from_pem_slice(pki.kubelet_server.certificate.as_bytes()).unwrap()],
+            PrivateKeyDer::from_pem_slice(pki.kubelet_server.key.as_bytes()).unwrap(),
+        )
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(tls));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let stream = acceptor.accept(stream).await.unwrap();
+                let service = hyper::service::service_fn(kubelet_answer);
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
+                    .with_upgrades();
+                let _ = connection.await;
+            });
+        }
+    });
+    port
+}
+
+type Answer = http::Response<http_body_util::Full<bytes::Bytes>>;
+
+async fn kubelet_answer(mut request: http::Request<hyper::body::Incoming>) -> Result<Answer, std::convert::Infallible> {
+    let asked = request.uri().to_string();
+    let Some(protocol) = request.headers().get("upgrade").cloned() else {
+        return Ok(Answer::new(format!("asked {asked}").into_bytes().into()));
+    };
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = hyper_util::rt::TokioIo::new(upgrade.await.unwrap());
+        let mut said = [0; 4];
+        stream.read_exact(&mut said).await.unwrap();
+        stream.write_all(format!("{asked} {}", String::from_utf8_lossy(&said)).as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+    });
+    let answer = http::Response::builder().status(101).header("connection", "Upgrade").header("upgrade", protocol);
+    Ok(answer.body(Default::default()).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_and_exec_go_to_the_node() {
+    use k8s_openapi::api::core::v1::Node;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let server = Server::start().await;
+    let port = kubelet(&server).await;
+    let node = json!({"metadata": {"name": "n"}, "status": {"addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": port}}}});
+    let nodes: Api<Node> = Api::all(server.client());
+    nodes.create(&PostParams::default(), &serde_json::from_value(node).unwrap()).await.unwrap();
+    let pods: Api<Pod> = Api::default_namespaced(server.client());
+    pods.create(&PostParams::default(), &typed("unbound")).await.unwrap();
+    let early = pods.logs("unbound", &kube::api::LogParams::default()).await.unwrap_err();
+    assert!(early.to_string().contains("does not have a host assigned"), "{early}");
+    let mut bound = typed("a");
+    bound.spec.as_mut().unwrap().node_name = Some("n".into());
+    pods.create(&PostParams::default(), &bound).await.unwrap();
+    let params = kube::api::LogParams { tail_lines: Some(5), ..Default::default() };
+    assert_eq!(pods.logs("a", &params).await.unwrap(), "asked /containerLogs/default/a/c?tailLines=5");
+    let params = kube::api::LogParams { container: Some("x".into()), ..Default::default() };
+    let wrong = pods.logs("a", &params).await.unwrap_err();
+    assert!(wrong.to_string().contains("container x is not valid for pod a"), "{wrong}");
+
+    // The way of kubectl exec: an upgrade over the listener.
+    let mut roots = rustls::RootCertStore::empty();
+    use rustls::pki_types::pem::PemObject;
+    roots.add(rustls::pki_types::CertificateDer::from_pem_slice(server.api.pki().ca.as_bytes()).unwrap()).unwrap();
+    let tls = rustls::ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(tls));
+    let mut stream = connector.connect("localhost".try_into().unwrap(), stream).await.unwrap();
+    let path = "/api/v1/namespaces/default/pods/a/exec?command=ls&command=-l&stdout=true&stdin=true";
+    let head = format!(
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nConnection: Upgrade\r\n\
+         Upgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n",
+        server.api.pki().admin_token
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(b"ping").await.unwrap();
+    let mut all = Vec::new();
+    let read = stream.read_to_end(&mut all);
+    // The peer may close without TLS's own goodbye; what was said counts.
+    let _ = tokio::time::timeout(Duration::from_secs(5), read).await.expect("the stream ends");
+    let all = String::from_utf8_lossy(&all);
+    assert!(all.starts_with("HTTP/1.1 101"), "{all}");
+    assert!(all.ends_with("/exec/default/a/c?command=ls&command=-l&input=1&output=1 ping"), "{all}");
+    server.stop().await;
+}

@@ -157,7 +157,7 @@ impl Life {
             };
             self.say_waiting(&failed, &failed.reason);
             let backing_off = match failed.reason.as_str() {
-                "ErrImagePull" | "RegistryUnavailable" | "ImageNotFound" => "ImagePullBackOff",
+                "ErrImagePull" => "ImagePullBackOff",
                 other => other,
             };
             self.wait(pause, &failed, backing_off).await?;

@@ -185,7 +185,11 @@ async fn image(life: &mut Life, container: &ContainerSpec) -> Result<Arc<Image>,
             Ok(image)
         }
         Err(error) => {
-            let fault = Fault::from(error);
+            let mut fault = Fault::from(error);
+            if fault.reason != "InvalidImageName" {
+                // The kubelet's word for every other reason; the message says which it is.
+                fault.reason = "ErrImagePull".to_owned();
+            }
             life.event(true, "Failed", format!("Failed to pull image \"{}\": {fault}", container.image), Some(name));
             Err(fault)
         }

@@ -2,20 +2,23 @@
 //!
 //! There is no bridge. The host's end of every pair carries a /32 route to its instance, so there is no limit of ports, and
 //! neighbour entries on both sides are static, so an instance has nobody to lie to. What a namespace is and how it is made is
-//! in [`namespace`], the packet rules are in [`rules`], caps in [`bandwidth`]; [`networks`] drives them.
+//! in [`namespace`], what keeps it in [`holder`], the packet rules are in [`rules`], caps in [`bandwidth`]; [`networks`] drives them.
 //!
 //! Must never depend on instances' specifications, sandboxes or images: it knows ids and addresses only.
 
 mod addresses;
 mod bandwidth;
+mod check;
 mod error;
+mod holder;
 mod links;
 mod namespace;
 mod networks;
 mod place;
 mod program;
+mod recovery;
 mod rules;
 
 pub use bandwidth::Bandwidth;
 pub use error::NetworkError;
-pub use networks::{Attachment, Config, Networks};
+pub use networks::{Attachment, CHECKPOINTS, Config, Networks};

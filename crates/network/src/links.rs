@@ -1,27 +1,52 @@
 //! The host's side of links, through rtnetlink: routes and neighbours of instances, ifb devices, deletion.
+//!
+//! The kernel does what a netlink message asks while it is sent, which may take tens of milliseconds: a thread sends them.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
+use futures::TryStreamExt;
+use ipnet::Ipv4Net;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
-use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteScope};
 use rtnetlink::{Handle, LinkIfb, LinkUnspec, RouteMessageBuilder};
-use tokio::task::AbortHandle;
+use tokio::sync::oneshot;
 
 use crate::error::NetworkError;
 
-/// A netlink connection to the host's namespace.
+/// A netlink connection to the host's namespace, with its thread.
 pub(crate) struct Links {
     handle: Handle,
-    connection: AbortHandle,
+    /// Dropped, it ends the thread.
+    _connection: oneshot::Sender<()>,
 }
 
 impl Links {
-    pub(crate) fn open() -> Result<Self, NetworkError> {
-        let (connection, handle, _) =
-            rtnetlink::new_connection().map_err(NetworkError::io("open", "netlink connection"))?;
-        Ok(Self { handle, connection: tokio::spawn(connection).abort_handle() })
+    pub(crate) async fn open() -> Result<Self, NetworkError> {
+        let failed = NetworkError::io("open", "netlink connection");
+        let (opened, handle) = oneshot::channel();
+        let (connection, mut ended) = oneshot::channel();
+        let serve = async move {
+            let (connection, handle, _) = match rtnetlink::new_connection() {
+                Ok(connection) => connection,
+                Err(error) => return drop(opened.send(Err(error))),
+            };
+            let _ = opened.send(Ok(handle));
+            tokio::select! {
+                _ = connection => {}
+                _ = &mut ended => {}
+            }
+        };
+        let run = move || match tokio::runtime::Builder::new_current_thread().enable_io().build() {
+            Ok(runtime) => runtime.block_on(serve),
+            Err(error) => tracing::error!(%error, "cannot start the runtime of netlink"),
+        };
+        let answer = match std::thread::Builder::new().name("netlink".to_owned()).spawn(run) {
+            Ok(_) => handle.await.unwrap_or_else(|_| Err(std::io::Error::other("its thread ended"))),
+            Err(error) => Err(error),
+        };
+        Ok(Self { handle: answer.map_err(failed)?, _connection: connection })
     }
 
     pub(crate) fn exists(name: &str) -> bool {
@@ -40,8 +65,12 @@ impl Links {
 
     /// Makes the host's end `name` carry `address`: strict reverse path, no IPv6, static neighbour, route.
     pub(crate) async fn route(&self, name: &str, address: Ipv4Addr, mac: [u8; 6]) -> Result<(), NetworkError> {
-        set("ipv4", name, "rp_filter", "1")?;
-        set("ipv6", name, "disable_ipv6", "1")?;
+        let interface = name.to_owned();
+        // These wait for the kernel's lock of all links.
+        let set = move || set("ipv4", &interface, "rp_filter", "1").and(set("ipv6", &interface, "disable_ipv6", "1"));
+        tokio::task::spawn_blocking(set)
+            .await
+            .unwrap_or_else(|error| Err(NetworkError::io("set switches of", name)(error.into())))?;
         let index = if_nametoindex(name).map_err(NetworkError::errno("find", name))?;
         let up = LinkUnspec::new_with_index(index).up().build();
         self.handle.link().set(up).execute().await.map_err(NetworkError::netlink("start", name))?;
@@ -66,6 +95,26 @@ impl Links {
         self.handle.link().add(message).execute().await.map_err(NetworkError::netlink("add", name))
     }
 
+    /// Destinations that the host routes other than by default, in every table, each with the index of its interface.
+    pub(crate) async fn routes(&self) -> Result<Vec<(Ipv4Net, Option<u32>)>, NetworkError> {
+        let mut answer = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+        let mut routes = Vec::new();
+        while let Some(route) = answer.try_next().await.map_err(NetworkError::netlink("list", "routes"))? {
+            let (mut destination, mut interface) = (None, None);
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = Some(*address),
+                    RouteAttribute::Oif(index) => interface = Some(*index),
+                    _ => {}
+                }
+            }
+            let net =
+                destination.and_then(|address| Ipv4Net::new(address, route.header.destination_prefix_length).ok());
+            routes.extend(net.filter(|net| net.prefix_len() > 0).map(|net| (net, interface)));
+        }
+        Ok(routes)
+    }
+
     /// Deletes an interface; one that is not there is no error.
     pub(crate) async fn delete(&self, name: &str) -> Result<(), NetworkError> {
         let Ok(index) = if_nametoindex(name) else { return Ok(()) };
@@ -85,12 +134,6 @@ impl Links {
             .execute()
             .await
             .map_err(NetworkError::netlink("delete interfaces of group", group))
-    }
-}
-
-impl Drop for Links {
-    fn drop(&mut self) {
-        self.connection.abort();
     }
 }
 

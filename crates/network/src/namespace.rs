@@ -1,4 +1,4 @@
-//! One network namespace: made by a thread of its own that ends afterwards, held by a bind mount in the run directory.
+//! One network namespace: made by a thread of its own that ends afterwards, held in [`crate::holder`].
 //!
 //! Inside are `lo` and `eth0` with a /32 address; everything goes to the gateway 169.254.1.1, which is no real address but
 //! a static neighbour entry with the host end's hardware address. IPv6 is off. No process ever has to enter a namespace for it
@@ -6,10 +6,9 @@
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth};
@@ -28,7 +27,6 @@ const NSFS: i64 = 0x6e73_6673;
 
 /// What a namespace is made of.
 pub(crate) struct Plan {
-    pub(crate) path: PathBuf,
     pub(crate) address: Ipv4Addr,
     /// Name of the host's end.
     pub(crate) outside: String,
@@ -46,10 +44,10 @@ fn outside_mac(address: Ipv4Addr) -> [u8; 6] {
     [0x06, 0x6a, a, b, c, d]
 }
 
-/// Makes the namespace and both ends of its pair; the host's route is the caller's.
-pub(crate) async fn make(plan: Plan) -> Result<(), NetworkError> {
+/// Makes the namespace and both ends of its pair; holding it and the host's route are the caller's.
+pub(crate) async fn make(plan: Plan) -> Result<OwnedFd, NetworkError> {
     let (done, result) = tokio::sync::oneshot::channel();
-    let object = plan.path.display().to_string();
+    let object = plan.address.to_string();
     std::thread::Builder::new()
         .name("netns".to_owned())
         .spawn(move || {
@@ -60,13 +58,11 @@ pub(crate) async fn make(plan: Plan) -> Result<(), NetworkError> {
 }
 
 /// Leaves this thread in the new namespace: it must end afterwards.
-fn make_on_this_thread(plan: &Plan) -> Result<(), NetworkError> {
-    let path = &plan.path.display().to_string();
-    let host = File::open(THIS_NAMESPACE).map_err(NetworkError::io("open", THIS_NAMESPACE))?;
-    File::create(&plan.path).map_err(NetworkError::io("create", path))?;
-    unshare(CloneFlags::CLONE_NEWNET).map_err(NetworkError::errno("unshare", path))?;
-    mount(Some(THIS_NAMESPACE), &plan.path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-        .map_err(NetworkError::errno("mount", path))?;
+fn make_on_this_thread(plan: &Plan) -> Result<OwnedFd, NetworkError> {
+    let object = &plan.address.to_string();
+    let open = || File::open(THIS_NAMESPACE).map_err(NetworkError::io("open", THIS_NAMESPACE));
+    let host = open()?;
+    unshare(CloneFlags::CLONE_NEWNET).map_err(NetworkError::errno("unshare network for", object))?;
     for conf in ["all", "default"] {
         // Absent where the kernel has no IPv6.
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{conf}/disable_ipv6"), "1");
@@ -74,8 +70,9 @@ fn make_on_this_thread(plan: &Plan) -> Result<(), NetworkError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
-        .map_err(NetworkError::io("start runtime for", path))?
-        .block_on(furnish(plan, &host))
+        .map_err(NetworkError::io("start runtime for", object))?
+        .block_on(furnish(plan, &host))?;
+    Ok(open()?.into())
 }
 
 async fn furnish(plan: &Plan, host: &File) -> Result<(), NetworkError> {
@@ -115,19 +112,4 @@ async fn furnish(plan: &Plan, host: &File) -> Result<(), NetworkError> {
 /// Whether `path` holds a namespace.
 pub(crate) fn is_held(path: &Path) -> bool {
     nix::sys::statfs::statfs(path).is_ok_and(|stat| stat.filesystem_type().0 as i64 == NSFS)
-}
-
-/// Lets go of a namespace; the kernel removes it, pair and all, once no process is left inside.
-///
-/// Unlinking also detaches copies of the mount in other mount namespaces, such as those of sandboxes made meanwhile.
-pub(crate) fn let_go(path: &Path) -> Result<(), NetworkError> {
-    while is_held(path) {
-        umount2(path, MntFlags::MNT_DETACH).map_err(NetworkError::errno("unmount", path.display()))?;
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(NetworkError::io("remove", path.display())(error))
-        }
-        _ => Ok(()),
-    }
 }

@@ -11,24 +11,34 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use ipnet::Ipv4Net;
-use joey_model::InstanceId;
+use joey_model::{InstanceId, checkpoint};
 use tokio::sync::Notify;
 
 use crate::addresses::Addresses;
 use crate::bandwidth::{self, Bandwidth};
 use crate::error::NetworkError;
+use crate::holder::Holder;
 use crate::links::Links;
 use crate::namespace::{self, GATEWAY, Plan};
-use crate::place::Place;
-use crate::rules;
+use crate::place::{Assignment, Place};
+use crate::{check, rules};
 
-const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+/// Crash points of this crate, in the order in which they are met (see [`joey_model::checkpoint`]).
+pub const CHECKPOINTS: [&str; 6] = [
+    "network-assigned",
+    "network-held",
+    "network-prepared",
+    "network-capped",
+    "network-taken-down",
+    "network-released",
+];
+pub(crate) const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 /// How long the kernel may take to remove an interface by itself before it is told to.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// How often draining interfaces are looked at; the kernel has no call that waits for one.
@@ -68,32 +78,50 @@ pub struct Networks {
     background: tokio::task::AbortHandle,
 }
 
-struct Inner {
-    config: Config,
-    names: Names,
-    place: Place,
-    links: Links,
+pub(crate) struct Inner {
+    pub(crate) config: Config,
+    pub(crate) names: Names,
+    pub(crate) place: Place,
+    pub(crate) holder: Holder,
+    pub(crate) links: Links,
     state: Mutex<State>,
     /// Something was taken or released.
     changed: Notify,
     /// An address became free.
     freed: Notify,
+    /// An instance is no longer busy.
+    idle: Notify,
 }
 
-struct State {
-    addresses: Addresses,
-    ready: VecDeque<Ipv4Addr>,
-    assigned: HashMap<InstanceId, Ipv4Addr>,
+pub(crate) struct State {
+    pub(crate) addresses: Addresses,
+    pub(crate) ready: VecDeque<Ipv4Addr>,
+    pub(crate) assigned: HashMap<InstanceId, Ipv4Addr>,
     draining: VecDeque<(Ipv4Addr, Instant)>,
     /// The background task is preparing one.
     preparing: bool,
+    /// Instances being attached or released.
+    busy: HashSet<InstanceId>,
+}
+
+/// The right to attach or release one instance.
+struct Busy<'a> {
+    inner: &'a Inner,
+    id: InstanceId,
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.inner.state().busy.remove(&self.id);
+        self.inner.idle.notify_waiters();
+    }
 }
 
 /// Names derived from [`Config::name`]; an interface's name has room for 15 characters.
-struct Names {
+pub(crate) struct Names {
     table: String,
-    prefix: String,
-    ifb_prefix: String,
+    pub(crate) prefix: String,
+    pub(crate) ifb_prefix: String,
     group: u32,
 }
 
@@ -110,11 +138,11 @@ impl Names {
         }
     }
 
-    fn outside(&self, address: Ipv4Addr) -> String {
+    pub(crate) fn outside(&self, address: Ipv4Addr) -> String {
         format!("{}{:08x}", self.prefix, u32::from(address))
     }
 
-    fn ifb(&self, address: Ipv4Addr) -> String {
+    pub(crate) fn ifb(&self, address: Ipv4Addr) -> String {
         format!("{}{:08x}", self.ifb_prefix, u32::from(address))
     }
 }
@@ -122,10 +150,12 @@ impl Names {
 impl Networks {
     /// Sets the host up and finds what an earlier life left: whole namespaces are kept, half-made ones taken down. Idempotent.
     pub async fn open(config: Config) -> Result<Self, NetworkError> {
-        check(&config)?;
-        let place = Place::open(&config.run_dir)?;
-        let links = Links::open()?;
+        check::configuration(&config)?;
+        let links = Links::open().await?;
         let names = Names::new(&config.name);
+        check::range_is_free(config.range, &names.prefix, &links).await?;
+        let place = Place::open(&config.run_dir)?;
+        let holder = Holder::open(&place.holder(), &place.namespaces_link()).await?;
         enable_forwarding(&place)?;
         rules::install(&names.table, &names.prefix, config.range).await?;
         rules::warn_of_foreign_firewalls(config.range).await;
@@ -135,49 +165,42 @@ impl Networks {
             assigned: HashMap::new(),
             draining: VecDeque::new(),
             preparing: false,
+            busy: HashSet::new(),
         };
-        let inner = Arc::new(Inner {
+        let inner = Inner {
             config,
             names,
             place,
+            holder,
             links,
             state: Mutex::new(state),
             changed: Notify::new(),
             freed: Notify::new(),
-        });
+            idle: Notify::new(),
+        };
         inner.find_what_is_there().await?;
+        let inner = Arc::new(inner);
         let background = tokio::spawn(Inner::background(inner.clone())).abort_handle();
         Ok(Self { inner, background })
     }
 
     /// Gives an instance its namespace and address. Called again for the same instance, it answers the same; caps given
-    /// are put in place again.
+    /// are put in place again. Goes on when the caller stops waiting.
     pub async fn attach(&self, id: &InstanceId, caps: Bandwidth) -> Result<Attachment, NetworkError> {
-        let (address, prepared) = self.inner.assign(id).await?;
-        let made = self.inner.finish_attach(id, address, prepared, caps).await;
-        if let Err(error) = made {
-            if let Err(release) = self.release(id).await {
-                tracing::warn!(%id, error = %release, "cannot release after a failed attachment");
-            }
-            return Err(error);
-        }
-        self.inner.changed.notify_one();
-        Ok(self.inner.attachment(address))
+        let (inner, own) = (self.inner.clone(), id.clone());
+        let attached = tokio::spawn(async move { inner.attach(&own, caps).await }).await;
+        attached.unwrap_or_else(|error| Err(NetworkError::io("attach", id)(error.into())))
     }
 
-    /// Takes an instance's network away. Idempotent; the kernel removes the namespace in the background.
+    /// Takes an instance's network away. Idempotent; the kernel removes the namespace in the background. Goes on when the
+    /// caller stops waiting.
     pub async fn release(&self, id: &InstanceId) -> Result<(), NetworkError> {
-        let found = self.inner.state().assigned.get(id).copied();
-        let Some(address) = found else { return Ok(()) };
-        self.inner.begin_take_down(address).await?;
-        self.inner.place.unassign(id)?;
-        let mut state = self.inner.state();
-        if state.assigned.remove(id).is_some() {
-            state.draining.push_back((address, Instant::now()));
-        }
-        drop(state);
-        self.inner.changed.notify_one();
-        Ok(())
+        let (inner, own) = (self.inner.clone(), id.clone());
+        let released = tokio::spawn(async move {
+            let _busy = inner.enter(&own).await;
+            inner.release(&own).await
+        });
+        released.await.unwrap_or_else(|error| Err(NetworkError::io("release", id)(error.into())))
     }
 
     /// After a restart: releases every attachment that is not `in_use`.
@@ -228,7 +251,7 @@ impl Networks {
         self.release_all(assigned).await?;
         for address in inner.place.namespaces() {
             inner.place.clear_ready(address)?;
-            namespace::let_go(&inner.place.netns(address))?;
+            inner.holder.let_go(address.to_string()).await?;
         }
         inner.remove_interfaces().await?;
         rules::remove(&inner.names.table).await?;
@@ -259,8 +282,48 @@ impl Drop for Networks {
 }
 
 impl Inner {
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nobody else attaches or releases `id`.
+    async fn enter(&self, id: &InstanceId) -> Busy<'_> {
+        loop {
+            let idle = self.idle.notified();
+            if self.state().busy.insert(id.clone()) {
+                return Busy { inner: self, id: id.clone() };
+            }
+            idle.await;
+        }
+    }
+
+    async fn attach(&self, id: &InstanceId, caps: Bandwidth) -> Result<Attachment, NetworkError> {
+        let _busy = self.enter(id).await;
+        let (address, prepared) = self.assign(id).await?;
+        if let Err(error) = self.finish_attach(id, address, prepared, caps).await {
+            if let Err(release) = self.release(id).await {
+                tracing::warn!(%id, error = %release, "cannot release after a failed attachment");
+            }
+            return Err(error);
+        }
+        self.changed.notify_one();
+        Ok(self.attachment(address))
+    }
+
+    async fn release(&self, id: &InstanceId) -> Result<(), NetworkError> {
+        let found = self.state().assigned.get(id).copied();
+        let Some(address) = found else { return Ok(()) };
+        self.begin_take_down(address).await?;
+        checkpoint::reached("network-taken-down");
+        self.place.unassign(id)?;
+        checkpoint::reached("network-released");
+        let mut state = self.state();
+        if state.assigned.remove(id).is_some() {
+            state.draining.push_back((address, Instant::now()));
+        }
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
     }
 
     fn attachment(&self, address: Ipv4Addr) -> Attachment {
@@ -270,51 +333,6 @@ impl Inner {
             gateway: IpAddr::V4(GATEWAY),
             interface: self.names.outside(address),
         }
-    }
-
-    /// Sorts what is in the run directory; what is not whole drains.
-    async fn find_what_is_there(&self) -> Result<(), NetworkError> {
-        let assigned: HashMap<_, _> = self.place.assignments().into_iter().collect();
-        let owned: HashSet<_> = assigned.values().copied().collect();
-        let present = self.place.namespaces();
-        let mut ready = VecDeque::new();
-        let mut broken = Vec::new();
-        for &address in &present {
-            let whole = self.place.is_ready(address)
-                && namespace::is_held(&self.place.netns(address))
-                && Links::exists(&self.names.outside(address));
-            match (whole, owned.contains(&address)) {
-                (true, true) => {}
-                (true, false) if self.config.range.contains(&address) => ready.push_back(address),
-                _ => broken.push(address),
-            }
-        }
-        for &address in &broken {
-            self.begin_take_down(address).await?;
-        }
-        let lost: Vec<_> = assigned
-            .iter()
-            .filter(|(_, address)| !present.contains(address) || broken.contains(address))
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in &lost {
-            tracing::warn!(%id, "an instance's network was half made or half removed, it is taken down");
-            self.place.unassign(id)?;
-        }
-        let assigned: HashMap<_, _> = assigned.into_iter().filter(|(id, _)| !lost.contains(id)).collect();
-        let known: HashSet<_> = assigned.values().chain(&ready).map(|&address| self.names.outside(address)).collect();
-        for name in Links::with_prefix(&self.names.prefix) {
-            if !known.contains(&name) {
-                self.links.delete(&name).await?;
-            }
-        }
-        let mut used: HashSet<_> = assigned.values().chain(&ready).copied().collect();
-        used.retain(|address| self.config.range.contains(address));
-        let mut state = self.state();
-        state.addresses = Addresses::new(self.config.range, self.place.cursor(), &used);
-        state.assigned = assigned;
-        state.ready = ready;
-        Ok(())
     }
 
     /// Takes a ready namespace or a free address for `id`, and says whether it is prepared.
@@ -351,15 +369,23 @@ impl Inner {
         prepared: bool,
         caps: Bandwidth,
     ) -> Result<(), NetworkError> {
-        self.place.assign(id, address)?;
+        self.place.assign(id, Assignment { address, due: caps })?;
+        checkpoint::reached("network-assigned");
         if !prepared {
             self.prepare(address).await?;
         }
+        self.cap(id, address, caps).await
+    }
+
+    /// Puts caps in place and records that none are due any more.
+    pub(crate) async fn cap(&self, id: &InstanceId, address: Ipv4Addr, caps: Bandwidth) -> Result<(), NetworkError> {
         if caps.is_unlimited() {
             return Ok(());
         }
         let (interface, ifb) = (self.names.outside(address), self.names.ifb(address));
-        bandwidth::apply(&self.links, &interface, &ifb, self.names.group, caps).await
+        bandwidth::apply(&self.links, &interface, &ifb, self.names.group, caps).await?;
+        checkpoint::reached("network-capped");
+        self.place.assign(id, Assignment { address, due: Bandwidth::default() })
     }
 
     /// Makes the namespace of `address` whole.
@@ -369,18 +395,22 @@ impl Inner {
         let outside = self.names.outside(address);
         // Only a daemon that was killed can have left these.
         self.links.delete(&outside).await?;
-        namespace::let_go(&self.place.netns(address))?;
-        let plan = Plan { path: self.place.netns(address), address, outside, group: self.names.group };
-        namespace::make(plan).await?;
+        self.holder.let_go(address.to_string()).await?;
+        let plan = Plan { address, outside, group: self.names.group };
+        let netns = namespace::make(plan).await?;
+        self.holder.hold(netns, address.to_string()).await?;
+        checkpoint::reached("network-held");
         self.links.route(&self.names.outside(address), address, namespace::inside_mac(address)).await?;
-        self.place.set_ready(address)
+        self.place.set_ready(address)?;
+        checkpoint::reached("network-prepared");
+        Ok(())
     }
 
     /// The part of removal that must not fail unseen; the kernel does the rest.
-    async fn begin_take_down(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
+    pub(crate) async fn begin_take_down(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
         self.place.clear_ready(address)?;
         self.links.delete(&self.names.ifb(address)).await?;
-        namespace::let_go(&self.place.netns(address))
+        self.holder.let_go(address.to_string()).await
     }
 
     async fn background(inner: Arc<Self>) {
@@ -470,26 +500,6 @@ impl Inner {
             tokio::time::sleep(DRAIN_POLL).await;
         }
     }
-}
-
-fn check(config: &Config) -> Result<(), NetworkError> {
-    let wrong = |what: String| Err(NetworkError::Configuration(what));
-    if let Err(error) = joey_model::id::check_label("network name", &config.name) {
-        return wrong(error.to_string());
-    }
-    if !config.name.starts_with(|c: char| c.is_ascii_lowercase()) {
-        return wrong(format!("network name \"{}\" must begin with a letter", config.name));
-    }
-    if !(8..=29).contains(&config.range.prefix_len()) {
-        return wrong(format!("range {} must have between 8 and 2^24 addresses", config.range));
-    }
-    if config.range.network() != config.range.addr() {
-        return wrong(format!("range {} must begin at its network address {}", config.range, config.range.trunc()));
-    }
-    if !Path::new(FORWARDING).exists() {
-        return wrong("this kernel has no IPv4 forwarding".to_owned());
-    }
-    Ok(())
 }
 
 fn enable_forwarding(place: &Place) -> Result<(), NetworkError> {

@@ -1,9 +1,10 @@
 //! The run directory: what is durable about networks. It is a private tmpfs, because namespaces end with the boot too.
 //!
 //! ```text
-//! netns/ADDRESS      namespace, bind mounted
+//! holder             mount namespace that holds the network namespaces
+//! netns              symbolic link to the folder in there with a file an ADDRESS, valid while the daemon lives
 //! ready/ADDRESS      the namespace is whole: a namespace without it is half made and taken down
-//! assigned/INSTANCE  symbolic link to ADDRESS
+//! assigned/INSTANCE  symbolic link to ADDRESS, or to ADDRESS+INGRESS+EGRESS while these caps are not in place yet
 //! cursor             first address never given out
 //! ip_forward         the host's setting before it was changed
 //! ```
@@ -14,10 +15,39 @@ use std::path::{Path, PathBuf};
 use joey_model::InstanceId;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::bandwidth::Bandwidth;
 use crate::error::NetworkError;
 
 pub(crate) struct Place {
     root: PathBuf,
+}
+
+/// What is recorded of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Assignment {
+    pub(crate) address: Ipv4Addr,
+    /// Caps that are to be put in place.
+    pub(crate) due: Bandwidth,
+}
+
+impl std::fmt::Display for Assignment {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{}", self.address)?;
+        if self.due.is_unlimited() {
+            return Ok(());
+        }
+        // A cap of 0 cannot be: it stands for none.
+        write!(formatter, "+{}+{}", self.due.ingress.unwrap_or(0), self.due.egress.unwrap_or(0))
+    }
+}
+
+impl Assignment {
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('+');
+        let address = parts.next()?.parse().ok()?;
+        let mut cap = || parts.next().and_then(|part| part.parse().ok()).filter(|&rate| rate > 0);
+        Some(Self { address, due: Bandwidth { ingress: cap(), egress: cap() } })
+    }
 }
 
 impl Place {
@@ -30,11 +60,19 @@ impl Place {
         }
         mount(None::<&str>, root, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
             .map_err(NetworkError::errno("make private", root.display()))?;
-        for folder in ["netns", "ready", "assigned"] {
+        for folder in ["ready", "assigned"] {
             let path = root.join(folder);
             std::fs::create_dir_all(&path).map_err(NetworkError::io("create", path.display()))?;
         }
         Ok(Self { root: root.to_owned() })
+    }
+
+    pub(crate) fn holder(&self) -> PathBuf {
+        self.root.join("holder")
+    }
+
+    pub(crate) fn namespaces_link(&self) -> PathBuf {
+        self.root.join("netns")
     }
 
     pub(crate) fn netns(&self, address: Ipv4Addr) -> PathBuf {
@@ -58,10 +96,15 @@ impl Place {
         self.root.join("ready").join(address.to_string()).exists()
     }
 
-    pub(crate) fn assign(&self, id: &InstanceId, address: Ipv4Addr) -> Result<(), NetworkError> {
+    /// Records an assignment; one that is there is replaced, and a reader finds either.
+    pub(crate) fn assign(&self, id: &InstanceId, assignment: Assignment) -> Result<(), NetworkError> {
         let path = self.assigned_path(id);
-        remove(&path)?;
-        std::os::unix::fs::symlink(address.to_string(), &path).map_err(NetworkError::io("create", path.display()))
+        // Not a valid id, so that it is never read as one.
+        let new = self.root.join("assigned").join(format!("{id}.new"));
+        remove(&new)?;
+        std::os::unix::fs::symlink(assignment.to_string(), &new)
+            .and_then(|()| std::fs::rename(&new, &path))
+            .map_err(NetworkError::io("create", path.display()))
     }
 
     pub(crate) fn unassign(&self, id: &InstanceId) -> Result<(), NetworkError> {
@@ -73,13 +116,13 @@ impl Place {
         names(&self.root.join("netns")).iter().filter_map(|name| name.parse().ok()).collect()
     }
 
-    pub(crate) fn assignments(&self) -> Vec<(InstanceId, Ipv4Addr)> {
+    pub(crate) fn assignments(&self) -> Vec<(InstanceId, Assignment)> {
         names(&self.root.join("assigned"))
             .iter()
             .filter_map(|name| {
                 let id = InstanceId::parse(name).ok()?;
                 let target = std::fs::read_link(self.assigned_path(&id)).ok()?;
-                Some((id, target.to_str()?.parse().ok()?))
+                Some((id, Assignment::parse(target.to_str()?)?))
             })
             .collect()
     }
@@ -138,4 +181,24 @@ fn is_mount_point(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     let device = |path: &Path| std::fs::metadata(path).map(|meta| meta.dev()).ok();
     path.parent().is_some_and(|parent| device(path) != device(parent))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn assignments_as_text() {
+        let address = Ipv4Addr::new(10, 9, 0, 2);
+        for (due, text) in [
+            (Bandwidth::default(), "10.9.0.2"),
+            (Bandwidth { ingress: None, egress: Some(7) }, "10.9.0.2+0+7"),
+            (Bandwidth { ingress: Some(5), egress: Some(7) }, "10.9.0.2+5+7"),
+        ] {
+            let assignment = Assignment { address, due };
+            assert_eq!(assignment.to_string(), text);
+            assert_eq!(Assignment::parse(text), Some(assignment));
+        }
+        assert_eq!(Assignment::parse("nonsense"), None);
+    }
 }

@@ -53,11 +53,12 @@ pub(crate) async fn apply(
     run("tc", &["-batch", "-"], &batch).await
 }
 
-/// A bucket of 10 ms of the rate and a queue of 100 ms behind it, each with room for a few full packets.
+/// A bucket of 10 ms of the rate and a queue of 50 ms behind it, each with room for a few full packets. A longer queue costs more
+/// than it brings: with 250 ms, a sender's first overshoot takes seconds to repair and a third of the rate is lost meanwhile.
 fn bucket(bits_per_second: u64) -> String {
     let bytes = bits_per_second / 8;
     let burst = (bytes / 100).clamp(8_000, 64 << 20);
-    let queue = (bytes / 10).clamp(64_000, 512 << 20);
+    let queue = (bytes / 20).clamp(32_000, 512 << 20);
     format!("tbf rate {bits_per_second}bit burst {burst} limit {}", burst + queue)
 }
 
@@ -67,7 +68,7 @@ mod tests {
 
     #[test]
     fn buckets() {
-        assert_eq!(bucket(5_000_000), "tbf rate 5000000bit burst 8000 limit 72000");
-        assert_eq!(bucket(1_000_000_000), "tbf rate 1000000000bit burst 1250000 limit 13750000");
+        assert_eq!(bucket(5_000_000), "tbf rate 5000000bit burst 8000 limit 40000");
+        assert_eq!(bucket(1_000_000_000), "tbf rate 1000000000bit burst 1250000 limit 7500000");
     }
 }

@@ -111,5 +111,5 @@ async fn furnish(plan: &Plan, host: &File) -> Result<(), NetworkError> {
 
 /// Whether `path` holds a namespace.
 pub(crate) fn is_held(path: &Path) -> bool {
-    nix::sys::statfs::statfs(path).is_ok_and(|stat| stat.filesystem_type().0 as i64 == NSFS)
+    nix::sys::statfs::statfs(path).is_ok_and(|stat| stat.filesystem_type().0 == NSFS)
 }

@@ -78,7 +78,7 @@ pub fn heard(socket: &UdpSocket, patience: Duration) -> Option<String> {
     Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
 }
 
-/// Bits per second that arrive at `listener` from a sender that never pauses, measured for `period` after a start of 500 ms.
+/// Bits per second that arrive at `listener` from a sender that never pauses, measured for `period` after a start of 1 s.
 pub fn rate(listener: TcpListener, period: Duration, send: impl FnOnce(SocketAddr) + Send + 'static) -> f64 {
     let address = listener.local_addr().unwrap();
     let sender = std::thread::spawn(move || send(address));
@@ -91,7 +91,7 @@ pub fn rate(listener: TcpListener, period: Duration, send: impl FnOnce(SocketAdd
         }
         bytes as f64 * 8.0 / begin.elapsed().as_secs_f64()
     };
-    count(Duration::from_millis(500));
+    count(Duration::from_secs(1));
     let rate = count(period);
     drop(stream);
     sender.join().unwrap();

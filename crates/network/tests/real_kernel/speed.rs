@@ -20,22 +20,9 @@ async fn caps_let_through_what_they_say() {
     let listen = |netns, address: std::net::IpAddr| inside(netns, move || TcpListener::bind((address, 0)).unwrap());
     let (into, out_of) = (listen(&a.netns, a.address), listen(&b.netns, b.address));
     let (sender, other) = (a.netns.clone(), b.netns.clone());
-    let both = [
-        (
-            "into",
-            std::thread::spawn(move || {
-                rate(into, period, move |to| start_inside(&other, move || pour(to)).join().unwrap())
-            }),
-        ),
-        (
-            "out of",
-            std::thread::spawn(move || {
-                rate(out_of, period, move |to| start_inside(&sender, move || pour(to)).join().unwrap())
-            }),
-        ),
-    ];
-    for (direction, thread) in both {
-        let share = thread.join().unwrap() / CAP as f64;
+    for (direction, listener, netns) in [("into", into, other), ("out of", out_of, sender)] {
+        let send = move |to| start_inside(&netns, move || pour(to)).join().unwrap();
+        let share = rate(listener, period, send) / CAP as f64;
         println!("{direction} the instance: {:.1} % of the cap", share * 100.0);
         assert!((0.9..=1.1).contains(&share), "{direction} the instance: {share}");
     }

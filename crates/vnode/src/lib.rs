@@ -18,6 +18,7 @@ pub mod pods;
 pub mod pool;
 pub mod provider;
 pub mod resolve;
+pub mod services;
 mod serving;
 pub mod spdy;
 pub mod status;

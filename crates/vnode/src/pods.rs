@@ -24,6 +24,7 @@ use crate::config::Config;
 use crate::convert::{LABEL_NODE, LABEL_UID};
 use crate::events::Events;
 use crate::provider::Provider;
+use crate::services::Services;
 
 mod reconcile;
 mod registry;
@@ -38,6 +39,7 @@ pub(crate) struct Context {
     provider: Arc<dyn Provider>,
     registry: Arc<Registry>,
     config: Arc<Config>,
+    services: Services,
     events: Events,
     workers: Semaphore,
     shutdown: CancellationToken,
@@ -89,11 +91,21 @@ pub(crate) async fn run(
 ) {
     let (events, writer) = Events::new(client.clone(), config.node_name.clone());
     let workers = Semaphore::new(config.workers.max(1));
-    let context = Arc::new(Context { client, provider, registry, config, events, workers, shutdown: shutdown.clone() });
+    let context = Arc::new(Context {
+        client,
+        provider,
+        registry,
+        config,
+        services: Services::default(),
+        events,
+        workers,
+        shutdown: shutdown.clone(),
+    });
     tokio::select! {
         () = shutdown.cancelled() => {}
         () = watch_pods(context.clone()) => {}
         () = watch_instances(context.clone()) => {}
+        () = context.services.keep(context.client.clone()) => {}
         () = writer => {}
     }
 }

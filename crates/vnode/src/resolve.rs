@@ -55,6 +55,8 @@ pub struct Objects {
     pub(crate) values: BTreeMap<(Kind, String), Values>,
     pub(crate) tokens: BTreeMap<(Option<String>, Option<i64>), String>,
     pub(crate) credentials: Vec<RegistryCredential>,
+    /// Variables that tell of Services.
+    pub(crate) services: Vec<(String, String)>,
     pub(crate) node_cpu_milli: u64,
     pub(crate) node_memory_bytes: u64,
 }
@@ -106,6 +108,7 @@ pub async fn fetch(client: &kube::Client, pod: &Pod, capacity: Option<&Capacity>
         values: values.into_iter().filter_map(|(key, value)| Some((key, value?))).collect(),
         tokens: tokens.into_iter().collect(),
         credentials,
+        services: Vec::new(),
         node_cpu_milli: capacity.map_or(0, |c| c.cpu_milli),
         node_memory_bytes: capacity.map_or(0, |c| c.memory_bytes),
     })

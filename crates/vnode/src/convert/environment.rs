@@ -18,6 +18,10 @@ pub(super) fn environment(
     notes: &mut Notes,
 ) -> Result<Vec<EnvVar>, Refusal> {
     let mut variables: Vec<EnvVar> = Vec::new();
+    // First, so that the Pod's own variables may refer to them and come before them.
+    for (name, value) in &objects.services {
+        put(&mut variables, name.clone(), literal(value));
+    }
     for core::EnvFromSource { config_map_ref, prefix, secret_ref } in container.env_from.iter().flatten() {
         let prefix = prefix.as_deref().unwrap_or_default();
         let mut add = |kind, name: &str, optional: Option<bool>| -> Result<(), Refusal> {

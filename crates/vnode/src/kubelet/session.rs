@@ -10,6 +10,8 @@ use super::{Call, frames};
 
 /// Channels as `v4.channel.k8s.io` numbers them.
 pub(super) const STDIN: u8 = 0;
+pub(super) const STDOUT: u8 = 1;
+pub(super) const STDERR: u8 = 2;
 pub(super) const ERROR: u8 = 3;
 pub(super) const RESIZE: u8 = 4;
 

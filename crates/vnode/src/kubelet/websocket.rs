@@ -60,10 +60,9 @@ where
             let Message::Binary(bytes) = message else { continue };
             match bytes.split_first() {
                 Some((&CLOSE, [session::STDIN])) => session::close(&input).await,
+                // What nobody reads any more is dropped; the output may still be on its way.
                 Some((&channel, rest)) => {
-                    if !session::forward(&input, channel, rest).await {
-                        break;
-                    }
+                    session::forward(&input, channel, rest).await;
                 }
                 None => {}
             }

@@ -129,6 +129,7 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
             return Err(away(error));
         }
     };
+    let objects = resolve::Objects { services: context.services.of(pod).await, ..objects };
     let converted = match convert::convert(pod, &objects, &context.config) {
         Ok(converted) => converted,
         Err(Refusal::Missing(missing)) => return wait_for(context, uid, pod, known, missing).await,

@@ -74,8 +74,12 @@ async fn a_false_source_is_dropped() {
     let socket = inside(&b.netns, || UdpSocket::bind("0.0.0.0:0").unwrap());
     let to = (b.address, socket.local_addr().unwrap().port()).into();
     let honest = a.address;
-    inside(&a.netns, move || send_from(honest, to, "before"));
-    assert_eq!(heard(&socket, PATIENCE).as_deref(), Some("before"), "control");
+    // A pair that was just made may lose its first packet: the kernel starts its queues in the background.
+    let arrives = (0..10).any(|_| {
+        inside(&a.netns, move || send_from(honest, to, "before"));
+        heard(&socket, SILENCE).is_some()
+    });
+    assert!(arrives, "control");
     for source in ["10.99.99.99".parse().unwrap(), victim.address, "192.0.2.77".parse().unwrap()] {
         inside(&a.netns, move || {
             run(&format!("ip addr add {source}/32 dev lo"));

@@ -65,6 +65,9 @@ pub enum Command {
     /// Hosts of the pool
     #[command(subcommand)]
     Host(Host),
+    /// Measure this installation
+    #[command(subcommand)]
+    Bench(Bench),
     /// Show the version
     Version(Output),
     /// Write a shell's completion script
@@ -302,4 +305,28 @@ pub enum Image {
 pub enum Host {
     /// List hosts
     Ls(Output),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Start Pods through the Kubernetes API and tell how long it took and what it cost; they are removed afterwards
+    Start(BenchStart),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchStart {
+    /// Pods to start
+    #[arg(long, value_name = "COUNT", default_value_t = 100)]
+    pub count: u32,
+    /// Pods on their way at a time, each until its process runs
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    pub parallel: u32,
+    /// Sandbox class
+    #[arg(long, default_value = "runc")]
+    pub class: String,
+    /// Image to start; pulled beforehand. The default is the one `make run` provides
+    #[arg(long, default_value = "127.0.0.1:5055/joey/hello:1")]
+    pub image: String,
+    #[command(flatten)]
+    pub output: Output,
 }

@@ -4,12 +4,14 @@
 //! on the code of what they ran.
 
 mod args;
+mod bench;
 mod down;
 mod exec;
 mod failure;
 mod host;
 mod images;
 mod instances;
+mod measure;
 mod output;
 mod roles;
 mod run;
@@ -78,6 +80,7 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Rm(rm) => instances::rm(&service, &rm).await,
         Command::Logs(logs) => instances::logs(&service, logs).await,
         Command::Exec(exec) => exec::exec(&service, exec).await,
+        Command::Bench(args::Bench::Start(bench)) => bench::start(&service, bench.validate(&arguments.data_dir)?).await,
         Command::Image(image) => images::image(&service, image).await,
         Command::Host(args::Host::Ls(output)) => instances::hosts(&service, output.format()).await,
         Command::Version(version) => output::version(version.format()),

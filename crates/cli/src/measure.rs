@@ -1,0 +1,52 @@
+//! What processes use, as the kernel tells it in `/proc`: proportional memory and CPU time. No instance and no service here.
+
+use std::path::Path;
+use std::time::Duration;
+
+/// Proportional memory of a process in KiB (proc(5), `smaps_rollup`): what it shares is divided by those who share it.
+pub fn memory_kib(pid: i32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// CPU time a process has used so far, of all its threads (proc(5), fields 14 and 15 of `stat`).
+pub fn cpu_time(pid: i32) -> Option<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses and may hold anything.
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let ticks: u64 = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
+    // SAFETY: sysconf only reads a constant of the system.
+    let a_second = u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).ok()?;
+    Some(Duration::from_secs_f64(ticks as f64 / a_second as f64))
+}
+
+/// Every process that runs `program` in a cgroup below one whose name `chosen` accepts.
+pub fn processes(program: &str, chosen: impl Fn(&str) -> bool) -> Vec<i32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let runs = |pid: &i32| {
+        let link = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        // A program replaced on disk since is told with " (deleted)" behind its name.
+        let name = Path::file_name(&link).and_then(|name| name.to_str()).unwrap_or_default();
+        name.strip_suffix(" (deleted)").unwrap_or(name) == program
+    };
+    let inside = |pid: &i32| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        text.lines().any(|line| line.split('/').skip(1).any(&chosen))
+    };
+    pids.filter(runs).filter(inside).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_memory_and_time() {
+        let pid = std::process::id().cast_signed();
+        assert!(memory_kib(pid).expect("this process is there") > 100);
+        assert!(cpu_time(pid).is_some());
+        assert_eq!(memory_kib(i32::MAX), None);
+    }
+}

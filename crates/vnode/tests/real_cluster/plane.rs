@@ -83,9 +83,9 @@ impl Plane {
         );
         plane.run_apiserver(&bin, store, port);
         plane.write_kubeconfig(port);
-        eventually("kube-apiserver is ready", Duration::from_secs(90), || async {
+        eventually("kube-apiserver is ready", Duration::from_secs(40), || async {
             let answer = plane.client().await.request_text(request("/readyz")).await;
-            answer.map(drop).map_err(|error| error.to_string())
+            answer.map(drop).map_err(|error| format!("{error}\n{}", plane.last_words("kube-apiserver")))
         })
         .await;
         plane.run(
@@ -99,6 +99,13 @@ impl Plane {
             ],
         );
         Some(plane)
+    }
+
+    /// The end of a program's log.
+    fn last_words(&self, program: &str) -> String {
+        let log = std::fs::read_to_string(self.path(&format!("{program}.log"))).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(8)..].join("\n")
     }
 
     pub fn path(&self, name: &str) -> String {
@@ -126,7 +133,9 @@ impl Plane {
         caller.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         write("kubelet.crt", &caller.signed_by(&key, &issuer).expect("a certificate").pem());
         write("kubelet.key", &key.serialize_pem());
-        write("accounts.key", &KeyPair::generate().expect("a key").serialize_pem());
+        let accounts = KeyPair::generate().expect("a key");
+        write("accounts.key", &accounts.serialize_pem());
+        write("accounts.pub", &accounts.public_key_pem());
         write("tokens.csv", &format!("{TOKEN},admin,admin,system:masters\nnobodys-token,nobody,nobody,nobodies\n"));
     }
 
@@ -153,7 +162,7 @@ impl Plane {
             format!("--cert-dir={}", self.path("serving")),
             format!("--token-auth-file={}", self.path("tokens.csv")),
             "--authorization-mode=Node,RBAC".to_owned(),
-            format!("--service-account-key-file={}", self.path("accounts.key")),
+            format!("--service-account-key-file={}", self.path("accounts.pub")),
             format!("--service-account-signing-key-file={}", self.path("accounts.key")),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             "--service-cluster-ip-range=10.96.0.0/16".to_owned(),

@@ -9,7 +9,7 @@ use crate::output::Format;
 
 /// Elastic container instances and serverless Kubernetes on one machine.
 #[derive(Debug, Parser)]
-#[command(name = "joey", version, after_help = EXAMPLES)]
+#[command(name = "joey", version, help_template = HELP, after_help = EXAMPLES)]
 pub struct Arguments {
     /// Where everything is kept
     #[arg(long, global = true, value_name = "D", default_value = "/var/lib/joey", env = "JOEY_DATA_DIR")]
@@ -18,15 +18,56 @@ pub struct Arguments {
     pub command: Command,
 }
 
+/// The commands by what they are for; a test holds that each is named.
+const HELP: &str = "\
+{about}
+
+{usage-heading} {usage}
+
+Run the platform:
+  up          Run everything on this machine: API server, scheduler, virtual node, instances
+  down        End every instance and leave nothing behind
+  vnode       Join a Kubernetes cluster as a virtual node
+
+Instances:
+  run         Start an instance; returns when it runs
+  ps          List instances
+  describe    Show everything about an instance
+  logs        Show a container's log
+  exec        Run a command in a container
+  attach      Join a container's main process
+  events      Show what happened to an instance
+  restart     Restart an instance's containers
+  rm          End instances and remove them
+
+Images:
+  image       List, pull, import and remove images of this host
+
+Hosts and clusters:
+  host        List the hosts of the pool
+
+Other:
+  bench       Measure how fast Pods start and what each costs
+  version     Show the version
+  completion  Write a shell's completion script
+  help        Explain a command
+
+Options:
+{options}
+
+{after-help}";
+
 const EXAMPLES: &str = "\
 Examples:
+  joey up                                  run the platform; kubectl uses /var/lib/joey/kubeconfig
   joey run nginx                           start an instance and say where it answers
   joey run --bandwidth 5M --cpu 500m nginx the same, with limits
   joey logs -f nginx                       follow what it says
   joey exec -it nginx -- sh                look inside
   joey rm nginx                            end it
+  joey down                                end everything
 
-Exit codes: 0 done, 1 failed, 2 wrong usage; exec passes on the code of its command.";
+Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and run --rm pass on the code of what they ran.";
 
 impl Arguments {
     /// The client of the service that this data directory belongs to.
@@ -53,6 +94,8 @@ pub enum Command {
     Logs(Logs),
     /// Run a command in a container
     Exec(Exec),
+    /// Join a container's main process: see what it says, pass on input
+    Attach(Attach),
     /// Show what happened to an instance
     Events(Named),
     /// Restart an instance's containers
@@ -281,6 +324,21 @@ pub struct Exec {
     pub command: Vec<String>,
 }
 
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// Name or id of the instance
+    pub name: String,
+    /// Container; the first when not given
+    #[arg(short, long)]
+    pub container: Option<String>,
+    /// Pass on standard input; the container must have been made to read it
+    #[arg(short = 'i', long)]
+    pub stdin: bool,
+    /// Use its terminal; the container must have been made with one
+    #[arg(short = 't', long)]
+    pub tty: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Image {
     /// List images
@@ -329,4 +387,18 @@ pub struct BenchStart {
     pub image: String,
     #[command(flatten)]
     pub output: Output,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn help_names_every_command() {
+        let command = super::Arguments::command();
+        for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+            let line = format!("\n  {:<12}", verb.get_name());
+            assert!(super::HELP.contains(&line), "{} is not in the help", verb.get_name());
+        }
+    }
 }

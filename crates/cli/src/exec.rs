@@ -1,4 +1,4 @@
-//! `joey exec`: a command in a container, with this terminal as its own where asked for.
+//! `joey exec` and `joey attach`: a command in a container, or its main process, with this terminal as its own where asked for.
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -13,7 +13,7 @@ use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::args::Exec;
+use crate::args::{Attach, Exec};
 use crate::failure::Failure;
 use crate::output;
 
@@ -21,15 +21,36 @@ use crate::output;
 const READ: usize = 16 << 10;
 
 pub async fn exec(service: &PoolClient, exec: Exec) -> Result<ExitCode, Failure> {
-    if exec.tty && exec.stdin && !std::io::stdin().is_terminal() {
-        return Err(Failure::usage("-t needs a terminal, and standard input is none").with_hint("leave out -t"));
-    }
+    check_terminal(exec.stdin, exec.tty)?;
     let container = crate::instances::container(service, &exec.name, exec.container).await?;
     let request =
         ExecRequest { command: exec.command, stdin: exec.stdin, stdout: true, stderr: !exec.tty, tty: exec.tty };
     let frames = outgoing(exec.stdin, exec.tty)?;
     let answer = service.exec(&exec.name, &container, &request, frames).await?;
-    let _raw = if exec.tty && exec.stdin { Some(RawMode::enter()?) } else { None };
+    converse(answer, exec.stdin && exec.tty).await
+}
+
+/// Joins the container's main process. Interrupted without a terminal of its own, it goes on by itself.
+pub async fn attach(service: &PoolClient, attach: Attach) -> Result<ExitCode, Failure> {
+    check_terminal(attach.stdin, attach.tty)?;
+    let container = crate::instances::container(service, &attach.name, attach.container).await?;
+    let request =
+        ExecRequest { command: Vec::new(), stdin: attach.stdin, stdout: true, stderr: !attach.tty, tty: attach.tty };
+    let frames = outgoing(attach.stdin, attach.tty)?;
+    let answer = service.attach(&attach.name, &container, &request, frames).await?;
+    converse(answer, attach.stdin && attach.tty).await
+}
+
+fn check_terminal(stdin: bool, tty: bool) -> Result<(), Failure> {
+    match tty && stdin && !std::io::stdin().is_terminal() {
+        true => Err(Failure::usage("-t needs a terminal, and standard input is none").with_hint("leave out -t")),
+        false => Ok(()),
+    }
+}
+
+/// Prints what comes until the end, which gives the exit code.
+async fn converse(answer: joey_pool::ByteStream, raw: bool) -> Result<ExitCode, Failure> {
+    let _raw = if raw { Some(RawMode::enter()?) } else { None };
     let status = incoming(answer).await?;
     match (status.exit_code, status.message) {
         (Some(code), _) => Ok(ExitCode::from(u8::try_from(code).unwrap_or(1))),

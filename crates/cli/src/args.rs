@@ -126,9 +126,6 @@ pub struct HostFlags {
     /// Network interfaces kept ready
     #[arg(long, value_name = "COUNT", default_value_t = 16)]
     pub prepared: usize,
-    /// Most instances at a time
-    #[arg(long, value_name = "COUNT", default_value_t = 1000)]
-    pub max_pods: u64,
     /// Registry spoken to in plain http, as HOST[:PORT]; repeat for more (those on loopback always are)
     #[arg(long, value_name = "REGISTRY")]
     pub plain_http: Vec<String>,

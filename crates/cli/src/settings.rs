@@ -56,7 +56,6 @@ pub struct HostSettings {
     pub host_name: String,
     pub pod_range: Ipv4Net,
     pub prepared: usize,
-    pub max_pods: u64,
     pub plain_http: Vec<String>,
     pub docker_config: Option<PathBuf>,
     pub max_layer_bytes: u64,
@@ -144,16 +143,12 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
     if let Some(file) = flags.docker_config.as_ref().filter(|file| !file.is_file()) {
         faults.0.push(format!("--docker-config: there is no file {}", file.display()));
     }
-    if flags.max_pods == 0 {
-        faults.0.push("--max-pods: it must be at least 1".to_owned());
-    }
     let agent = faults.take("--agent", agent(flags.agent.as_deref()));
     Some(HostSettings {
         place,
         host_name: machine_name(),
         pod_range: range?,
         prepared: flags.prepared,
-        max_pods: flags.max_pods,
         plain_http: flags.plain_http.clone(),
         docker_config: flags.docker_config.clone(),
         max_layer_bytes: layer?,
@@ -190,7 +185,6 @@ pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
         host_name: machine_name(),
         pod_range: Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 244, 0, 0), 16),
         prepared: 0,
-        max_pods: 1,
         plain_http: Vec::new(),
         docker_config: None,
         max_layer_bytes: 1,

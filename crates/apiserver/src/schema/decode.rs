@@ -85,7 +85,8 @@ impl Decoder<'_> {
         }
         // A status comes from the platform and its Go clients, which write zero values for what they leave out.
         if !(path == "status" || path.starts_with("status.")) {
-            for key in &ty.required {
+            // Go clients and kube-apiserver treat absent metadata as empty, whatever the document says.
+            for key in ty.required.iter().filter(|key| *key != "metadata") {
                 let empty = match out.get(key) {
                     None => true,
                     Some(Value::String(text)) => text.is_empty(),

@@ -27,9 +27,10 @@ pub fn processes(program: &str, chosen: impl Fn(&str) -> bool) -> Vec<i32> {
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let runs = |pid: &i32| {
         let link = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-        // A program replaced on disk since is told with " (deleted)" behind its name.
+        // A program replaced on disk since is told with " (deleted)" behind its name, as is one that was sealed in memory.
         let name = Path::file_name(&link).and_then(|name| name.to_str()).unwrap_or_default();
-        name.strip_suffix(" (deleted)").unwrap_or(name) == program
+        let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+        name.strip_prefix("memfd:").unwrap_or(name) == program
     };
     let inside = |pid: &i32| {
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();

@@ -64,7 +64,9 @@ impl Cgroup {
 
     /// Moves the calling process into it.
     pub fn join(&self) -> io::Result<()> {
-        self.places().iter().try_for_each(|place| std::fs::write(place.join("cgroup.procs"), "0"))
+        // v1 moves a lone thread through `tasks` without the lock of all processes, which takes a grace period of RCU.
+        let file = if self.unified { "cgroup.procs" } else { "tasks" };
+        self.places().iter().try_for_each(|place| std::fs::write(place.join(file), "0"))
     }
 
     /// Sets the limits. Memory includes swap; a limit that the kernel does not have is skipped only for swap.

@@ -38,7 +38,8 @@ fn a_deployment_runs_on_the_virtual_node() {
     let joey = Joey::start();
     let node = unique("elastic");
     let mut command = Command::new(programs().join("joey"));
-    command.args(["vnode", "--node-name", &node, "--data-dir"]).arg(joey.data());
+    // Beside a running `joey up`, whose pool it uses.
+    command.args(["vnode", "--node-name", &node, "--pool"]).arg(joey.data().join("joey.sock"));
     command.arg("--kubeconfig").arg(plane.kubeconfig()).env_remove("KUBECONFIG");
     let vnode = Program::start(&mut command, &plane.scratch().join("vnode.log"));
     wait_until("the virtual node is ready", seconds(30), || {

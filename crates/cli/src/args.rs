@@ -89,7 +89,7 @@ pub enum Command {
     /// List instances
     Ps(Output),
     /// Show everything about an instance
-    Describe(Named),
+    Describe(Described),
     /// Show a container's log
     Logs(Logs),
     /// Run a command in a container
@@ -203,6 +203,14 @@ impl Output {
 pub struct Named {
     /// Name or id of the instance
     pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Described {
+    #[command(flatten)]
+    pub instance: Named,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Args)]

@@ -55,9 +55,14 @@ fn condition(instance: &Instance) -> String {
     }
 }
 
-pub async fn describe(service: &PoolClient, name: &str) -> Result<ExitCode, Failure> {
+/// Everything about one instance: YAML, unless JSON is asked for.
+pub async fn describe(service: &PoolClient, name: &str, format: Option<Format>) -> Result<ExitCode, Failure> {
     let instance = service.get(name).await?;
-    output::print(Format::Yaml, &instance, |_| Vec::new())
+    let format = match format {
+        Some(Format::Json) => Format::Json,
+        _ => Format::Yaml,
+    };
+    output::print(format, &instance, |_| Vec::new())
 }
 
 pub async fn events(service: &PoolClient, name: &str) -> Result<ExitCode, Failure> {

@@ -74,7 +74,7 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Up(_) | Command::Down(_) | Command::Vnode(_) => unreachable!("roles have a runtime of their own"),
         Command::Run(run) => run::run(&service, run.validate()?).await,
         Command::Ps(output) => instances::ps(&service, output.format()).await,
-        Command::Describe(named) => instances::describe(&service, &named.name).await,
+        Command::Describe(one) => instances::describe(&service, &one.instance.name, one.output.output).await,
         Command::Events(named) => instances::events(&service, &named.name).await,
         Command::Restart(named) => instances::restart(&service, &named.name).await,
         Command::Rm(rm) => instances::rm(&service, &rm).await,

@@ -14,6 +14,9 @@ use crate::args::{Pull, Restart, Run};
 use crate::failure::Failure;
 use crate::output::{self, Format};
 
+/// How long what a container still said may take to arrive once it is known to have ended.
+const LOG_TAIL: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// A run whose values are all good.
 pub struct Wanted {
     spec: InstanceSpec,
@@ -137,10 +140,23 @@ pub async fn run(service: &PoolClient, wanted: Wanted) -> Result<ExitCode, Failu
     let container = &created.spec.containers[0].name;
     let options = LogOptions { follow: true, ..LogOptions::default() };
     let mut log = service.logs(&created.id, container, &options).await?;
-    while let Some(part) = log.next().await {
-        output::write(&part?)?;
-    }
-    let ended = wait(service, &created, ended).await?;
+    let mut print = std::pin::pin!(async {
+        while let Some(part) = log.next().await {
+            output::write(&part?)?;
+        }
+        Ok::<(), Failure>(())
+    });
+    // The log's end is not waited for without bound: a descendant of the container's process may hold it open.
+    let ended = tokio::select! {
+        printed = &mut print => {
+            printed?;
+            wait(service, &created, ended).await?
+        }
+        ended = wait(service, &created, ended) => {
+            tokio::time::timeout(LOG_TAIL, print).await.unwrap_or(Ok(()))?;
+            ended?
+        }
+    };
     service.delete(&created.id, Some(0)).await?;
     match ended.status.containers.first().map(|container| &container.state) {
         Some(ContainerState::Terminated(end)) => Ok(ExitCode::from(u8::try_from(end.exit_code).unwrap_or(1))),

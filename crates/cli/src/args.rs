@@ -53,9 +53,7 @@ Other:
   help        Explain a command
 
 Options:
-{options}
-
-{after-help}";
+{options}{after-help}";
 
 const EXAMPLES: &str = "\
 Examples:

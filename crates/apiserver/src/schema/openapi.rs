@@ -130,7 +130,7 @@ fn reachable(facts: &Facts, mut wanted: BTreeSet<String>) -> Map<String, Value> 
         let Some(schema) = facts.get(&name) else { continue };
         let schema = Value::Object(schema.clone());
         references(&schema, &mut |name| {
-            if name != "" && !found.contains_key(name) {
+            if !name.is_empty() && !found.contains_key(name) {
                 wanted.insert(name.to_owned());
             }
         });

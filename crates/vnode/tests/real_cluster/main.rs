@@ -94,9 +94,12 @@ async fn a_real_cluster() {
     let provider: Arc<dyn Provider> = Arc::new(instances.clone());
     let running = tokio::spawn(joey_vnode::run(client.clone(), provider, config, shutdown.clone()));
     let scene = Scene { plane, client, instances };
-    eventually("the default service account is there", Duration::from_secs(60), || async {
+    // The controllers make both; a Pod that comes before them rightly waits, and says so.
+    eventually("the default namespace is ready for Pods", Duration::from_secs(60), || async {
         let accounts: Api<ServiceAccount> = Api::namespaced(scene.client.clone(), "default");
-        accounts.get("default").await.map(drop).map_err(|error| error.to_string())
+        accounts.get("default").await.map_err(|error| error.to_string())?;
+        let maps: Api<ConfigMap> = Api::namespaced(scene.client.clone(), "default");
+        maps.get("kube-root-ca.crt").await.map(drop).map_err(|error| error.to_string())
     })
     .await;
     tokio::join!(

@@ -11,7 +11,6 @@ use hyper_util::rt::TokioIo;
 use jiff::{SignedDuration, Timestamp};
 use joey_api::instance::{ExecRequest, Instance, LogOptions};
 use joey_rpc::{Body, full};
-use rustls::pki_types::CertificateDer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -47,21 +46,29 @@ fn text(status: StatusCode, message: impl Into<String>) -> Answer {
 /// Answers until `shutdown`.
 pub(crate) async fn serve(
     listener: TcpListener,
-    identity: (Vec<CertificateDer<'static>>, rustls::pki_types::PrivateKeyDer<'static>),
+    identity: serving::Identity,
     kubelet: Kubelet,
     shutdown: CancellationToken,
 ) {
-    let tls = tokio::select! {
-        () = shutdown.cancelled() => return,
-        tls = serving::tls(&kubelet.client, &kubelet.config, identity) => tls,
-    };
-    let acceptor = match tls {
-        Ok(tls) => TlsAcceptor::from(Arc::new(tls)),
-        Err(error) => {
-            tracing::error!(%error, "kubelet endpoints are not served");
-            return shutdown.cancelled().await;
+    let (mut tls, following) = serving::tls(kubelet.client.clone(), &kubelet.config, identity);
+    let following = async {
+        match following.await {
+            // What was taken last goes on being served.
+            Ok(()) => tracing::warn!("the cluster's client authority is no longer followed"),
+            Err(error) => tracing::error!(%error, "kubelet endpoints are not served"),
         }
+        std::future::pending::<()>().await
     };
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = following => {}
+        () = async { if tls.ready().await.is_some() { accept(listener, tls, kubelet, &shutdown).await } } => {}
+    }
+    shutdown.cancelled().await;
+}
+
+/// Takes connections until `shutdown`.
+async fn accept(listener: TcpListener, tls: serving::Tls, kubelet: Kubelet, shutdown: &CancellationToken) {
     loop {
         let accepted = tokio::select! {
             () = shutdown.cancelled() => return,
@@ -69,7 +76,8 @@ pub(crate) async fn serve(
         };
         match accepted {
             Ok((stream, _)) => {
-                let (acceptor, kubelet, shutdown) = (acceptor.clone(), kubelet.clone(), shutdown.clone());
+                let Some(current) = tls.current() else { continue };
+                let (acceptor, kubelet, shutdown) = (TlsAcceptor::from(current), kubelet.clone(), shutdown.clone());
                 tokio::spawn(async move {
                     tokio::select! {
                         () = shutdown.cancelled() => {}

@@ -2,22 +2,26 @@
 //! `nodes/proxy`. Nobody else, and nobody without a name.
 
 use std::sync::Arc;
-use std::time::Duration;
 
+use futures::StreamExt;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Api, PostParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, watch_object};
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::NodeError;
 use crate::config::{ClientAuth, Config, ServingCertificate};
 
-const RETRY: Duration = Duration::from_secs(1);
+/// In kube-system; its key `client-ca-file` is the authority of client certificates.
+const AUTHENTICATION: &str = "extension-apiserver-authentication";
 /// Members may do everything, as kube-apiserver has it; nobody is asked.
 const MASTERS: &str = "system:masters";
 
@@ -33,7 +37,7 @@ fn tls_fault(what: &str, error: impl std::fmt::Display) -> NodeError {
 }
 
 /// Certificate chain and key the endpoints show.
-pub(crate) fn identity(config: &Config) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), NodeError> {
+pub(crate) fn identity(config: &Config) -> Result<Identity, NodeError> {
     match &config.serving {
         ServingCertificate::Files { certificate, key } => {
             let chain = CertificateDer::pem_file_iter(certificate)
@@ -52,21 +56,54 @@ pub(crate) fn identity(config: &Config) -> Result<(Vec<CertificateDer<'static>>,
     }
 }
 
-/// The server's side of TLS; client certificates are asked for and verified, their absence is judged per request.
-pub(crate) async fn tls(
-    client: &kube::Client,
+/// What the endpoints show: certificate chain and key.
+pub(crate) type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// The server's side of TLS, which changes while connections come. Those that are open stay as they are.
+#[derive(Clone)]
+pub(crate) struct Tls(watch::Receiver<Option<Arc<rustls::ServerConfig>>>);
+
+impl Tls {
+    /// Waits until something is known to serve with; `None`: there never will be.
+    pub(crate) async fn ready(&mut self) -> Option<()> {
+        self.0.wait_for(Option::is_some).await.ok().map(drop)
+    }
+
+    /// What a new connection is taken with.
+    pub(crate) fn current(&self) -> Option<Arc<rustls::ServerConfig>> {
+        self.0.borrow().clone()
+    }
+}
+
+/// The server's side of TLS, and the work of following the client authority the cluster publishes. The work ends only when it
+/// cannot go on.
+pub(crate) fn tls(
+    client: kube::Client,
     config: &Config,
-    (chain, key): (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>),
-) -> Result<rustls::ServerConfig, NodeError> {
+    identity: Identity,
+) -> (Tls, impl Future<Output = Result<(), NodeError>> + Send + use<>) {
+    let (current, tls) = watch::channel(None);
+    let authority = config.client_auth.clone();
+    let work = async move {
+        match authority {
+            ClientAuth::Authority(path) => {
+                let pem =
+                    std::fs::read(path).map_err(|error| tls_fault("client authority could not be read", error))?;
+                current.send_replace(Some(Arc::new(server(&pem, &identity)?)));
+                std::future::pending().await
+            }
+            ClientAuth::Cluster => follow_authority(&client, &identity, &current).await,
+        }
+    };
+    (Tls(tls), work)
+}
+
+/// The server's side of TLS with the authority given in PEM, which may be empty. Client certificates are asked for and verified,
+/// their absence is judged per request.
+fn server(authority: &[u8], (chain, key): &Identity) -> Result<rustls::ServerConfig, NodeError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
-    let pem = match &config.client_auth {
-        ClientAuth::Authority(path) => {
-            std::fs::read(path).map_err(|error| tls_fault("client authority could not be read", error))?
-        }
-        ClientAuth::Cluster => published_authority(client).await,
-    };
-    for certificate in CertificateDer::pem_slice_iter(&pem) {
+    for certificate in CertificateDer::pem_slice_iter(authority) {
         let certificate = certificate.map_err(|error| tls_fault("client authority is not PEM", error))?;
         roots.add(certificate).map_err(|error| tls_fault("client authority is not usable", error))?;
     }
@@ -82,28 +119,68 @@ pub(crate) async fn tls(
             .map_err(|error| tls_fault("client authority", error))?;
         builder.with_client_cert_verifier(verifier)
     };
-    let mut tls = builder.with_single_cert(chain, key).map_err(|error| tls_fault("serving certificate", error))?;
+    let mut tls = builder
+        .with_single_cert(chain.clone(), key.clone_key())
+        .map_err(|error| tls_fault("serving certificate", error))?;
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(tls)
 }
 
-/// The client authority the cluster publishes; waits for the cluster.
-async fn published_authority(client: &kube::Client) -> Vec<u8> {
+/// Follows the client authority the cluster publishes: it may appear late, and it rotates. Nothing is served before the cluster
+/// has answered once; an authority that cannot be used leaves the last one in force.
+async fn follow_authority(
+    client: &kube::Client,
+    identity: &Identity,
+    current: &watch::Sender<Option<Arc<rustls::ServerConfig>>>,
+) -> Result<(), NodeError> {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "kube-system");
-    loop {
-        match maps.get_opt("extension-apiserver-authentication").await {
-            Ok(Some(map)) => {
-                let authority = map.data.and_then(|mut data| data.remove("client-ca-file")).unwrap_or_default();
-                return authority.into_bytes();
+    let mut seen = Box::pin(watch_object(maps, AUTHENTICATION).default_backoff());
+    let mut known: Option<String> = None;
+    while let Some(found) = seen.next().await {
+        let published = match found {
+            Ok(map) => published_authority(map),
+            Err(error) if is_refused(&error) && known.is_none() => {
+                tracing::warn!(
+                    "the cluster's client authority is not readable; until it is, only bearer tokens are taken"
+                );
+                String::new()
             }
-            Ok(None) => return Vec::new(),
-            Err(kube::Error::Api(status)) if status.code == 403 => {
-                tracing::warn!("the cluster's client authority is not readable; only bearer tokens are taken");
-                return Vec::new();
+            Err(error) => {
+                tracing::debug!(%error, "the cluster's client authority could not be read, trying again");
+                continue;
             }
-            Err(error) => tracing::warn!(%error, "the cluster's client authority could not be read, trying again"),
+        };
+        if known.as_ref() == Some(&published) {
+            continue;
         }
-        tokio::time::sleep(RETRY).await;
+        match server(published.as_bytes(), identity) {
+            Ok(tls) => {
+                tracing::info!(present = !published.is_empty(), "the cluster's client authority is taken");
+                current.send_replace(Some(Arc::new(tls)));
+            }
+            // Without any, whoever comes with a token is still served.
+            Err(error) if known.is_none() => {
+                tracing::warn!(%error, "the cluster's client authority is not usable; only bearer tokens are taken");
+                current.send_replace(Some(Arc::new(server(&[], identity)?)));
+            }
+            Err(error) => tracing::warn!(%error, "the cluster's new client authority is not usable, the last one stays"),
+        }
+        known = Some(published);
+    }
+    Ok(())
+}
+
+fn published_authority(map: Option<ConfigMap>) -> String {
+    map.and_then(|map| map.data).and_then(|mut data| data.remove("client-ca-file")).unwrap_or_default()
+}
+
+/// Whether the cluster answered that this node may not read.
+fn is_refused(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 403,
+        watcher::Error::WatchError(status) => status.code == 403,
+        _ => false,
     }
 }
 

@@ -110,11 +110,12 @@ impl<R: BufRead> Read for Decoder<R> {
 }
 
 /// Converts `source` into the EROFS image `target`, which is made here and holds nothing usable after an error.
-pub(crate) fn convert(source: impl Read, expected: &Expected, target: &Path) -> Result<(), Problem> {
+/// Returns the directories the layer leads through without listing them.
+pub(crate) fn convert(source: impl Read, expected: &Expected, target: &Path) -> Result<Vec<Vec<u8>>, Problem> {
     let diff_id = &expected.diff_id;
     let result = File::create(target).map_err(|error| io::Error::other(WriteFailed(error)));
     result.and_then(|file| stream(source, expected, file)).map_err(|error| explain(error, expected)).and_then(|done| {
-        let (blob, unpacked) = done;
+        let (blob, unpacked, unlisted) = done;
         if let (Some((digest, size)), (actual, count)) = (&expected.blob, &blob) {
             check(&format!("layer {digest}"), digest, actual)?;
             if size != count {
@@ -122,7 +123,8 @@ pub(crate) fn convert(source: impl Read, expected: &Expected, target: &Path) -> 
                 return Err(Problem::Layer { layer: digest.clone(), detail });
             }
         }
-        check("the unpacked layer", diff_id, &unpacked)
+        check("the unpacked layer", diff_id, &unpacked)?;
+        Ok(unlisted)
     })
 }
 
@@ -133,8 +135,8 @@ fn check(object: &str, expected: &Digest, actual: &Digest) -> Result<(), Problem
     Err(Problem::Digest { object: object.to_owned(), expected: expected.clone(), actual: actual.to_string() })
 }
 
-/// The compressed bytes' digest and count, and the digest of the uncompressed ones.
-type Sums = ((Digest, u64), Digest);
+/// The compressed bytes' digest and count, the digest of the uncompressed ones, and the directories not listed.
+type Sums = ((Digest, u64), Digest, Vec<Vec<u8>>);
 
 fn stream(source: impl Read, expected: &Expected, file: File) -> io::Result<Sums> {
     let compressed = Hashing::new(source, u64::MAX);
@@ -159,7 +161,7 @@ fn stream(source: impl Read, expected: &Expected, file: File) -> io::Result<Sums
     let (blob, blob_count, _) = rest.into_inner().digest();
     // Both digests are compared by the caller; an image of wrong content never gets its name.
     erofs::finish(&tree, blocks).map_err(|error| io::Error::other(WriteFailed(error)))?;
-    Ok(((blob, blob_count), diff_id))
+    Ok(((blob, blob_count), diff_id, tree.unlisted()))
 }
 
 fn add<R: Read>(tree: &mut Tree, blocks: &mut Blocks, tar: &mut TarStream<R>, mut entry: Entry) -> io::Result<()> {

@@ -182,15 +182,17 @@ impl Layers {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let target = self.folders.temporary(&format!("{}.{serial}", diff_id.hex()));
         let name = self.folders.layer(diff_id);
+        let (folders, layer) = (self.folders.clone(), diff_id.clone());
         let blob = blob.map(|blob| (blob.digest.clone(), blob.size));
         let expected = Expected { blob, diff_id: diff_id.clone(), limit };
         let work = move || {
-            let finish = || {
+            let finish = |unlisted: &[Vec<u8>]| {
+                folders.write_unlisted(&layer, unlisted)?;
                 fs::rename(&target, &name)?;
                 crate::persist::sync_parent(&name)
             };
             let result = convert(source, &expected, &target)
-                .and_then(|()| finish().map_err(|error| Problem::store("name a layer", &error)));
+                .and_then(|unlisted| finish(&unlisted).map_err(|error| Problem::store("name a layer", &error)));
             if result.is_err() {
                 let _ = fs::remove_file(&target);
             } else {

@@ -202,7 +202,10 @@ impl Images {
         mounted.map_err(|error| Problem::store("mount a layer", &error).of(&image.reference))?;
         let mut seen = HashSet::new();
         let topmost_first = image.layers.iter().rev().filter(|layer| seen.insert(*layer));
-        Ok(topmost_first.map(|layer| inner.mounts.path(layer)).collect())
+        let stack: Vec<_> = topmost_first.map(|layer| (layer.clone(), inner.mounts.path(layer))).collect();
+        let cover = inner.cover(&image.layers, &stack).await;
+        let cover = cover.map_err(|error| Problem::store("cover the layers", &error).of(&image.reference))?;
+        Ok(cover.into_iter().chain(stack.into_iter().map(|(_, folder)| folder)).collect())
     }
 
     /// Takes every mount of layers away, in use or not; what stands on them keeps working until it ends.
@@ -293,6 +296,27 @@ impl Inner {
         Ok(())
     }
 
+    /// The mounted cover of an image whose layers are mounted, made at first use; `None` where none is needed.
+    async fn cover(&self, layers: &[Digest], stack: &[(Digest, PathBuf)]) -> std::io::Result<Option<PathBuf>> {
+        let Some(name) = crate::cover::name(&self.folders, layers) else { return Ok(None) };
+        let file = self.folders.layer(&name);
+        if !file.exists() {
+            let _changing = self.changing.lock().await;
+            let (folders, stack, file) = (self.folders.clone(), stack.to_vec(), file.clone());
+            let temporary = self.folders.temporary(&format!("{}.cover", name.hex()));
+            let make = move || {
+                crate::cover::write(&folders, &stack, &temporary)?;
+                std::fs::rename(&temporary, &file)
+            };
+            tokio::task::spawn_blocking(make).await.map_err(std::io::Error::other)??;
+        }
+        if std::fs::metadata(&file)?.len() == 0 {
+            return Ok(None);
+        }
+        self.mounts.mount(vec![(name.clone(), file)]).await?;
+        Ok(Some(self.mounts.path(&name)))
+    }
+
     /// Removes layers that no image has and no pull needs.
     pub(crate) async fn collect(&self) {
         let _changing = self.changing.lock().await;
@@ -303,8 +327,12 @@ impl Inner {
         if let Err(error) = self.folders.keep_blobs(&blobs) {
             tracing::warn!(%error, "blobs cannot be removed");
         }
+        let covers: HashSet<Digest> = {
+            let state = self.state.lock().expect("no holder panics");
+            state.images.values().filter_map(|image| crate::cover::name(&self.folders, &image.layers)).collect()
+        };
         for layer in self.folders.layers().unwrap_or_default() {
-            let needed = {
+            let needed = covers.contains(&layer) || {
                 let state = self.state.lock().expect("no holder panics");
                 state.pins.contains_key(&layer) || state.images.values().any(|image| image.layers.contains(&layer))
             };
@@ -312,7 +340,7 @@ impl Inner {
                 continue;
             }
             let unmounted = self.mounts.unmount(&layer).await;
-            if let Err(error) = unmounted.and_then(|()| std::fs::remove_file(self.folders.layer(&layer))) {
+            if let Err(error) = unmounted.and_then(|()| self.folders.remove_layer(&layer)) {
                 tracing::warn!(%layer, %error, "layer cannot be removed");
             }
         }

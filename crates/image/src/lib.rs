@@ -7,6 +7,7 @@
 //! Must never depend on the store, on sandboxes or instances, or on anything of Kubernetes.
 
 mod convert;
+mod cover;
 mod credentials;
 mod erofs;
 mod error;

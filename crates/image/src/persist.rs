@@ -4,6 +4,7 @@
 //! index.json           which references name which images (replaced whole: tmp, fsync, rename, fsync of the folder)
 //! blobs/HEX            manifests and configurations
 //! layers/HEX.erofs     layers, by the digest of their uncompressed archive
+//! layers/HEX.unlisted  directories such a layer does not list, each ended by a zero byte; absent when there are none
 //! partial/HEX.partial  downloads that broke off, by the digest of the compressed blob
 //! tmp/                 being written; emptied at start
 //! ```
@@ -57,6 +58,37 @@ impl Folders {
 
     pub(crate) fn layer(&self, diff_id: &Digest) -> PathBuf {
         self.root.join("layers").join(format!("{}.erofs", diff_id.hex()))
+    }
+
+    /// The list of directories a layer leads through without listing them.
+    pub(crate) fn unlisted(&self, layer: &Digest) -> PathBuf {
+        self.root.join("layers").join(format!("{}.unlisted", layer.hex()))
+    }
+
+    /// Written before the layer gets its name, so that no layer is ever without its list.
+    pub(crate) fn write_unlisted(&self, layer: &Digest, paths: &[Vec<u8>]) -> io::Result<()> {
+        let file = self.unlisted(layer);
+        if paths.is_empty() {
+            return match fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            };
+        }
+        let bytes: Vec<u8> = paths.iter().flat_map(|path| path.iter().chain(&[0])).copied().collect();
+        self.replace(&file, &bytes)
+    }
+
+    pub(crate) fn read_unlisted(&self, layer: &Digest) -> io::Result<HashSet<Vec<u8>>> {
+        match fs::read(self.unlisted(layer)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HashSet::new()),
+            other => Ok(other?.split(|&byte| byte == 0).filter(|path| !path.is_empty()).map(<[u8]>::to_vec).collect()),
+        }
+    }
+
+    /// Removes a layer from the store.
+    pub(crate) fn remove_layer(&self, layer: &Digest) -> io::Result<()> {
+        fs::remove_file(self.layer(layer))?;
+        self.write_unlisted(layer, &[])
     }
 
     /// The layers that are whole.

@@ -18,7 +18,7 @@ const MAX_PATH: usize = 4096;
 const MAX_NAME: usize = 255;
 
 pub(crate) const ROOT: usize = 0;
-const OPAQUE: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
+pub(crate) const OPAQUE: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
 
 /// Extended attributes: full names and values.
 pub(crate) type Xattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
@@ -61,6 +61,8 @@ pub(crate) struct Node {
     pub kind: Kind,
     pub xattrs: Xattrs,
     whiteout: bool,
+    /// A directory some path leads through, of which the layer itself says nothing.
+    unlisted: bool,
 }
 
 /// Why an entry cannot be part of a layer. Paths are escaped: they come from strangers.
@@ -148,6 +150,8 @@ impl Tree {
                 Some(child) if self.nodes[child].whiteout => {
                     let mut made = Node::implied_directory();
                     made.make_opaque();
+                    // New in this layer: no lower one has a say.
+                    made.unlisted = false;
                     self.link(at, part, made)?
                 }
                 Some(child) => child,
@@ -174,6 +178,27 @@ impl Tree {
         Ok(())
     }
 
+    /// The directories, the root aside, that are here only because paths lead through them.
+    pub(crate) fn unlisted(&self) -> Vec<Vec<u8>> {
+        let mut found = Vec::new();
+        let mut waiting = vec![(ROOT, Vec::new())];
+        while let Some((node, path)) = waiting.pop() {
+            let Kind::Directory(children) = &self.nodes[node].kind else { continue };
+            for (name, &child) in children {
+                if matches!(self.nodes[child].kind, Kind::Directory(_)) {
+                    let mut below: Vec<u8> = path.clone();
+                    below.extend_from_slice(if path.is_empty() { b"" } else { b"/" });
+                    below.extend_from_slice(name);
+                    waiting.push((child, below));
+                }
+            }
+            if self.nodes[node].unlisted && node != ROOT {
+                found.push(path);
+            }
+        }
+        found
+    }
+
     /// Adds an entry that is not a hard link.
     pub(crate) fn add(&mut self, path: &[u8], meta: Meta, kind: Kind, xattrs: Xattrs) -> Result<(), TreeError> {
         let parts = components(path)?;
@@ -185,13 +210,14 @@ impl Tree {
         }
         let parent = self.directory(parents, path)?;
         let existing = self.children(parent).and_then(|children| children.get(*name).copied());
-        let mut node = Node { meta, kind, xattrs, whiteout: false };
+        let mut node = Node { meta, kind, xattrs, whiteout: false, unlisted: false };
         if let (Some(old), Kind::Directory(_)) = (existing, &node.kind) {
             if matches!(self.nodes[old].kind, Kind::Directory(_)) {
                 self.charge(node.xattrs.iter().map(|(n, v)| n.len() + v.len() + 64).sum())?;
                 let opaque = self.nodes[old].xattrs.contains_key(OPAQUE.0);
                 self.nodes[old].meta = node.meta;
                 self.nodes[old].xattrs = node.xattrs;
+                self.nodes[old].unlisted = false;
                 if opaque {
                     self.nodes[old].make_opaque();
                 }
@@ -236,6 +262,7 @@ impl Tree {
             Some(node) => {
                 if matches!(self.nodes[node].kind, Kind::Directory(_)) {
                     self.nodes[node].make_opaque();
+                    self.nodes[node].unlisted = false;
                 }
                 Ok(())
             }
@@ -267,13 +294,13 @@ impl Tree {
 impl Node {
     fn implied_directory() -> Self {
         let meta = Meta { mode: 0o755, ..Meta::default() };
-        Self { meta, kind: Kind::Directory(BTreeMap::new()), xattrs: BTreeMap::new(), whiteout: false }
+        Self { meta, kind: Kind::Directory(BTreeMap::new()), xattrs: BTreeMap::new(), whiteout: false, unlisted: true }
     }
 
     /// What overlayfs reads as "not here": a character device 0/0.
     fn whiteout() -> Self {
         let kind = Kind::Character { major: 0, minor: 0 };
-        Self { meta: Meta::default(), kind, xattrs: BTreeMap::new(), whiteout: true }
+        Self { meta: Meta::default(), kind, xattrs: BTreeMap::new(), whiteout: true, unlisted: false }
     }
 
     fn make_opaque(&mut self) {

@@ -229,3 +229,64 @@ async fn credentials_stay_with_their_registry() {
     images.pull(&name, &[credential("p")], |_| {}).await.unwrap();
     assert_eq!(elsewhere.authorizations(), 0, "credentials followed a redirect");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn directories_a_layer_does_not_list_stay_as_they_were() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("SKIPPED: root is needed to mount");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start();
+    let (mut lower, mut upper) = (Layer::new(), Layer::new());
+    lower.directory("tmp", 0o1777, (0, 0));
+    lower.directory("home", 0o751, (3, 4));
+    lower.directory("home/kanga", 0o700, (1000, 1000));
+    lower.directory("away", 0o700, (5, 5));
+    lower.symlink("out", "/etc");
+    upper.file("tmp/x", b"x", 0o600, (0, 0));
+    upper.file("home/kanga/pocket/roo", b"roo", 0o600, (1000, 1000));
+    upper.file(".wh.away", b"", 0, (0, 0));
+    upper.file("away/again", b"", 0o600, (0, 0));
+    upper.file("out/ward", b"", 0o600, (0, 0));
+    registry.image("1", &[lower.gzip(), upper.gzip()]);
+    let images = open(dir.path()).await;
+    let image = images.pull(&reference(&registry, "1"), &[], |_| {}).await.unwrap();
+    let mounts = images.mount(&image).await.unwrap();
+    assert_eq!(mounts.len(), 3, "two layers and their cover");
+    assert_eq!(images.mount(&image).await.unwrap(), mounts);
+    let merged = dir.path().join("merged");
+    std::fs::create_dir(&merged).unwrap();
+    let lower: Vec<&str> = mounts.iter().map(|mount| mount.to_str().unwrap()).collect();
+    let options = format!("lowerdir={}", lower.join(":"));
+    let flags = nix::mount::MsFlags::MS_RDONLY;
+    nix::mount::mount(Some("overlay"), &merged, Some("overlay"), flags, Some(options.as_str())).unwrap();
+    let seen: Vec<_> = ["tmp", "home", "home/kanga", "home/kanga/pocket", "away"]
+        .iter()
+        .map(|name| std::fs::symlink_metadata(merged.join(name)).unwrap())
+        .map(|metadata| (metadata.mode() & 0o7777, metadata.uid(), metadata.gid()))
+        .collect();
+    let whole = merged.join("tmp/x").exists() && merged.join("home/kanga/pocket/roo").exists();
+    nix::mount::umount(&merged).unwrap();
+    assert_eq!(seen, [(0o1777, 0, 0), (0o751, 3, 4), (0o700, 1000, 1000), (0o755, 0, 0), (0o755, 0, 0)]);
+    assert!(whole);
+    images.remove(&image.id.to_string(), &[]).await.unwrap();
+    assert_eq!(stored_files(dir.path(), "layers"), 0);
+    images.unmount_all().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_in_use_is_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start();
+    let mut layer = Layer::new();
+    layer.file("a", b"a", 0o644, (0, 0));
+    registry.image("1", &[layer.gzip()]);
+    let images = open(dir.path()).await;
+    let name = reference(&registry, "1");
+    let image = images.pull(&name, &[], |_| {}).await.unwrap();
+    let refused = images.remove(&name.to_string(), std::slice::from_ref(&image.id)).await.unwrap_err();
+    assert!(matches!(refused.problem, Problem::InUse), "{refused}");
+    assert!(images.find(&name).await.is_some());
+    images.remove(&name.to_string(), &[]).await.unwrap();
+    assert_eq!(stored_files(dir.path(), "layers"), 0);
+}

@@ -191,6 +191,10 @@ impl Layer {
         self.0.append_link(&mut Self::header(b'1', 0, 0o644, (0, 0)), path, target).unwrap();
     }
 
+    pub fn directory(&mut self, path: &str, mode: u32, owner: (u64, u64)) {
+        self.0.append_data(&mut Self::header(b'5', 0, mode, owner), path, &[][..]).unwrap();
+    }
+
     pub fn symlink(&mut self, path: &str, target: &str) {
         self.0.append_link(&mut Self::header(b'2', 0, 0o777, (0, 0)), path, target).unwrap();
     }

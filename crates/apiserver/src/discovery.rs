@@ -11,6 +11,9 @@ use crate::{Body, State};
 /// Version of the Kubernetes API that is spoken; semver, so that clients can compare it.
 pub const GIT_VERSION: &str = concat!("v1.36.0+joey", env!("CARGO_PKG_VERSION"));
 const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+/// The old OpenAPI document in protobuf, as clients name it and as servers do.
+const OPENAPI_V2_ACCEPTED: &str = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+const OPENAPI_V2: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 
 /// Answers a path that is about no object.
 pub fn answer(state: &State, headers: &HeaderMap, segments: &[String]) -> ApiResult<Response<Body>> {
@@ -40,6 +43,7 @@ pub fn answer(state: &State, headers: &HeaderMap, segments: &[String]) -> ApiRes
             value
         }
         ["apis", group, version] => resources(group, version)?,
+        ["openapi", "v2"] => return Ok(openapi_v2(headers)),
         ["openapi", "v3"] => {
             return Ok(bytes_response(StatusCode::OK, "application/json", state.types.openapi().index()));
         }
@@ -50,6 +54,22 @@ pub fn answer(state: &State, headers: &HeaderMap, segments: &[String]) -> ApiRes
         _ => return Err(ApiError::no_such_path()),
     };
     Ok(json_response(StatusCode::OK, &value))
+}
+
+/// The old OpenAPI document, without definitions: everything is described in v3 and checked by the server itself.
+///
+/// kubectl insists on one before it applies a `List` of objects, whatever v3 says; definitions that it does not find there it
+/// leaves to the server. Go clients ask for it in protobuf (gnostic's `openapi.v2.Document`).
+fn openapi_v2(headers: &HeaderMap) -> Response<Body> {
+    const TITLE: &str = "Kubernetes";
+    if !accepted(headers).iter().any(|wanted| wanted.media_type == OPENAPI_V2_ACCEPTED) {
+        let document = json!({"swagger": "2.0", "info": {"title": TITLE, "version": GIT_VERSION}, "paths": {}});
+        return json_response(StatusCode::OK, &document);
+    }
+    // A field of bytes: its number with wire type 2, its length (all here are below 128), the bytes.
+    let field = |number: u8, bytes: &[u8]| [&[number << 3 | 2, bytes.len() as u8][..], bytes].concat();
+    let info = [field(1, TITLE.as_bytes()), field(2, GIT_VERSION.as_bytes())].concat();
+    bytes_response(StatusCode::OK, OPENAPI_V2, [field(1, b"2.0"), field(2, &info)].concat())
 }
 
 fn version() -> Value {
@@ -65,7 +85,7 @@ fn paths() -> Value {
         paths.push(format!("/apis/{group}"));
         paths.push(format!("/apis/{group}/{version}"));
     }
-    paths.extend(["/healthz", "/livez", "/openapi/v3", "/readyz", "/version"].map(str::to_owned));
+    paths.extend(["/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"].map(str::to_owned));
     json!({"paths": paths})
 }
 
@@ -153,4 +173,22 @@ fn discovered(resource: &'static Resource) -> Value {
         entry["subresources"] = Value::Array(subs);
     }
     entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::BodyExt;
+
+    #[tokio::test]
+    async fn the_old_document_is_protobuf_for_those_who_ask() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(openapi_v2(&headers).headers()[http::header::CONTENT_TYPE], "application/json");
+        headers.insert(http::header::ACCEPT, OPENAPI_V2_ACCEPTED.parse().unwrap());
+        let response = openapi_v2(&headers);
+        assert_eq!(response.headers()[http::header::CONTENT_TYPE], OPENAPI_V2);
+        let bytes = response.into_body().collect().await.unwrap().to_bytes();
+        assert!(bytes.starts_with(b"\x0a\x032.0\x12"), "{bytes:?}");
+        assert_eq!(usize::from(bytes[6]), bytes.len() - 7, "the info is all that follows");
+    }
 }

@@ -98,6 +98,8 @@ struct Handle {
     containers: Vec<String>,
     /// Its own grace, in seconds.
     grace: u32,
+    /// Held while the record is changed or removed: nothing is written into a directory that goes away.
+    recording: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Engine {
@@ -182,6 +184,7 @@ impl Engine {
     pub async fn delete(&self, id: &InstanceId, grace: Option<u32>) -> Result<(), Fault> {
         let own = self.shared.instances().get(id).map(|handle| handle.grace).ok_or_else(|| not_found(id))?;
         let grace = grace.unwrap_or(own);
+        let recording = self.shared.recording(id).await;
         let dir = self.shared.dir(id);
         let kept = start::blocking("write its record", move || {
             let Some(mut record) = Record::read(&dir)? else { return Ok(()) };
@@ -189,6 +192,7 @@ impl Engine {
             record.write(&dir)
         });
         kept.await?;
+        drop(recording);
         checkpoint::reached("instance-deletion-recorded");
         self.tell(id, Command::Delete { grace })
     }
@@ -330,6 +334,15 @@ impl Shared {
         }
     }
 
+    /// Alone with the record of an instance, until the guard is dropped.
+    pub(crate) async fn recording(&self, id: &InstanceId) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        let recording = self.instances().get(id).map(|handle| handle.recording.clone());
+        match recording {
+            Some(recording) => Some(recording.lock_owned().await),
+            None => None,
+        }
+    }
+
     pub(crate) fn images_are(&self, id: &InstanceId, images: Vec<Digest>) {
         if let Some(handle) = self.instances().get_mut(id) {
             handle.images = images;
@@ -366,6 +379,7 @@ impl Shared {
             images: Vec::new(),
             containers: record.spec.containers.iter().map(|container| container.name.clone()).collect(),
             grace: record.spec.termination_grace_period_seconds,
+            recording: Arc::default(),
         };
         {
             let mut instances = self.instances();

@@ -371,6 +371,7 @@ impl Life {
 
     async fn remove(&mut self) -> Result<(), Fault> {
         start::unmake(self).await?;
+        let _recording = self.shared.recording(&self.id).await;
         let dir = self.dir.clone();
         start::blocking("remove its directory", move || match std::fs::remove_dir_all(&dir) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
@@ -382,8 +383,14 @@ impl Life {
     }
 
     async fn write_record(&self) -> Result<(), Fault> {
-        let (dir, record) = (self.dir.clone(), self.record.clone());
-        start::blocking("write its record", move || record.write(&dir)).await
+        let _recording = self.shared.recording(&self.id).await;
+        let (dir, mut record) = (self.dir.clone(), self.record.clone());
+        start::blocking("write its record", move || {
+            // An end that was asked for meanwhile stays asked for.
+            record.deleting = Record::read(&dir)?.and_then(|kept| kept.deleting).or(record.deleting);
+            record.write(&dir)
+        })
+        .await
     }
 
     fn say_waiting(&mut self, fault: &Fault, reason: &str) {

@@ -20,7 +20,10 @@ const CACHE: usize = 4 << 20;
 
 pub(crate) struct RedbJournal {
     path: PathBuf,
-    database: Database,
+    /// `None` after a failure until it was opened again: redb refuses all work after an error of the disk.
+    database: Option<Database>,
+    /// Revision and last lease of the last step that is known to be kept.
+    kept: (u64, u64),
 }
 
 fn failed<E: std::fmt::Display>(operation: &'static str) -> impl Fn(E) -> StoreError {
@@ -29,6 +32,10 @@ fn failed<E: std::fmt::Display>(operation: &'static str) -> impl Fn(E) -> StoreE
 
 impl RedbJournal {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        Ok(Self { path: path.to_owned(), database: Some(Self::open_file(path)?), kept: (0, 0) })
+    }
+
+    fn open_file(path: &Path) -> Result<Database, StoreError> {
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)
@@ -37,15 +44,33 @@ impl RedbJournal {
             .mode(0o600)
             .open(path)
             .map_err(failed("open its file"))?;
-        let database = Database::builder().set_cache_size(CACHE).create_file(file).map_err(|error| match error {
+        Database::builder().set_cache_size(CACHE).create_file(file).map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
             other => failed("open its file")(other),
-        })?;
-        Ok(Self { path: path.to_owned(), database })
+        })
     }
 
-    fn prepare(&self) -> Result<(), redb::Error> {
-        let write = self.database.begin_write()?;
+    /// The database, opened again after a failure. A step whose commit failed may be on disk all the same: memory does not have
+    /// it then, and nothing more is written over it; the next start reads what is there.
+    fn database(&mut self) -> Result<&Database, StoreError> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => {
+                let database = Self::open_file(&self.path)?;
+                let found = Self::read(&database).map_err(failed("read its tables"))?.1;
+                if (found.revision, found.last_lease) != self.kept {
+                    let message = "a change that was told as failed is on disk; restart to read it".to_owned();
+                    return Err(StoreError::Engine { operation: "go on after a failure", message });
+                }
+                tracing::warn!(path = %self.path.display(), "the store works again");
+                database
+            }
+        };
+        Ok(self.database.insert(database))
+    }
+
+    fn prepare(database: &Database) -> Result<(), redb::Error> {
+        let write = database.begin_write()?;
         {
             let mut meta = write.open_table(META)?;
             if meta.get("format")?.is_none() {
@@ -58,8 +83,8 @@ impl RedbJournal {
         Ok(())
     }
 
-    fn read(&self) -> Result<(u64, Kept), redb::Error> {
-        let read = self.database.begin_read()?;
+    fn read(database: &Database) -> Result<(u64, Kept), redb::Error> {
+        let read = database.begin_read()?;
         let meta = read.open_table(META)?;
         let number = |name| meta.get(name).map(|found| found.map_or(0, |value| value.value()));
         let mut kept = Kept { revision: number("revision")?, last_lease: number("last-lease")?, ..Kept::default() };
@@ -74,8 +99,8 @@ impl RedbJournal {
         Ok((number("format")?, kept))
     }
 
-    fn write(&self, step: &Step) -> Result<(), redb::Error> {
-        let write = self.database.begin_write()?;
+    fn write(database: &Database, step: &Step) -> Result<(), redb::Error> {
+        let write = database.begin_write()?;
         {
             let mut meta = write.open_table(META)?;
             meta.insert("revision", step.revision)?;
@@ -103,8 +128,13 @@ impl RedbJournal {
 
 impl Journal for RedbJournal {
     fn load(&mut self) -> Result<Kept, StoreError> {
-        self.prepare().map_err(failed("prepare its tables"))?;
-        let (format, kept) = self.read().map_err(failed("read its tables"))?;
+        let database = match &self.database {
+            Some(database) => database,
+            None => return Err(StoreError::Closed),
+        };
+        Self::prepare(database).map_err(failed("prepare its tables"))?;
+        let (format, kept) = Self::read(database).map_err(failed("read its tables"))?;
+        self.kept = (kept.revision, kept.last_lease);
         match format {
             FORMAT => Ok(kept),
             found => Err(StoreError::Format { path: self.path.clone(), found, wanted: FORMAT }),
@@ -112,7 +142,12 @@ impl Journal for RedbJournal {
     }
 
     fn keep(&mut self, step: &Step) -> Result<(), StoreError> {
-        self.write(step).map_err(failed("commit"))
+        let written = Self::write(self.database()?, step).map_err(failed("commit"));
+        match written {
+            Ok(()) => self.kept = (step.revision, step.last_lease),
+            Err(_) => self.database = None,
+        }
+        written
     }
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reduces OpenAPI v3 documents of a running kube-apiserver to facts: names, types, merge keys; no prose, no paths.
 
-Use: schema-facts.py OUT.json DOCUMENT.json...   (see crates/apiserver/schema-facts/README.md)
+Use: schema-facts.py OUT.json DOCUMENT.json...   (see crates/schema/facts/README.md)
 """
 import json
 import sys

@@ -21,7 +21,6 @@ mod protobuf;
 mod proxy;
 mod request;
 mod review;
-pub mod schema;
 mod selector;
 mod serve;
 mod service;

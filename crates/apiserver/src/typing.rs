@@ -1,14 +1,14 @@
-//! Where the server meets the schemas: every use of [`crate::schema`] is here.
+//! Where the server meets the schemas: every use of `joey_schema` is here.
 
 use std::sync::OnceLock;
 
 use serde_json::Value;
 
 use crate::kinds::{RESOURCES, Resource};
-use crate::schema::{
+use crate::status::{ApiError, ApiResult, FieldFault};
+use joey_schema::{
     Documents, FieldError, FieldReason, Schemas, ServedResource, ServedSubresource, TypeId, UnknownFields as Unknown,
 };
-use crate::status::{ApiError, ApiResult, FieldFault};
 
 /// What to do with fields that the schema does not know (`fieldValidation`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

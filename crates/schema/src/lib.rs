@@ -1,6 +1,6 @@
 //! Schemas of kinds, and what is generic over them: decoding, defaults, patches, OpenAPI.
 //!
-//! No kind has code here; facts come from `schema-facts/`.
+//! No kind has code here; facts come from `facts/`. Must never do I/O, and must never know requests, storage or objects' life.
 
 mod decode;
 mod defaults;

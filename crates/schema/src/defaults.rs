@@ -1,4 +1,4 @@
-//! Defaults: those of the schema that are not zero values, then `schema-facts/defaults.json`.
+//! Defaults: those of the schema that are not zero values, then `facts/defaults.json`.
 //!
 //! Rules there: `$pullPolicy [image, policy]`: `Always` for `:latest` or no tag, else `IfNotPresent`;
 //! `$copyMissing [from, to]`: entries of the map `from` that `to` lacks; `$onlyName [name, field]`: an object with nothing but

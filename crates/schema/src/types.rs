@@ -1,12 +1,12 @@
-//! The facts in memory: types, fields and their merge behaviour, parsed once from `schema-facts/types.json`.
+//! The facts in memory: types, fields and their merge behaviour, parsed once from `facts/types.json`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
 
 use serde_json::Value;
 
-pub(super) const FACTS: &str = include_str!("../../schema-facts/types.json");
-const DEFAULTS: &str = include_str!("../../schema-facts/defaults.json");
+pub(super) const FACTS: &str = include_str!("../facts/types.json");
+const DEFAULTS: &str = include_str!("../facts/defaults.json");
 
 /// One type of [`Schemas`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,11 +1,11 @@
-//! Decoding and defaults held against what kube-apiserver 1.36.3 answered to the same objects (`tests/data/defaulting.json`).
+//! Decoding and defaults held against what kube-apiserver 1.36.3 answered to the same objects (`facts/defaulting-answers.json`).
 
 use serde_json::json;
 
 use super::super::decode::UnknownFields;
 use super::*;
 
-const ANSWERS: &str = include_str!("../../tests/data/defaulting.json");
+const ANSWERS: &str = include_str!("../facts/defaulting-answers.json");
 
 fn id(object: &Value) -> TypeId {
     let version = object["apiVersion"].as_str().unwrap();

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::types::FACTS;
 
-const DESCRIPTIONS: &str = include_str!("../../schema-facts/descriptions.json");
+const DESCRIPTIONS: &str = include_str!("../facts/descriptions.json");
 const COMPONENTS: &str = "#/components/schemas/";
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1";
 

@@ -13,6 +13,8 @@ use crate::config::Config;
 use crate::resolve::{Missing, Objects};
 
 mod environment;
+#[cfg(test)]
+mod tests;
 mod volumes;
 
 /// Label on instances: the virtual node that made them.

@@ -163,7 +163,9 @@ async fn follow_authority(
                 tracing::warn!(%error, "the cluster's client authority is not usable; only bearer tokens are taken");
                 current.send_replace(Some(Arc::new(server(&[], identity)?)));
             }
-            Err(error) => tracing::warn!(%error, "the cluster's new client authority is not usable, the last one stays"),
+            Err(error) => {
+                tracing::warn!(%error, "the cluster's new client authority is not usable, the last one stays")
+            }
         }
         known = Some(published);
     }

@@ -180,12 +180,168 @@ pub fn pong(id: u32) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    /// The client's side: SYN_STREAM and SYN_REPLY with compressed headers.
+    struct Client {
+        deflate: Compress,
+    }
+
+    impl Client {
+        fn new() -> Self {
+            let mut deflate = Compress::new(Compression::best(), true);
+            deflate.set_dictionary(&dictionary()).unwrap();
+            Self { deflate }
+        }
+
+        fn block(&mut self, plain: &[u8]) -> Vec<u8> {
+            let mut block = Vec::with_capacity(plain.len() + 1024);
+            self.deflate.compress_vec(plain, &mut block, FlushCompress::Sync).unwrap();
+            block
+        }
+
+        fn open(&mut self, stream: u32, headers: &[(&str, &str)]) -> Vec<u8> {
+            let mut plain = (headers.len() as u32).to_be_bytes().to_vec();
+            for text in headers.iter().flat_map(|(name, value)| [name, value]) {
+                plain.extend_from_slice(&(text.len() as u32).to_be_bytes());
+                plain.extend_from_slice(text.as_bytes());
+            }
+            self.open_plain(stream, &plain)
+        }
+
+        fn open_plain(&mut self, stream: u32, plain: &[u8]) -> Vec<u8> {
+            let mut payload = stream.to_be_bytes().to_vec();
+            payload.extend_from_slice(&[0; 6]);
+            payload.extend(self.block(plain));
+            control(1, &payload)
+        }
+    }
+
+    /// Every frame of `bytes`, handed in by `step` bytes.
+    fn frames(codec: &mut Codec, bytes: &[u8], step: usize) -> Result<Vec<Frame>, Malformed> {
+        let mut frames = Vec::new();
+        for part in bytes.chunks(step) {
+            codec.push(part);
+            while let Some(frame) = codec.next_frame()? {
+                frames.push(frame);
+            }
+        }
+        Ok(frames)
+    }
+
+    fn opened(stream: u32, headers: &[(&str, &str)]) -> Frame {
+        let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Frame::Open { stream, headers, last: false }
+    }
+
     #[test]
     fn the_dictionary_is_the_drafts() {
-        let mut inflate = Codec::new().unwrap();
+        let mut codec = Codec::new().unwrap();
         assert_eq!(dictionary().len(), 1423);
         // Adler-32 of the draft's dictionary stands in the zlib head of the first compressed block.
-        let reply = inflate.accept(1).unwrap();
+        let reply = codec.accept(1).unwrap();
         assert_eq!(reply[14..18], 0xe3c6_a7c2_u32.to_be_bytes());
+    }
+
+    #[test]
+    fn what_a_client_sends_comes_out_however_it_is_cut() {
+        let (stdin, error) = ([("streamtype", "stdin"), ("content-length", "0")], [("streamtype", "error")]);
+        let mut client = Client::new();
+        let mut bytes = client.open(1, &stdin);
+        bytes.extend(client.open(3, &error));
+        bytes.extend(control(4, &[0; 4]));
+        bytes.extend(control(6, &7_u32.to_be_bytes()));
+        bytes.extend(data(1, b"hello", false));
+        bytes.extend(data(1, b"", true));
+        bytes.extend(control(3, &[0, 0, 0, 3, 0, 0, 0, 5]));
+        bytes.extend(control(7, &[0; 8]));
+        let wanted = vec![
+            opened(1, &stdin),
+            opened(3, &error),
+            Frame::Other,
+            Frame::Ping { id: 7 },
+            Frame::Data { stream: 1, bytes: b"hello".to_vec(), last: false },
+            Frame::Data { stream: 1, bytes: Vec::new(), last: true },
+            Frame::Reset { stream: 3 },
+            Frame::GoAway,
+        ];
+        for step in [1, 3, 8, 64, bytes.len()] {
+            assert_eq!(frames(&mut Codec::new().unwrap(), &bytes, step).unwrap(), wanted, "by {step}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        let mut bytes = Vec::new();
+        let mut writer = Codec::new().unwrap();
+        for stream in [1, 3, 5] {
+            bytes.extend(writer.accept(stream).unwrap());
+        }
+        bytes.extend(pong(u32::MAX));
+        bytes.extend(data(5, &[9; 70_000], false));
+        let read = frames(&mut Codec::new().unwrap(), &bytes, 1000).unwrap();
+        assert_eq!(read[..4], [Frame::Other, Frame::Other, Frame::Other, Frame::Ping { id: u32::MAX }]);
+        assert_eq!(read[4..], [Frame::Data { stream: 5, bytes: vec![9; 70_000], last: false }]);
+    }
+
+    #[test]
+    fn headers_are_bounded() {
+        let long = "x".repeat(MAX_HEADERS - 64);
+        let frame = Client::new().open(1, &[("a", &long)]);
+        assert_eq!(frames(&mut Codec::new().unwrap(), &frame, 4096).unwrap(), [opened(1, &[("a", &long)])]);
+        // Small when compressed, large afterwards.
+        let frame = Client::new().open(1, &[("a", &"x".repeat(8 * MAX_HEADERS))]);
+        assert!(frame.len() < MAX_HEADERS / 8, "{}", frame.len());
+        let refused = frames(&mut Codec::new().unwrap(), &frame, 4096);
+        assert_eq!(refused, Err(Malformed("headers are too long")));
+    }
+
+    #[test]
+    fn malformed_frames_are_refused() {
+        let refused = |bytes: &[u8]| frames(&mut Codec::new().unwrap(), bytes, bytes.len()).unwrap_err().0;
+        assert_eq!(refused(&[0, 0, 0, 1, 0, 0xff, 0xff, 0xff]), "too long");
+        for kind in [1, 2, 3, 6, 8] {
+            assert_eq!(refused(&control(kind, &[0; 3])), "short control frame", "{kind}");
+        }
+        assert_eq!(refused(&control(1, &[0; 9])), "short SYN_STREAM");
+        assert_eq!(refused(&control(1, &[0; 10])), "headers are cut off");
+        assert_eq!(refused(&control(1, &[0xaa; 40])), "headers are not compressed as they must be");
+        // Counts and lengths beyond what is there, up to the largest.
+        for plain in [&[][..], &[0, 0, 0, 1], &[0xff; 4], &[0xff; 12], &[0, 0, 0, 1, 0, 0, 0, 9, b'x']] {
+            assert_eq!(refused(&Client::new().open_plain(1, plain)), "headers are cut off", "{plain:?}");
+        }
+        // Another dictionary than the draft's.
+        let mut other = Compress::new(Compression::fast(), true);
+        other.set_dictionary(b"another").unwrap();
+        let mut block = Vec::with_capacity(256);
+        other.compress_vec(&[0; 4], &mut block, FlushCompress::Sync).unwrap();
+        let payload: Vec<u8> = [0; 10].into_iter().chain(block).collect();
+        assert_eq!(refused(&control(1, &payload)), "other dictionary");
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic() {
+        // A small generator of its own: the same bytes in every run (Marsaglia's xorshift).
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        let mut client = Client::new();
+        let mut valid = client.open(1, &[("streamtype", "stdin")]);
+        valid.extend(client.open(3, &[("streamtype", "error"), ("a", "b")]));
+        valid.extend(data(1, b"some input", true));
+        for _ in 0..4000 {
+            let mut bytes = valid.clone();
+            for _ in 0..1 + random() % 4 {
+                let at = random() as usize % bytes.len();
+                bytes[at] = random() as u8;
+            }
+            bytes.truncate(1 + random() as usize % bytes.len());
+            let step = 1 + random() as usize % bytes.len();
+            let _ = frames(&mut Codec::new().unwrap(), &bytes, step);
+            let noise: Vec<u8> = (0..random() % 64).map(|_| random() as u8).collect();
+            let _ = frames(&mut Codec::new().unwrap(), &control(random() as u16 % 10, &noise), 16);
+        }
     }
 }

@@ -154,7 +154,7 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
         Err(fault) => {
             let status = status::waits(pod, known, &fault.reason, &fault.message, now);
             if fault.kind == ErrorKind::Exhausted {
-                context.events.say(pod, None, true, &fault.reason, &fault.message, now);
+                warn(context, uid, pod, &fault.reason, &fault.message, now);
                 send(context, uid, pod, known, status).await?;
             }
             Err(fault)
@@ -179,7 +179,7 @@ async fn refuse(
     message: &str,
 ) -> Result<(), Fault> {
     let now = Timestamp::now();
-    context.events.say(pod, None, true, reason, message, now);
+    warn(context, uid, pod, reason, message, now);
     send(context, uid, pod, known, status::failed(pod, known, reason, message, now)).await
 }
 
@@ -193,9 +193,19 @@ async fn wait_for(
 ) -> Result<(), Fault> {
     let now = Timestamp::now();
     let message = missing.to_string();
-    context.events.say(pod, None, true, "Failed", &format!("Error: {message}"), now);
+    warn(context, uid, pod, "Failed", &format!("Error: {message}"), now);
     let status = status::waits(pod, known, "CreateContainerConfigError", &message, now);
     send(context, uid, pod, known, status).await?;
+    let begin = |entry: &mut super::registry::Entry| {
+        let first = !entry.awaited.contains(&missing);
+        if first {
+            entry.awaited.push(missing.clone());
+        }
+        first
+    };
+    if context.registry.read(uid, begin) != Some(true) {
+        return Ok(());
+    }
     let (context, uid) = (context.clone(), uid.to_owned());
     let namespace = pod.metadata.namespace.clone().unwrap_or_default();
     tokio::spawn(async move {
@@ -204,9 +214,17 @@ async fn wait_for(
             () = context.shutdown.cancelled() => return,
             _ = tokio::time::timeout(LOOK_AGAIN, appeared) => {}
         }
+        context.registry.read(&uid, |entry| entry.awaited.retain(|other| *other != missing));
         context.wake(&uid);
     });
     Ok(())
+}
+
+/// Says why a Pod does not run, unless it was just said: a Pod is looked at much more often than it has news.
+fn warn(context: &Context, uid: &str, pod: &Pod, reason: &str, message: &str, now: Timestamp) {
+    if context.registry.warns(uid, reason, message, now) {
+        context.events.say(pod, None, true, reason, message, now);
+    }
 }
 
 async fn appearance(client: &kube::Client, namespace: &str, missing: &Missing) {

@@ -3,8 +3,14 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use jiff::{SignedDuration, Timestamp};
 use joey_api::instance::{Instance, InstanceEvent};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
+
+use crate::resolve::Missing;
+
+/// A Pod that goes on waiting for the same reason says so this often; the cluster forgets events after an hour.
+const WARN_AGAIN: SignedDuration = SignedDuration::from_mins(10);
 
 /// Pods and instances by the Pod's UID.
 #[derive(Default)]
@@ -32,9 +38,26 @@ pub(super) struct Entry {
     /// The shortest grace an end was asked for with, for the instance of that id.
     pub ending: Option<(String, u32)>,
     pub attempts: u32,
+    /// Objects of which somebody waits for the appearance.
+    pub awaited: Vec<Missing>,
+    /// The warning last said about why it does not run.
+    warned: Option<Warned>,
     pub said: HashSet<(i64, String, Option<String>)>,
     working: bool,
     again: bool,
+}
+
+struct Warned {
+    at: Timestamp,
+    reason: String,
+    message: String,
+}
+
+impl Warned {
+    /// Whether it is too early to say this: it was said just now.
+    fn covers(&self, reason: &str, message: &str, now: Timestamp) -> bool {
+        self.reason == reason && self.message == message && now.duration_since(self.at) < WARN_AGAIN
+    }
 }
 
 impl Registry {
@@ -179,6 +202,17 @@ impl Registry {
         self.lock().entries.get_mut(uid).map(read)
     }
 
+    /// Whether a warning shall be said: it is another than the last one, or that was long ago. It counts as said from now on.
+    pub(super) fn warns(&self, uid: &str, reason: &str, message: &str, now: Timestamp) -> bool {
+        let mut state = self.lock();
+        let Some(entry) = state.entries.get_mut(uid) else { return false };
+        if entry.warned.as_ref().is_some_and(|last| last.covers(reason, message, now)) {
+            return false;
+        }
+        entry.warned = Some(Warned { at: now, reason: reason.to_owned(), message: message.to_owned() });
+        true
+    }
+
     /// Events of the instance that were not said yet; they count as said from now on.
     pub(super) fn news(&self, uid: &str, events: &[InstanceEvent]) -> Vec<InstanceEvent> {
         let mut state = self.lock();
@@ -191,4 +225,48 @@ impl Registry {
 
 fn mark(event: &InstanceEvent) -> (i64, String, Option<String>) {
     (event.at.as_microsecond(), event.reason.clone(), event.container.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn registry() -> Registry {
+        let registry = Registry::default();
+        let pod: Pod = serde_json::from_value(serde_json::json!({
+            "metadata": { "name": "web", "namespace": "shop", "uid": "u-1" },
+        }))
+        .unwrap();
+        assert_eq!(registry.pod(pod), Some("u-1".to_owned()));
+        registry
+    }
+
+    #[test]
+    fn a_warning_is_repeated_seldom() {
+        let registry = registry();
+        let begin: Timestamp = "2024-01-01T00:00:00Z".parse().unwrap();
+        let at = |seconds| begin + SignedDuration::from_secs(seconds);
+        assert!(registry.warns("u-1", "Failed", "a", at(0)));
+        assert!(!registry.warns("u-1", "Failed", "a", at(1)));
+        assert!(registry.warns("u-1", "Failed", "b", at(2)));
+        assert!(!registry.warns("u-1", "Failed", "b", at(601)));
+        assert!(registry.warns("u-1", "Failed", "b", at(602)));
+        assert!(!registry.warns("u-2", "Failed", "a", at(0)), "nobody knows that Pod");
+    }
+
+    #[test]
+    fn one_look_at_a_time_and_none_is_lost() {
+        let registry = registry();
+        assert!(!registry.begin("u-1"), "nothing is decided before everything was listed");
+        registry.pods_listed(&["u-1".to_owned()]);
+        registry.instances_listed(&[]);
+        assert!(registry.begin("u-1"));
+        assert!(!registry.begin("u-1"), "somebody is at it");
+        assert!(registry.end("u-1"), "and looks once more");
+        assert!(!registry.end("u-1"));
+        registry.pod_gone("u-1");
+        assert!(registry.begin("u-1"));
+        assert!(!registry.end("u-1"));
+        assert!(registry.uids().is_empty(), "what nobody needs is forgotten");
+    }
 }

@@ -207,6 +207,10 @@ async fn a_missing_config_map_is_waited_for(scene: &Scene) {
     let map = json!({ "metadata": { "name": "later" }, "data": { "COLOUR": "green" } });
     maps.create(&PostParams::default(), &serde_json::from_value(map).expect("a map")).await.expect("the map is taken");
     scene.running("waits").await;
+    let events: Api<Event> = Api::namespaced(scene.client.clone(), "default");
+    let fields = ListParams::default().fields("involvedObject.name=waits,type=Warning");
+    let said = events.list(&fields).await.expect("events").items;
+    assert_eq!(said.iter().map(|event| event.count.unwrap_or(1)).collect::<Vec<_>>(), [1], "said once: {said:?}");
     let spec = scene.instances.spec("waits.default").expect("an instance was made");
     let colour = spec.containers[0].env.iter().find(|variable| variable.name == "COLOUR");
     assert_eq!(colour.and_then(|variable| variable.value.as_deref()), Some("green"));

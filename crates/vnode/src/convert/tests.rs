@@ -1,0 +1,269 @@
+//! Tests of the conversion as a whole: what is honoured, what is refused, what is remarked upon. Fetching is not here.
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::resolve::Kind;
+use joey_api::instance::VolumeSource;
+
+fn config() -> Config {
+    Config::new("virtual", "192.0.2.1".parse().unwrap())
+}
+
+/// A Pod of one container; `spec` and `container` are laid over it.
+fn pod(spec: Value, container: Value) -> core::Pod {
+    let mut own = json!({ "name": "main", "image": "example.org/app:1" });
+    own.as_object_mut().unwrap().extend(container.as_object().unwrap().clone());
+    let mut whole = json!({ "containers": [own] });
+    whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    let metadata = json!({ "name": "web", "namespace": "shop", "uid": "u-1", "labels": { "app": "web" } });
+    serde_json::from_value(json!({ "metadata": metadata, "spec": whole })).unwrap()
+}
+
+fn taken(pod: &core::Pod) -> InstanceSpec {
+    let converted = convert(pod, &Objects::default(), &config()).unwrap();
+    assert_eq!(converted.without_effect, Vec::<String>::new());
+    converted.spec
+}
+
+fn faults(pod: &core::Pod) -> Vec<String> {
+    match convert(pod, &Objects::default(), &config()) {
+        Err(Refusal::Unsupported(faults)) => faults,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn variable(spec: &InstanceSpec, name: &str) -> Option<String> {
+    spec.containers[0].env.iter().find(|variable| variable.name == name).and_then(|variable| variable.value.clone())
+}
+
+#[test]
+fn a_small_pod() {
+    let spec = taken(&pod(json!({}), json!({})));
+    assert_eq!((spec.name.as_str(), spec.client_token.as_deref()), ("web.shop", Some("u-1")));
+    assert_eq!((spec.class.as_str(), spec.hostname.as_deref()), ("runc", Some("web")));
+    assert_eq!((spec.restart_policy, spec.termination_grace_period_seconds), (WireRestartPolicy::Always, 30));
+    let labels: Vec<_> = spec.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    let wanted = [(LABEL_POD, "web"), (LABEL_NAMESPACE, "shop"), (LABEL_UID, "u-1"), (LABEL_NODE, "virtual")];
+    assert!(wanted.iter().all(|label| labels.contains(label)), "{labels:?}");
+    assert_eq!(spec.containers[0].resources, Resources::default());
+    assert!(joey_api::validate::instance(&spec).is_ok());
+}
+
+#[test]
+fn unsupported_fields_of_the_pod_are_named() {
+    for (field, value) in [
+        ("activeDeadlineSeconds", json!(5)),
+        ("ephemeralContainers", json!([{ "name": "x" }])),
+        ("hostIPC", json!(true)),
+        ("hostNetwork", json!(true)),
+        ("hostPID", json!(true)),
+        ("hostUsers", json!(false)),
+        ("initContainers", json!([{ "name": "x" }])),
+        ("os", json!({ "name": "windows" })),
+        ("resourceClaims", json!([{ "name": "gpu" }])),
+        ("resources", json!({})),
+        ("setHostnameAsFQDN", json!(true)),
+        ("shareProcessNamespace", json!(true)),
+    ] {
+        let found = faults(&pod(json!({ field: value }), json!({})));
+        assert!(found.len() == 1 && found[0].starts_with(&format!("spec.{field}")), "{field}: {found:?}");
+    }
+    for field in ["hostIPC", "hostNetwork", "hostPID", "setHostnameAsFQDN", "shareProcessNamespace"] {
+        taken(&pod(json!({ field: false }), json!({})));
+    }
+}
+
+#[test]
+fn unsupported_fields_of_a_container_are_named() {
+    for (field, value) in [
+        ("livenessProbe", json!({})),
+        ("readinessProbe", json!({})),
+        ("startupProbe", json!({})),
+        ("lifecycle", json!({})),
+        ("restartPolicy", json!("Always")),
+        ("volumeDevices", json!([{ "name": "d", "devicePath": "/dev/d" }])),
+    ] {
+        let found = faults(&pod(json!({}), json!({ field: value })));
+        assert!(found.len() == 1 && found[0].starts_with(&format!("container \"main\": {field}")), "{found:?}");
+    }
+    for (field, value, named) in [
+        ("ports", json!([{ "containerPort": 80, "hostPort": 80 }]), "hostPort"),
+        ("image", json!(""), "an empty image"),
+        ("securityContext", json!({ "privileged": true }), "securityContext.privileged"),
+        ("securityContext", json!({ "procMount": "Unmasked" }), "securityContext.procMount"),
+        ("securityContext", json!({ "seLinuxOptions": {} }), "securityContext.seLinuxOptions"),
+        ("securityContext", json!({ "seccompProfile": { "type": "Unconfined" } }), "seccompProfile Unconfined"),
+        ("securityContext", json!({ "runAsUser": -1 }), "securityContext.runAsUser is not an id"),
+        ("volumeMounts", json!([{ "name": "v", "mountPath": "/v", "subPath": "a" }]), "subPath"),
+        ("volumeMounts", json!([{ "name": "v", "mountPath": "/v", "mountPropagation": "Bidirectional" }]), "mountP"),
+    ] {
+        let found = faults(&pod(json!({}), json!({ field: value })));
+        assert!(found.len() == 1 && found[0].contains(named), "{named}: {found:?}");
+    }
+}
+
+#[test]
+fn every_fault_is_told_at_once() {
+    let found = faults(&pod(
+        json!({ "hostNetwork": true, "securityContext": { "sysctls": [{ "name": "a", "value": "b" }] },
+            "volumes": [{ "name": "data", "hostPath": { "path": "/" } }] }),
+        json!({ "lifecycle": {} }),
+    ));
+    assert_eq!(found.len(), 4, "{found:?}");
+    assert!(found.iter().any(|fault| fault.starts_with("volume \"data\": hostPath is not supported")), "{found:?}");
+}
+
+#[test]
+fn what_has_no_effect_is_remarked() {
+    let pod = pod(
+        json!({ "subdomain": "peers", "securityContext": { "fsGroup": 7 } }),
+        json!({ "terminationMessagePath": "/end", "resources": { "limits": { "ephemeral-storage": "1Gi" } } }),
+    );
+    let converted = convert(&pod, &Objects::default(), &config()).unwrap();
+    assert_eq!(converted.without_effect.len(), 4, "{:?}", converted.without_effect);
+    assert_eq!(converted.spec.containers[0].security.supplemental_groups, [7]);
+}
+
+#[test]
+fn resources() {
+    let limited = |limits: Value| pod(json!({}), json!({ "resources": { "limits": limits } }));
+    for (cpu, memory, milli, bytes) in
+        [("250m", "64Mi", 250, 64 << 20), ("2", "1G", 2000, 1_000_000_000), ("0.1", "1e3", 100, 1000)]
+    {
+        let spec = taken(&limited(json!({ "cpu": cpu, "memory": memory })));
+        let found = &spec.containers[0].resources;
+        assert_eq!((found.cpu_milli, found.memory_bytes), (Some(milli), Some(bytes)), "{cpu} {memory}");
+    }
+    // A request alone limits nothing.
+    let requested = pod(json!({}), json!({ "resources": { "requests": { "cpu": "1", "memory": "1Gi" } } }));
+    assert_eq!(taken(&requested).containers[0].resources, Resources::default());
+    for (limits, named) in [
+        (json!({ "example.org/gpu": "1" }), "limit of example.org/gpu"),
+        (json!({ "cpu": "much" }), "limit of cpu"),
+        (json!({ "memory": "-1" }), "limit of memory"),
+    ] {
+        let found = faults(&limited(limits));
+        assert!(found.len() == 1 && found[0].contains(named), "{found:?}");
+    }
+}
+
+#[test]
+fn bandwidth_is_an_annotation() {
+    let annotated = |key: &str, value: &str| {
+        let mut pod = pod(json!({}), json!({}));
+        pod.metadata.annotations = Some(BTreeMap::from([(key.to_owned(), value.to_owned())]));
+        pod
+    };
+    let spec = taken(&annotated("kubernetes.io/ingress-bandwidth", "10M"));
+    let found = (spec.network.ingress_bits_per_second, spec.network.egress_bits_per_second);
+    assert_eq!(found, (Some(10_000_000), None));
+    let spec = taken(&annotated("kubernetes.io/egress-bandwidth", "1Gi"));
+    assert_eq!(spec.network.egress_bits_per_second, Some(1 << 30));
+    let found = faults(&annotated("kubernetes.io/egress-bandwidth", "fast"));
+    assert!(found[0].starts_with("annotation kubernetes.io/egress-bandwidth"), "{found:?}");
+    assert!(taken(&annotated("example.org/any", "x")).annotations.is_empty());
+}
+
+#[test]
+fn pull_policy_follows_the_tag() {
+    let of = |container: Value| taken(&pod(json!({}), container)).containers[0].pull_policy;
+    assert_eq!(of(json!({})), PullPolicy::IfNotPresent);
+    assert_eq!(of(json!({ "image": "app" })), PullPolicy::Always);
+    assert_eq!(of(json!({ "image": "app:latest", "imagePullPolicy": "Never" })), PullPolicy::Never);
+}
+
+#[test]
+fn the_container_overrides_the_pods_security() {
+    let spec = taken(&pod(
+        json!({ "securityContext": { "runAsUser": 1000, "runAsGroup": 1000, "supplementalGroups": [5] } }),
+        json!({ "securityContext": { "runAsUser": 2000, "readOnlyRootFilesystem": true,
+            "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"], "add": ["CAP_NET_BIND_SERVICE"] } } }),
+    ));
+    let found = &spec.containers[0].security;
+    assert_eq!((found.user, found.group), (Some(2000), Some(1000)));
+    assert_eq!(found.supplemental_groups, [5]);
+    assert!(found.read_only_root && found.no_new_privileges && !found.run_as_non_root);
+    assert_eq!(
+        (&found.drop_capabilities[..], &found.add_capabilities[..]),
+        (&["ALL".into()][..], &["NET_BIND_SERVICE".into()][..])
+    );
+}
+
+#[test]
+fn variables_and_files_of_objects() {
+    let pod = pod(
+        json!({ "volumes": [{ "name": "conf", "configMap": { "name": "cm", "defaultMode": 0o400 } }] }),
+        json!({
+            "envFrom": [{ "prefix": "X_", "configMapRef": { "name": "cm" } }],
+            "env": [
+                { "name": "PLAIN", "value": "$(X_key)" },
+                { "name": "PASSWORD", "valueFrom": { "secretKeyRef": { "name": "s", "key": "p" } } },
+                { "name": "NONE", "valueFrom": { "secretKeyRef": { "name": "s", "key": "q", "optional": true } } },
+                { "name": "APP", "valueFrom": { "fieldRef": { "fieldPath": "metadata.labels['app']" } } },
+                { "name": "IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } },
+                { "name": "CPUS", "valueFrom": { "resourceFieldRef": { "resource": "limits.cpu" } } },
+            ],
+            "volumeMounts": [{ "name": "conf", "mountPath": "/conf", "readOnly": true }],
+        }),
+    );
+    let missing = |objects: &Objects| match convert(&pod, objects, &config()) {
+        Err(Refusal::Missing(missing)) => missing.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let mut objects = Objects { node_cpu_milli: 3500, ..Objects::default() };
+    assert_eq!(missing(&objects), "configmap \"cm\" not found");
+    let map = BTreeMap::from([("key".to_owned(), b"$(HOME)".to_vec())]);
+    objects.values.insert((Kind::ConfigMap, "cm".into()), map);
+    assert_eq!(missing(&objects), "secret \"s\" not found");
+    objects.values.insert((Kind::Secret, "s".into()), BTreeMap::new());
+    assert_eq!(missing(&objects), "couldn't find key p in secret \"s\"");
+    objects.values.insert((Kind::Secret, "s".into()), BTreeMap::from([("p".to_owned(), b"pw".to_vec())]));
+    let spec = convert(&pod, &objects, &config()).unwrap().spec;
+    let wanted = [
+        ("X_key", Some("$$(HOME)")),
+        ("PLAIN", Some("$(X_key)")),
+        ("PASSWORD", Some("pw")),
+        ("NONE", None),
+        ("APP", Some("web")),
+        ("IP", None),
+        ("CPUS", Some("4")),
+    ];
+    for (name, value) in wanted {
+        assert_eq!(variable(&spec, name).as_deref(), value, "{name}");
+    }
+    assert!(spec.containers[0].env.iter().any(|variable| variable.name == "IP" && variable.address));
+    let VolumeSource::Files(files) = &spec.volumes[0].source else { panic!("{:?}", spec.volumes) };
+    assert_eq!((files[0].path.as_str(), files[0].mode), ("key", 0o400));
+    assert_eq!(spec.containers[0].mounts, [Mount { volume: "conf".into(), path: "/conf".into(), read_only: true }]);
+}
+
+#[test]
+fn name_servers() {
+    let mut config = config();
+    let dns = |spec: Value, config: &Config| {
+        convert(&pod(spec, json!({})), &Objects::default(), config).unwrap().spec.network.dns
+    };
+    assert_eq!(dns(json!({ "dnsPolicy": "ClusterFirst" }), &config), None);
+    config.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
+    let found = dns(json!({ "dnsPolicy": "ClusterFirst" }), &config).unwrap();
+    assert_eq!(found.nameservers, ["10.96.0.10"]);
+    assert_eq!(found.searches, ["shop.svc.cluster.local", "svc.cluster.local", "cluster.local"]);
+    assert_eq!(dns(json!({ "dnsPolicy": "Default" }), &config), None);
+    let own =
+        json!({ "nameservers": ["192.0.2.53"], "options": [{ "name": "ndots", "value": "1" }, { "name": "debug" }] });
+    let found = dns(json!({ "dnsPolicy": "None", "dnsConfig": own }), &config).unwrap();
+    assert_eq!((found.nameservers, found.options), (vec!["192.0.2.53".into()], vec!["ndots:1".into(), "debug".into()]));
+}
+
+#[test]
+fn host_names() {
+    let of = |spec: Value, name: &str| {
+        let mut pod = pod(spec, json!({}));
+        pod.metadata.name = Some(name.to_owned());
+        taken(&pod).hostname.unwrap()
+    };
+    assert_eq!(of(json!({}), "a.b"), "a-b");
+    assert_eq!(of(json!({ "hostname": "given" }), "a"), "given");
+    assert_eq!(of(json!({}), &format!("{}-{}", "x".repeat(62), "y".repeat(40))), "x".repeat(62));
+}

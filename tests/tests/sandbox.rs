@@ -90,16 +90,16 @@ fn exit_codes_signals_and_grace() {
     let (_, state) = ends("killed", "kill -9 $$; sleep 5");
     assert!(matches!(state["exitCode"].as_i64(), Some(137 | 0)), "{state}");
 
-    // SIGTERM first, and time to act on it.
+    // The signal the demo image asks for, SIGQUIT, first, and time to act on it.
     joey.run_pod(
         "polite",
         &registry.demo(),
-        &["sh", "-c", "trap 'echo bye; exit 0' TERM; while :; do sleep 0.1; done"],
+        &["sh", "-c", "trap 'echo bye; exit 0' QUIT; while :; do sleep 0.1; done"],
     );
     let pid = joey.pid_of("polite.default");
     joey.kubectl(&["delete", "pod", "polite", "--grace-period=20", "--timeout=15s"]).ok();
     assert!(!process_runs(pid), "it ended at once, long before its grace was over");
-    joey.run_pod("stubborn", &registry.demo(), &["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"]);
+    joey.run_pod("stubborn", &registry.demo(), &["sh", "-c", "trap '' QUIT TERM; while :; do sleep 0.1; done"]);
     let begin = std::time::Instant::now();
     joey.kubectl(&["delete", "pod", "stubborn", "--grace-period=2", "--timeout=15s"]).ok();
     assert!(begin.elapsed() >= seconds(2), "its grace is kept");

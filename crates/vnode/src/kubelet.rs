@@ -35,6 +35,8 @@ pub(crate) struct Kubelet {
 }
 
 type Answer = Response<Body>;
+/// Why a Pod's container cannot be reached.
+type Refusal = (StatusCode, String);
 
 fn text(status: StatusCode, message: impl Into<String>) -> Answer {
     let mut answer = Response::new(full(message.into()));
@@ -159,8 +161,8 @@ impl Kubelet {
         joey_rpc::json_answer(&list)
     }
 
-    fn instance(&self, namespace: &str, pod: &str, container: &str) -> Result<Arc<Instance>, Answer> {
-        let missing = |message: String| text(StatusCode::NOT_FOUND, message);
+    fn instance(&self, namespace: &str, pod: &str, container: &str) -> Result<Arc<Instance>, Refusal> {
+        let missing = |message: String| (StatusCode::NOT_FOUND, message);
         let (found, instance) = self
             .registry
             .find(namespace, pod)
@@ -170,7 +172,7 @@ impl Kubelet {
         }
         let starting = || {
             let message = format!("container \"{container}\" in pod \"{pod}\" is waiting to start");
-            text(StatusCode::BAD_REQUEST, message)
+            (StatusCode::BAD_REQUEST, message)
         };
         instance.ok_or_else(starting)
     }
@@ -178,7 +180,7 @@ impl Kubelet {
     async fn logs(&self, namespace: &str, pod: &str, container: &str, request: &Request<Incoming>) -> Answer {
         let instance = match self.instance(namespace, pod, container) {
             Ok(instance) => instance,
-            Err(answer) => return answer,
+            Err((status, message)) => return text(status, message),
         };
         let options = log_options(request.uri().query().unwrap_or_default(), Timestamp::now());
         match self.provider.logs(&instance.id, container, &options).await {
@@ -195,7 +197,7 @@ impl Kubelet {
     async fn interact(&self, attach: bool, at: (&str, &str, &str), request: Request<Incoming>) -> Answer {
         let instance = match self.instance(at.0, at.1, at.2) {
             Ok(instance) => instance,
-            Err(answer) => return answer,
+            Err((status, message)) => return text(status, message),
         };
         let wanted = exec_request(request.uri().query().unwrap_or_default());
         let call = Call {

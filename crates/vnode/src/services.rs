@@ -110,7 +110,8 @@ pub fn variables<'a>(
     for service in services {
         let (own, name) = key(service);
         let of_api_server = (own.as_str(), name.as_str()) == API_SERVER;
-        if !of_api_server && !(links && own == namespace) {
+        let told = of_api_server || (links && own == namespace);
+        if !told {
             continue;
         }
         for (variable, value) in of_service(&name, service) {

@@ -236,3 +236,136 @@ pub(crate) async fn allowed(client: &kube::Client, config: &Config, caller: &Cal
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use bytes::Bytes;
+    use http::{Request, Response};
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+    use rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
+    use serde_json::json;
+    use tokio::sync::{Mutex, mpsc};
+    use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+    use super::*;
+
+    /// An authority: its certificate as PEM, and a client certificate it signed.
+    struct Authority {
+        pem: String,
+        client: (CertificateDer<'static>, Vec<u8>),
+    }
+
+    impl Authority {
+        fn new(name: &str) -> Self {
+            let key = KeyPair::generate().unwrap();
+            let mut own = CertificateParams::default();
+            own.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            own.distinguished_name.push(rcgen::DnType::CommonName, name);
+            let pem = own.self_signed(&key).unwrap().pem();
+            let issuer = Issuer::new(own, key);
+            let key = KeyPair::generate().unwrap();
+            let mut client = CertificateParams::default();
+            client.distinguished_name.push(rcgen::DnType::CommonName, "caller");
+            client.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+            let certificate = client.signed_by(&key, &issuer).unwrap().der().clone();
+            Self { pem, client: (certificate, key.serialize_der()) }
+        }
+    }
+
+    /// Who is let in with this authority's client certificate; an error when the handshake is refused.
+    async fn enter(
+        tls: &Tls,
+        shown: &CertificateDer<'static>,
+        authority: &Authority,
+    ) -> Result<Option<Caller>, String> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut trusted = RootCertStore::empty();
+        trusted.add(shown.clone()).unwrap();
+        let key = PrivatePkcs8KeyDer::from(authority.client.1.clone()).into();
+        let client = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(trusted)
+            .with_client_auth_cert(vec![authority.client.0.clone()], key)
+            .unwrap();
+        let (near, far) = tokio::io::duplex(64 << 10);
+        let connector = TlsConnector::from(Arc::new(client));
+        let (accepted, connected) = tokio::join!(
+            TlsAcceptor::from(tls.current().unwrap()).accept(near),
+            connector.connect(ServerName::try_from("virtual").unwrap(), far)
+        );
+        drop(connected);
+        let stream = accepted.map_err(|error| error.to_string())?;
+        let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        Ok(certificate.and_then(certificate_caller))
+    }
+
+    fn map(revision: u32, authority: &str) -> ConfigMap {
+        serde_json::from_value(json!({
+            "metadata": { "name": AUTHENTICATION, "namespace": "kube-system", "resourceVersion": revision.to_string() },
+            "data": { "client-ca-file": authority },
+        }))
+        .unwrap()
+    }
+
+    /// A cluster that lists nothing and then sends what the channel says.
+    fn cluster(told: mpsc::Receiver<serde_json::Value>) -> kube::Client {
+        let told = Arc::new(Mutex::new(Some(told)));
+        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+            let told = told.clone();
+            async move {
+                let query = request.uri().query().unwrap_or_default().to_owned();
+                let body = match query.contains("watch=true") {
+                    true => {
+                        let told = told.lock().await.take();
+                        joey_rpc::stream(futures::stream::unfold(told, |told| async move {
+                            let mut told = told?;
+                            let line = format!("{}\n", told.recv().await?);
+                            Some((Ok(Bytes::from(line)), Some(told)))
+                        }))
+                    }
+                    false => joey_rpc::full(
+                        json!({ "kind": "ConfigMapList", "apiVersion": "v1", "metadata": { "resourceVersion": "1" },
+                            "items": [] })
+                        .to_string(),
+                    ),
+                };
+                Ok::<_, Infallible>(Response::new(body))
+            }
+        });
+        kube::Client::new(service, "default")
+    }
+
+    #[tokio::test]
+    async fn an_authority_may_come_late_and_change() {
+        let (tell, told) = mpsc::channel(4);
+        let config = Config::new("virtual", "127.0.0.1".parse().unwrap());
+        let identity = identity(&config).unwrap();
+        let shown = identity.0[0].clone();
+        let (mut tls, work) = tls(cluster(told), &config, identity);
+        let work = tokio::spawn(work);
+        let (first, second) = (Authority::new("first"), Authority::new("second"));
+        let caller = Some(Caller { user: "caller".into(), groups: Vec::new() });
+        tls.ready().await.unwrap();
+        assert_eq!(enter(&tls, &shown, &first).await, Ok(None), "nothing is published, so certificates name nobody");
+        let mut publish = async |kind: &str, revision, pem: &str| {
+            tls.0.mark_unchanged();
+            tell.send(json!({ "type": kind, "object": map(revision, pem) })).await.unwrap();
+            tls.0.changed().await.unwrap();
+            (enter(&tls, &shown, &first).await, enter(&tls, &shown, &second).await)
+        };
+        let (one, other) = publish("ADDED", 2, &first.pem).await;
+        assert_eq!((one, other.is_err()), (Ok(caller.clone()), true));
+        let (one, other) = publish("MODIFIED", 3, &format!("{}{}", first.pem, second.pem)).await;
+        assert_eq!((one, other), (Ok(caller.clone()), Ok(caller.clone())));
+        // What cannot be used changes nothing; the next that can be does.
+        let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        tell.send(json!({ "type": "MODIFIED", "object": map(4, broken) })).await.unwrap();
+        let (one, other) = publish("MODIFIED", 5, &second.pem).await;
+        assert_eq!((one.is_err(), other), (true, Ok(caller)));
+        work.abort();
+    }
+}

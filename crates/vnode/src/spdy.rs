@@ -139,7 +139,7 @@ impl Codec {
 }
 
 fn parse(plain: &[u8]) -> Option<Vec<(String, String)>> {
-    fn number<'a>(rest: &mut &'a [u8]) -> Option<usize> {
+    fn number(rest: &mut &[u8]) -> Option<usize> {
         let (head, tail) = rest.split_first_chunk::<4>()?;
         *rest = tail;
         Some(u32::from_be_bytes(*head) as usize)

@@ -55,7 +55,8 @@ impl Events {
 
 /// The API server takes 1,024 bytes of message.
 fn cut(message: &str) -> &str {
-    message.get(..message.floor_char_boundary(1024)).unwrap_or(message)
+    let end = (0..=message.len().min(1024)).rev().find(|end| message.is_char_boundary(*end));
+    &message[..end.unwrap_or_default()]
 }
 
 async fn write(client: kube::Client, node: String, mut said: mpsc::Receiver<Said>) {
@@ -110,5 +111,18 @@ fn event(said: Said, node: &str, key: u64) -> Event {
         reporting_component: Some("joey".into()),
         reporting_instance: Some(node.to_owned()),
         ..Event::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_messages_are_cut_between_characters() {
+        assert_eq!(cut("short"), "short");
+        assert_eq!(cut(&"x".repeat(1024)).len(), 1024);
+        assert_eq!(cut(&"x".repeat(1025)).len(), 1024);
+        assert_eq!(cut(&format!("{}ä", "x".repeat(1023))).len(), 1023);
     }
 }

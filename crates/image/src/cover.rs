@@ -5,6 +5,7 @@
 //! holds these directories alone, with the attributes of the highest layer that lists them. Layers stay shared and named by
 //! their contents. Not made good: a directory passed through where a lower layer has a symbolic link replaces the link.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
@@ -72,9 +73,9 @@ pub(crate) fn write(folders: &Folders, layers: &[(Digest, PathBuf)], target: &Pa
     // The way to a covered directory is covered as well, with what shows there now.
     let ways: HashSet<Vec<u8>> = found.keys().flat_map(|path| parents(path)).map(<[u8]>::to_vec).collect();
     for way in ways {
-        if !found.contains_key(&way) {
-            let shown = merged(&stack, &way)?.map_or_else(default, |(shown, _)| shown);
-            found.insert(way, shown);
+        if let Entry::Vacant(place) = found.entry(way) {
+            let shown = merged(&stack, place.key())?.map_or_else(default, |(shown, _)| shown);
+            place.insert(shown);
         }
     }
     let file = File::create(target)?;

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 data=${DATA:-/var/lib/joey}
-joey=$PWD/target/release/joey
+joey=$(realpath -m target/release/joey)
 if [ -x "$joey" ] && [ -d "$data" ]; then
     "$joey" down --data-dir "$data"
 fi

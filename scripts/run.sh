@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 data=${DATA:-/var/lib/joey}
 registry=127.0.0.1:5055
 image=$registry/joey/hello:1
-joey=$PWD/target/release/joey
+joey=$(realpath -m target/release/joey)
 log=.run/joey.log
 say() { printf '\n\033[1m%s\033[0m\n' "$*" | if [ -t 1 ]; then cat; else sed 's/\x1b\[[0-9;]*m//g'; fi; }
 fail() { printf 'error: %s\n' "$1" >&2; [ -z "${2:-}" ] || printf 'hint: %s\n' "$2" >&2; exit 1; }

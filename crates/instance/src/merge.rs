@@ -5,11 +5,13 @@
 use std::net::IpAddr;
 
 use joey_api::agent::{AgentContainer, AgentMount};
-use joey_api::instance::{ContainerSpec, Security};
+use joey_api::instance::{ContainerSpec, Resources, Security};
 use joey_api::validate::DEFAULT_CAPABILITIES;
 use joey_image::{Image, ImageConfig};
 use joey_model::{ErrorKind, Fault};
 
+/// Processes a container may have where its specification sets no limit: a fork bomb must not reach the host.
+const PIDS: u64 = 4096;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What the container gets from its instance.
@@ -50,7 +52,7 @@ pub(crate) fn container(
         capabilities: capabilities(&spec.security),
         stdin: spec.stdin,
         tty: spec.tty,
-        resources: spec.resources,
+        resources: Resources { pids: spec.resources.pids.or(Some(PIDS)), ..spec.resources },
         stop_signal: config.stop_signal.clone().unwrap_or_else(|| "SIGTERM".to_owned()),
         mounts: spec
             .mounts
@@ -233,6 +235,12 @@ mod tests {
         ] {
             assert_eq!(merged(json!({"security": security})).unwrap().user, user);
         }
+    }
+
+    #[test]
+    fn processes_are_limited_always() {
+        assert_eq!(merged(json!({})).unwrap().resources.pids, Some(PIDS));
+        assert_eq!(merged(json!({"resources": {"pids": 5, "cpuMilli": 10}})).unwrap().resources.pids, Some(5));
     }
 
     #[test]

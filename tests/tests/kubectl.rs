@@ -105,8 +105,11 @@ fn a_terminal_is_a_terminal() {
     let joey = Joey::start();
     joey.run_pod("term", &registry.demo(), &["sleep", "1000"]);
     let kubectl = joey_tests::joey::kubectl().display().to_string();
+    // The size follows the connection (remotecommand sends it as a message of its own), so the command looks until it is there.
+    let inside = "tty; n=0; until [ \"$(stty size 2>/dev/null)\" = \"33 77\" ] || [ $n -ge 3000 ]; do n=$((n+1)); done; \
+                  stty size; echo $TERM; read x; echo got-$x";
     let line = format!(
-        "stty rows 33 cols 77; {kubectl} --kubeconfig {}/kubeconfig exec -it term -- sh -c 'tty; stty size; echo $TERM; read x; echo got-$x'",
+        "stty rows 33 cols 77; {kubectl} --kubeconfig {}/kubeconfig exec -it term -- sh -c '{inside}'",
         joey.data().display()
     );
     // `script` gives the command a terminal of its own.

@@ -1,15 +1,22 @@
 //! `joey-agent`: the small process beside each sandbox. It starts the containers of `agent.json`, keeps their logs, restarts
 //! them, and answers the agent protocol on `agent.sock`. It outlives the daemon that started it.
 
+mod certificate;
 mod cgroup;
+mod check;
+mod debugged;
 mod identity;
+mod last_words;
 mod launch;
+mod life;
 mod log_read;
 mod log_write;
+mod probe;
 mod root;
 mod seccomp;
 mod server;
 mod setup;
+mod signal;
 mod stream;
 mod supervisor;
 mod sys;

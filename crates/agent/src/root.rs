@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use joey_api::agent::{AgentConfig, AgentContainer};
 use libc::{MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC};
 
-use crate::sys;
+use crate::{last_words, sys};
 
 /// How paths are walked: within the root and never through the links of /proc.
 const IN_ROOT: u64 = 0x10 | 0x02;
@@ -65,6 +65,10 @@ pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper
             .and_then(|target| bind(root, &dir.join("etc").join(file), &target, NOSUID | NODEV));
         told(&format!("mount /etc/{file}"), mounted)?;
     }
+    let words = &container.last_words.path;
+    let mounted = target(root, Path::new(words), true, IN_ROOT)
+        .and_then(|target| bind(root, &last_words::place(upper), &target, NOSUID | NODEV | NOEXEC));
+    told(&format!("mount {words}"), mounted)?;
     if container.read_only_root {
         told("make the root read-only", sys::close_mount(root, RDONLY, false))?;
     }

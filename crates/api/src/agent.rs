@@ -22,6 +22,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::instance::{ContainerState, InstanceEvent, Resources, Termination, WireRestartPolicy};
+use crate::lifecycle::{LastWords, Lifecycle, Role};
 
 /// Version of `agent.json` and of the protocol; an agent refuses another.
 pub const VERSION: u32 = 1;
@@ -39,6 +40,12 @@ pub struct AgentConfig {
     pub volumes: Vec<AgentVolume>,
     pub restart_policy: WireRestartPolicy,
     pub termination_grace_period_seconds: u32,
+    /// When everything is ended because its time is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Timestamp>,
+    /// Ports that debuggers connect to: while one is connected, a failing liveness probe does not count.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub debug_ports: Vec<u16>,
     /// Text of /etc/resolv.conf and /etc/hosts inside every container.
     pub resolv_conf: String,
     pub hosts: String,
@@ -54,6 +61,15 @@ pub struct AgentConfig {
 #[serde(rename_all = "camelCase")]
 pub struct AgentContainer {
     pub name: String,
+    #[serde(default)]
+    pub role: Role,
+    /// The instance's own when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<WireRestartPolicy>,
+    #[serde(default)]
+    pub lifecycle: Lifecycle,
+    #[serde(default)]
+    pub last_words: LastWords,
     /// Image reference as given, and `REGISTRY/REPOSITORY@DIGEST` of what it resolved to.
     pub image: String,
     pub image_id: String,
@@ -109,6 +125,17 @@ pub struct AgentState {
     pub events: Vec<InstanceEvent>,
     /// A stop was asked for; when every container is terminated nothing more will happen.
     pub stopping: bool,
+    /// Why everything was ended without being asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<Failed>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Failed {
+    /// `DeadlineExceeded Evicted`
+    pub reason: String,
+    pub message: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -120,6 +147,11 @@ pub struct AgentContainerState {
     pub restart_count: u32,
     /// When the process of the present run was started, to the microsecond.
     pub running_since: Option<Timestamp>,
+    /// Its hook after the start and its startup probe were good; and it is ready to serve.
+    #[serde(default)]
+    pub started: bool,
+    #[serde(default)]
+    pub ready: bool,
 }
 
 /// Query of exec and attach; `command` repeats.

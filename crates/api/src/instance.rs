@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::image::RegistryCredential;
+use crate::lifecycle::{LastWords, Lifecycle, Role};
 
 /// What a user asks for. Immutable after creation but for labels and annotations (`MISSION`: immutability).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +28,7 @@ pub struct InstanceSpec {
     /// Host name inside; the first label of `name` when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
+    /// In the order of their start: those that prepare and accompany come before the main ones.
     pub containers: Vec<ContainerSpec>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<Volume>,
@@ -35,11 +37,39 @@ pub struct InstanceSpec {
     /// Seconds between SIGTERM and SIGKILL.
     #[serde(default = "default_grace")]
     pub termination_grace_period_seconds: u32,
+    /// Seconds after its creation when everything is ended and the instance has failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_deadline_seconds: Option<u64>,
+    /// Ports that debuggers connect to: while one is connected, a failing liveness probe does not count.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub debug_ports: Vec<u16>,
     #[serde(default)]
     pub network: NetworkSpec,
     /// Used for pulling this instance's images; never returned by a read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub credentials: Vec<RegistryCredential>,
+}
+
+impl InstanceSpec {
+    /// An instance of these containers, as Kubernetes would default it.
+    pub fn new(name: &str, containers: Vec<ContainerSpec>) -> Self {
+        Self {
+            name: name.to_owned(),
+            client_token: None,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            class: default_class(),
+            hostname: None,
+            containers,
+            volumes: Vec::new(),
+            restart_policy: WireRestartPolicy::default(),
+            termination_grace_period_seconds: default_grace(),
+            active_deadline_seconds: None,
+            debug_ports: Vec::new(),
+            network: NetworkSpec::default(),
+            credentials: Vec::new(),
+        }
+    }
 }
 
 fn default_class() -> String {
@@ -73,6 +103,8 @@ impl From<WireRestartPolicy> for joey_model::RestartPolicy {
 pub struct ContainerSpec {
     /// A DNS label, unique in the instance.
     pub name: String,
+    #[serde(default)]
+    pub role: Role,
     pub image: String,
     #[serde(default)]
     pub pull_policy: PullPolicy,
@@ -97,9 +129,41 @@ pub struct ContainerSpec {
     pub mounts: Vec<Mount>,
     #[serde(default)]
     pub security: Security,
+    /// The instance's own when not given; a sidecar's is `Always`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<WireRestartPolicy>,
+    #[serde(default)]
+    pub lifecycle: Lifecycle,
+    #[serde(default)]
+    pub last_words: LastWords,
     /// Ports the container says it serves; information only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<u16>,
+}
+
+impl ContainerSpec {
+    /// A container that runs what its image says.
+    pub fn new(name: &str, image: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            role: Role::Main,
+            image: image.to_owned(),
+            pull_policy: PullPolicy::default(),
+            command: Vec::new(),
+            args: Vec::new(),
+            env: Vec::new(),
+            working_dir: None,
+            stdin: false,
+            tty: false,
+            resources: Resources::default(),
+            mounts: Vec::new(),
+            security: Security::default(),
+            restart_policy: None,
+            lifecycle: Lifecycle::default(),
+            last_words: LastWords::default(),
+            ports: Vec::new(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -307,7 +371,14 @@ pub struct InstanceEvent {
 #[serde(rename_all = "camelCase")]
 pub struct ContainerStatus {
     pub name: String,
+    #[serde(default)]
+    pub role: Role,
     pub state: ContainerState,
+    /// It has started, and it is ready to serve, as its probes see it.
+    #[serde(default)]
+    pub started: bool,
+    #[serde(default)]
+    pub ready: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_termination: Option<Termination>,
     pub restart_count: u32,

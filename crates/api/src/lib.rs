@@ -8,4 +8,5 @@ pub mod error;
 pub mod frame;
 pub mod image;
 pub mod instance;
+pub mod lifecycle;
 pub mod validate;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use futures::StreamExt;
 use joey_api::instance::{
     ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, LogOptions, NetworkSpec, PullPolicy, Resources,
-    Security, WatchEvent, WirePhase, WireRestartPolicy,
+    WatchEvent, WirePhase, WireRestartPolicy,
 };
 use joey_model::{ImageRef, quantity};
 use joey_pool::PoolClient;
@@ -48,20 +48,14 @@ impl Run {
             (None, Some(image)) => default_name(image),
             (None, None) => "unnamed".to_owned(),
         };
+        let container_name = joey_model::id::check_label("container name", &name).map_or("main", |()| name.as_str());
         let container = ContainerSpec {
-            name: joey_model::id::check_label("container name", &name).map_or("main", |()| name.as_str()).to_owned(),
-            image: self.image,
             pull_policy: pull_policy(self.pull),
             command: self.command.into_iter().collect(),
             args: self.args,
             env,
-            working_dir: None,
-            stdin: false,
-            tty: false,
             resources: Resources { cpu_milli: cpu, memory_bytes: memory, pids: None },
-            mounts: Vec::new(),
-            security: Security::default(),
-            ports: Vec::new(),
+            ..ContainerSpec::new(container_name, &self.image)
         };
         let restart_policy = match self.restart {
             _ if self.rm => WireRestartPolicy::Never,
@@ -70,22 +64,15 @@ impl Run {
             Restart::Never => WireRestartPolicy::Never,
         };
         let spec = InstanceSpec {
-            name,
             client_token: Some(format!("run-{:032x}", rand::random::<u128>())),
-            labels: Default::default(),
-            annotations: Default::default(),
             class: self.class,
-            hostname: None,
-            containers: vec![container],
-            volumes: Vec::new(),
             restart_policy,
-            termination_grace_period_seconds: 30,
             network: NetworkSpec {
                 ingress_bits_per_second: bandwidth,
                 egress_bits_per_second: bandwidth,
                 ..NetworkSpec::default()
             },
-            credentials: Vec::new(),
+            ..InstanceSpec::new(&name, vec![container])
         };
         if faults.is_empty() {
             faults.extend(joey_api::validate::instance(&spec).err().map(|fault| fault.message));

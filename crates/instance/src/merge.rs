@@ -38,6 +38,10 @@ pub(crate) fn container(
     let reference = &image.reference;
     Ok(AgentContainer {
         name: spec.name.clone(),
+        role: spec.role,
+        restart_policy: spec.restart_policy,
+        lifecycle: spec.lifecycle.clone(),
+        last_words: spec.last_words.clone(),
         image: spec.image.clone(),
         image_id: format!("{}/{}@{}", reference.registry(), reference.repository(), image.manifest),
         layers: around.layers,
@@ -53,7 +57,8 @@ pub(crate) fn container(
         stdin: spec.stdin,
         tty: spec.tty,
         resources: Resources { pids: spec.resources.pids.or(Some(PIDS)), ..spec.resources },
-        stop_signal: config.stop_signal.clone().unwrap_or_else(|| "SIGTERM".to_owned()),
+        stop_signal: (spec.lifecycle.stop_signal.clone().or_else(|| config.stop_signal.clone()))
+            .unwrap_or_else(|| "SIGTERM".to_owned()),
         mounts: spec
             .mounts
             .iter()

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use jiff::{SignedDuration, Timestamp};
 use joey_api::agent::{AgentConfig, AgentVolume, VERSION};
 use joey_api::instance::{ContainerSpec, PullPolicy, VolumeSource};
 use joey_image::Image;
@@ -226,10 +227,18 @@ async fn config(life: &Life, made: &Made) -> Result<AgentConfig, Fault> {
         volumes: volumes.collect(),
         restart_policy: spec.restart_policy,
         termination_grace_period_seconds: spec.termination_grace_period_seconds,
+        deadline: spec.active_deadline_seconds.map(|seconds| deadline(life.record.accepted_at, seconds)),
+        debug_ports: spec.debug_ports.clone(),
         cgroup: format!("{}/{}", shared.config.cgroup_root, life.id),
         log_max_bytes: shared.config.log_max_bytes,
         log_max_files: shared.config.log_max_files,
     })
+}
+
+/// The moment when an instance's time is over; too far away is never.
+fn deadline(from: Timestamp, seconds: u64) -> Timestamp {
+    let span = SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX));
+    from.checked_add(span).unwrap_or(Timestamp::MAX)
 }
 
 /// Runs file work where it may block.

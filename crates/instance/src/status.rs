@@ -7,6 +7,7 @@ use joey_api::agent::AgentState;
 use joey_api::instance::{
     ContainerState, ContainerStatus, InstanceEvent, InstanceSpec, InstanceStatus, Termination, WirePhase,
 };
+use joey_api::lifecycle::Role;
 use joey_model::{Fault, RestartPolicy};
 
 /// Events a status shows.
@@ -16,7 +17,10 @@ const EVENTS: usize = 32;
 pub(crate) fn waiting(spec: &InstanceSpec, host: &str, reason: &str, message: &str) -> InstanceStatus {
     let containers = spec.containers.iter().map(|container| ContainerStatus {
         name: container.name.clone(),
+        role: container.role,
         state: ContainerState::Waiting { reason: reason.to_owned(), message: message.to_owned() },
+        started: false,
+        ready: false,
         last_termination: None,
         restart_count: 0,
         image: container.image.clone(),
@@ -39,6 +43,7 @@ pub(crate) fn apply(
             continue;
         };
         container.state = told.state.clone();
+        (container.started, container.ready) = (told.started, told.ready);
         container.restart_count = restarts_before.get(&told.name).copied().unwrap_or(0) + told.restart_count;
         if told.last_termination.is_some() {
             container.last_termination = told.last_termination.clone();
@@ -47,28 +52,52 @@ pub(crate) fn apply(
             container.container_id = format!("joey://{id}/{}/{}", told.name, container.restart_count);
         }
     }
-    status.phase = match state.stopping {
-        true => WirePhase::Terminating,
-        false => phase(policy, &status.containers),
-    };
     (status.reason, status.message) = (None, None);
+    status.phase = match (state.stopping, &state.failed) {
+        (true, _) => WirePhase::Terminating,
+        (false, Some(failed)) if status.containers.iter().all(|container| !runs(container)) => {
+            (status.reason, status.message) = (Some(failed.reason.clone()), Some(failed.message.clone()));
+            WirePhase::Failed
+        }
+        (false, _) => phase(policy, &status.containers),
+    };
 }
 
-/// The phase that containers in these states make.
+fn runs(container: &ContainerStatus) -> bool {
+    matches!(container.state, ContainerState::Running { .. })
+}
+
+/// The phase that containers in these states make: the main ones decide once those that prepare them are done, and it is over
+/// when those that accompany them have ended too.
 pub(crate) fn phase(policy: RestartPolicy, containers: &[ContainerStatus]) -> WirePhase {
+    for init in containers.iter().filter(|container| container.role == Role::Init) {
+        match &init.state {
+            ContainerState::Terminated(end) if end.exit_code == 0 => {}
+            ContainerState::Terminated(_) if policy == RestartPolicy::Never => {
+                let others = containers.iter().any(runs);
+                return if others { WirePhase::Starting } else { WirePhase::Failed };
+            }
+            _ => return WirePhase::Starting,
+        }
+    }
+    let main: Vec<_> = containers.iter().filter(|container| container.role == Role::Main).collect();
     let mut failed = false;
-    for container in containers {
+    for container in &main {
         match &container.state {
             ContainerState::Terminated(end) if !policy.restarts(end.exit_code) => failed |= end.exit_code != 0,
             ContainerState::Waiting { .. } if container.last_termination.is_none() => {
                 // Not one run yet: the rest decides whether something runs already.
-                let others = containers.iter().any(|other| !matches!(other.state, ContainerState::Waiting { .. }));
+                let others = main.iter().any(|other| !matches!(other.state, ContainerState::Waiting { .. }));
                 return if others { WirePhase::Running } else { WirePhase::Starting };
             }
             _ => return WirePhase::Running,
         }
     }
-    if failed { WirePhase::Failed } else { WirePhase::Succeeded }
+    match failed {
+        _ if containers.iter().any(runs) => WirePhase::Running,
+        true => WirePhase::Failed,
+        false => WirePhase::Succeeded,
+    }
 }
 
 /// Whether nothing will run any more by itself.
@@ -124,6 +153,31 @@ mod tests {
     fn end(exit_code: i32) -> Termination {
         serde_json::from_value(json!({"exitCode": exit_code, "reason": "r", "finishedAt": "2026-01-01T00:00:00Z"}))
             .unwrap()
+    }
+
+    #[test]
+    fn init_containers_and_sidecars() {
+        let runs = || ContainerState::Running { started_at: Timestamp::UNIX_EPOCH, pid: 1 };
+        let waits = || ContainerState::Waiting { reason: "r".to_owned(), message: String::new() };
+        let ended = |code| ContainerState::Terminated(end(code));
+        let (init, side, main) = (Role::Init, Role::Sidecar, Role::Main);
+        for (policy, states, expected) in [
+            (RestartPolicy::Always, vec![(init, runs()), (main, waits())], WirePhase::Starting),
+            (RestartPolicy::Always, vec![(init, ended(1)), (main, waits())], WirePhase::Starting),
+            (RestartPolicy::Never, vec![(init, ended(1)), (main, waits())], WirePhase::Failed),
+            (RestartPolicy::Never, vec![(side, runs()), (init, ended(1)), (main, waits())], WirePhase::Starting),
+            (RestartPolicy::Always, vec![(side, runs()), (main, waits())], WirePhase::Starting),
+            (RestartPolicy::Always, vec![(init, ended(0)), (main, runs())], WirePhase::Running),
+            (RestartPolicy::Never, vec![(side, runs()), (main, ended(0))], WirePhase::Running),
+            (RestartPolicy::Never, vec![(side, ended(143)), (main, ended(0))], WirePhase::Succeeded),
+            (RestartPolicy::Never, vec![(side, ended(0)), (main, ended(2))], WirePhase::Failed),
+        ] {
+            let containers: Vec<_> = states
+                .into_iter()
+                .map(|(role, state)| ContainerStatus { role, ..container(state, false) })
+                .collect();
+            assert_eq!(phase(policy, &containers), expected, "{policy:?} {containers:?}");
+        }
     }
 
     #[test]

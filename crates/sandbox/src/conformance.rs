@@ -10,6 +10,7 @@ use futures::{StreamExt, TryStreamExt};
 use joey_api::agent::{AgentConfig, AgentContainer, AgentState, VERSION};
 use joey_api::frame::{Decoder, ExecStatus, STATUS, STDOUT};
 use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Resources, Termination, WireRestartPolicy};
+use joey_api::lifecycle::{LastWords, Lifecycle, Role};
 use joey_model::InstanceId;
 
 use crate::{AgentClient, CreateRequest, Sandbox, SandboxClass};
@@ -46,6 +47,8 @@ impl Bench {
             volumes: Vec::new(),
             restart_policy: WireRestartPolicy::Never,
             termination_grace_period_seconds: 2,
+            deadline: None,
+            debug_ports: Vec::new(),
             resolv_conf: "nameserver 192.0.2.1\n".to_owned(),
             hosts: "127.0.0.1 localhost\n".to_owned(),
             cgroup: format!("{}/{instance}", self.cgroup_root),
@@ -97,6 +100,10 @@ pub fn container(name: &str, script: &str, layers: &[PathBuf]) -> AgentContainer
     ];
     AgentContainer {
         name: name.to_owned(),
+        role: Role::Main,
+        restart_policy: None,
+        lifecycle: Lifecycle::default(),
+        last_words: LastWords::default(),
         image: "bench".to_owned(),
         image_id: String::new(),
         layers: layers.iter().map(|layer| layer.display().to_string()).collect(),

@@ -109,9 +109,11 @@ impl FakeAgent {
                 last_termination: None,
                 restart_count: 0,
                 running_since: exit.is_none().then_some(now),
+                started: exit.is_none(),
+                ready: exit.is_none(),
             });
         }
-        let state = AgentState { version: VERSION, sequence: 1, containers, events: Vec::new(), stopping: false };
+        let state = AgentState { version: VERSION, sequence: 1, containers, events: Vec::new(), stopping: false, failed: None };
         Self {
             state: Arc::new(watch::Sender::new(state)),
             logs: Arc::new(logs),

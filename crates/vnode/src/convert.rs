@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use joey_api::instance::{
     ContainerSpec, Dns, HostAlias, InstanceSpec, Mount, NetworkSpec, PullPolicy, Resources, Security, WireRestartPolicy,
 };
+use joey_api::lifecycle::Role;
 use joey_model::quantity::{parse_milli, parse_units};
 use k8s_openapi::api::core::v1 as core;
 
@@ -13,6 +14,7 @@ use crate::config::Config;
 use crate::resolve::{Missing, Objects};
 
 mod environment;
+mod lifecycle;
 #[cfg(test)]
 mod tests;
 mod volumes;
@@ -84,9 +86,10 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
     let security = spec.security_context.clone().unwrap_or_default();
     check_pod_security(&security, &mut notes);
     let volumes = volumes::volumes(pod, &spec, objects, &mut notes)?;
-    let mut containers = Vec::with_capacity(spec.containers.len());
-    for container in &spec.containers {
-        containers.push(self::container(pod, &spec, container, &security, objects, config, &mut notes)?);
+    let mut containers = Vec::new();
+    for (role, container) in all_containers(&spec) {
+        let made = self::container(pod, &spec, container, &security, objects, config, &mut notes)?;
+        containers.push(ContainerSpec { role, ..made });
     }
     let network = network(pod, &spec, &namespace, config, &mut notes);
     if !notes.faults.is_empty() {
@@ -115,16 +118,27 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
         termination_grace_period_seconds: spec
             .termination_grace_period_seconds
             .map_or(30, |s| u32::try_from(s).unwrap_or(30)),
+        active_deadline_seconds: spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok()),
+        debug_ports: debug_ports(pod, &mut notes),
         network,
         credentials: objects.credentials.clone(),
     };
     Ok(Converted { spec: instance, without_effect: notes.without_effect })
 }
 
+/// The containers in the order of their start, and what each is to the Pod.
+pub(crate) fn all_containers(spec: &core::PodSpec) -> impl Iterator<Item = (Role, &core::Container)> {
+    let before = spec.init_containers.iter().flatten().map(|container| {
+        let sidecar = container.restart_policy.as_deref() == Some("Always");
+        (if sidecar { Role::Sidecar } else { Role::Init }, container)
+    });
+    before.chain(spec.containers.iter().map(|container| (Role::Main, container)))
+}
+
 /// Goes through every field of a PodSpec. Those named `_` are somebody else's (scheduler, admission) or read in [`convert`].
 fn check_pod(spec: &core::PodSpec, notes: &mut Notes) {
     let core::PodSpec {
-        active_deadline_seconds,
+        active_deadline_seconds: _,
         affinity: _,
         automount_service_account_token: _,
         containers: _,
@@ -140,7 +154,7 @@ fn check_pod(spec: &core::PodSpec, notes: &mut Notes) {
         hostname: _,
         hostname_override: _,
         image_pull_secrets: _,
-        init_containers,
+        init_containers: _,
         node_name: _,
         node_selector: _,
         os,
@@ -168,17 +182,11 @@ fn check_pod(spec: &core::PodSpec, notes: &mut Notes) {
         volumes: _,
     } = spec;
     let on = |flag: &Option<bool>| *flag == Some(true);
-    notes.refuse_if(
-        active_deadline_seconds.is_some(),
-        "spec.activeDeadlineSeconds",
-        "let the program end by itself, or set it on the Job",
-    );
     notes.refuse_if(given(ephemeral_containers), "spec.ephemeralContainers", "use exec in a running container");
     notes.refuse_if(on(host_ipc), "spec.hostIPC", "Pods have an IPC namespace of their own");
     notes.refuse_if(on(host_network), "spec.hostNetwork", "use the Pod's own address");
     notes.refuse_if(on(host_pid), "spec.hostPID", "Pods see their own processes only");
     notes.refuse_if(*host_users == Some(false), "spec.hostUsers: false", "leave it out");
-    notes.refuse_if(given(init_containers), "spec.initContainers", "do this work at the start of the container");
     notes.refuse_if(os.as_ref().is_some_and(|os| os.name != "linux"), "spec.os", "only linux runs here");
     notes.refuse_if(given(resource_claims), "spec.resourceClaims", "leave them out; there are no devices");
     notes.refuse_if(resources.is_some(), "spec.resources", "set resources on containers");
@@ -251,6 +259,10 @@ fn container(
     notes.refuse_if(image.is_empty(), format!("{at}an empty image"), "name one");
     Ok(ContainerSpec {
         name: container.name.clone(),
+        role: Role::Main,
+        restart_policy: restart_policy(&at, container, notes),
+        lifecycle: lifecycle::lifecycle(&at, container, notes),
+        last_words: lifecycle::last_words(container),
         pull_policy: match container.image_pull_policy.as_deref() {
             Some("Always") => PullPolicy::Always,
             Some("Never") => PullPolicy::Never,
@@ -281,51 +293,62 @@ fn check_container(at: &str, container: &core::Container, notes: &mut Notes) {
         env_from: _,
         image: _,
         image_pull_policy: _,
-        lifecycle,
-        liveness_probe,
+        lifecycle: _,
+        liveness_probe: _,
         name: _,
         ports,
-        readiness_probe,
+        readiness_probe: _,
         resize_policy: _,
         resources: _,
-        restart_policy,
+        restart_policy: _,
         restart_policy_rules,
         security_context: _,
-        startup_probe,
+        startup_probe: _,
         stdin: _,
         stdin_once: _,
-        termination_message_path,
-        termination_message_policy,
+        termination_message_path: _,
+        termination_message_policy: _,
         tty: _,
         volume_devices,
         volume_mounts: _,
         working_dir: _,
     } = container;
-    for (present, field) in [
-        (liveness_probe.is_some(), "livenessProbe"),
-        (readiness_probe.is_some(), "readinessProbe"),
-        (startup_probe.is_some(), "startupProbe"),
-    ] {
-        notes.refuse_if(present, format!("{at}{field}"), "leave it out; a container is ready as soon as it runs");
-    }
-    notes.refuse_if(lifecycle.is_some(), format!("{at}lifecycle"), "handle SIGTERM in the program");
-    notes.refuse_if(restart_policy.is_some(), format!("{at}restartPolicy"), "use spec.restartPolicy");
     notes.refuse_if(given(restart_policy_rules), format!("{at}restartPolicyRules"), "use spec.restartPolicy");
     notes.refuse_if(given(volume_devices), format!("{at}volumeDevices"), "use an emptyDir");
     for port in ports.iter().flatten() {
         let core::ContainerPort { container_port: _, host_ip: _, host_port, name: _, protocol: _ } = port;
         notes.refuse_if(host_port.is_some_and(|p| p != 0), format!("{at}hostPort"), "use the Pod's own address");
     }
-    notes.no_effect_if(
-        termination_message_path.as_deref().is_some_and(|path| path != "/dev/termination-log"),
-        format!("{at}terminationMessagePath"),
-        "read the container's log",
-    );
-    notes.no_effect_if(
-        termination_message_policy.as_deref().is_some_and(|policy| policy != "File"),
-        format!("{at}terminationMessagePolicy"),
-        "read the container's log",
-    );
+}
+
+/// A container's own policy; an init container's `Always` makes it a sidecar.
+fn restart_policy(at: &str, container: &core::Container, notes: &mut Notes) -> Option<WireRestartPolicy> {
+    match container.restart_policy.as_deref()? {
+        "Always" => Some(WireRestartPolicy::Always),
+        "OnFailure" => Some(WireRestartPolicy::OnFailure),
+        "Never" => Some(WireRestartPolicy::Never),
+        other => {
+            notes.refuse_if(true, format!("{at}restartPolicy {other}"), "use Always, OnFailure or Never");
+            None
+        }
+    }
+}
+
+/// Annotation: ports that debuggers connect to, separated by commas.
+const DEBUG_PORTS: &str = "joey.dev/debug-ports";
+
+fn debug_ports(pod: &core::Pod, notes: &mut Notes) -> Vec<u16> {
+    let annotation = pod.metadata.annotations.as_ref().and_then(|all| all.get(DEBUG_PORTS));
+    let words = annotation.iter().flat_map(|text| text.split(',')).map(str::trim).filter(|word| !word.is_empty());
+    words
+        .filter_map(|word| match word.parse::<u16>() {
+            Ok(port) if port != 0 => Some(port),
+            _ => {
+                notes.faults.push(format!("annotation {DEBUG_PORTS}: \"{word}\" is no port"));
+                None
+            }
+        })
+        .collect()
 }
 
 fn limits(at: &str, resources: Option<&core::ResourceRequirements>, notes: &mut Notes) -> Resources {

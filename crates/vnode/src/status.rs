@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 use joey_api::instance::{ContainerState as State, ContainerStatus as Container, Instance, Termination, WirePhase};
 use k8s_openapi::api::core::v1::{
-    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP,
-    Pod, PodCondition, PodIP, PodStatus,
+    self as core, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP,
+    Pod, PodCondition, PodIP, PodSpec, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -24,19 +24,15 @@ fn seconds(at: Timestamp) -> Time {
 pub fn of_instance(pod: &Pod, before: &PodStatus, instance: &Instance, host: IpAddr, now: Timestamp) -> PodStatus {
     let spec = pod.spec.clone().unwrap_or_default();
     let status = &instance.status;
-    let containers: Vec<ContainerStatus> = spec
-        .containers
-        .iter()
-        .map(|wanted| match status.containers.iter().find(|container| container.name == wanted.name) {
+    let (inits, containers) = of_containers(&spec, |name, image| {
+        match status.containers.iter().find(|container| container.name == name) {
             Some(container) => container_status(container),
-            None => waiting(
-                &wanted.name,
-                wanted.image.as_deref().unwrap_or_default(),
-                status.reason.as_deref().unwrap_or("ContainerCreating"),
-                status.message.as_deref().unwrap_or_default(),
-            ),
-        })
-        .collect();
+            None => {
+                let reason = status.reason.as_deref().unwrap_or("ContainerCreating");
+                waiting(name, image, reason, status.message.as_deref().unwrap_or_default())
+            }
+        }
+    });
     let phase = match status.phase {
         WirePhase::Pending | WirePhase::Starting => "Pending",
         WirePhase::Running => "Running",
@@ -54,9 +50,19 @@ pub fn of_instance(pod: &Pod, before: &PodStatus, instance: &Instance, host: IpA
         made.pod_ip = Some(address.to_string());
         made.pod_ips = Some(vec![PodIP { ip: address.to_string() }]);
     }
-    made.conditions = Some(conditions(pod, before, &containers, phase, status.address.is_some(), now));
+    made.conditions = Some(conditions(pod, before, (&inits, &containers), phase, status.address.is_some(), now));
     made.container_statuses = Some(containers);
+    made.init_container_statuses = Some(inits).filter(|inits| !inits.is_empty());
     made
+}
+
+/// The statuses of the init containers and of the main ones, made from name and image.
+fn of_containers(
+    spec: &PodSpec,
+    status: impl Fn(&str, &str) -> ContainerStatus,
+) -> (Vec<ContainerStatus>, Vec<ContainerStatus>) {
+    let made = |container: &core::Container| status(&container.name, container.image.as_deref().unwrap_or_default());
+    (spec.init_containers.iter().flatten().map(made).collect(), spec.containers.iter().map(made).collect())
 }
 
 /// The phase of a Pod that is being ended: final once all its containers are.
@@ -78,23 +84,20 @@ pub fn failed(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: T
         phase: Some("Failed".into()),
         reason: Some(reason.to_owned()),
         message: Some(message.to_owned()),
-        conditions: Some(conditions(pod, before, &[], "Failed", false, now)),
+        conditions: Some(conditions(pod, before, (&[], &[]), "Failed", false, now)),
         ..frame(pod, before, None, now)
     }
 }
 
 /// The status of a Pod whose containers wait, all for the same reason.
 pub fn waits(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: Timestamp) -> PodStatus {
-    let containers: Vec<ContainerStatus> = pod
-        .spec
-        .iter()
-        .flat_map(|spec| &spec.containers)
-        .map(|c| waiting(&c.name, c.image.as_deref().unwrap_or_default(), reason, message))
-        .collect();
+    let spec = pod.spec.clone().unwrap_or_default();
+    let (inits, containers) = of_containers(&spec, |name, image| waiting(name, image, reason, message));
     PodStatus {
         phase: Some("Pending".into()),
-        conditions: Some(conditions(pod, before, &containers, "Pending", false, now)),
+        conditions: Some(conditions(pod, before, (&inits, &containers), "Pending", false, now)),
         container_statuses: Some(containers),
+        init_container_statuses: Some(inits).filter(|inits| !inits.is_empty()),
         ..frame(pod, before, None, now)
     }
 }
@@ -126,7 +129,6 @@ fn waiting(name: &str, image: &str, reason: &str, message: &str) -> ContainerSta
 }
 
 fn container_status(container: &Container) -> ContainerStatus {
-    let running = matches!(container.state, State::Running { .. });
     let state = match &container.state {
         State::Waiting { reason, message } => {
             return ContainerStatus {
@@ -148,8 +150,8 @@ fn container_status(container: &Container) -> ContainerStatus {
         image: container.image.clone(),
         image_id: container.image_id.clone(),
         container_id: Some(container.container_id.clone()).filter(|id| !id.is_empty()),
-        ready: running,
-        started: Some(running),
+        ready: container.ready,
+        started: Some(container.started),
         restart_count: i32::try_from(container.restart_count).unwrap_or(i32::MAX),
         last_state: container.last_termination.as_ref().map(|run| terminated(run, "")),
         state: Some(state),
@@ -175,13 +177,22 @@ fn terminated(run: &Termination, id: &str) -> ContainerState {
 fn conditions(
     pod: &Pod,
     before: &PodStatus,
-    containers: &[ContainerStatus],
+    (inits, containers): (&[ContainerStatus], &[ContainerStatus]),
     phase: &str,
     has_address: bool,
     now: Timestamp,
 ) -> Vec<PodCondition> {
     let known = before.conditions.as_deref().unwrap_or_default();
-    let unready: Vec<&str> = containers.iter().filter(|c| !c.ready).map(|c| c.name.as_str()).collect();
+    let is_sidecar = |name: &str| {
+        let inits = pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten());
+        inits.into_iter().any(|init| init.name == name && init.restart_policy.as_deref() == Some("Always"))
+    };
+    let sidecars = inits.iter().filter(|c| is_sidecar(&c.name));
+    let unready: Vec<&str> =
+        sidecars.chain(containers).filter(|c| !c.ready).map(|c| c.name.as_str()).collect();
+    // A sidecar has done its part of the start when it has started, another when it is done.
+    let begun = |c: &&ContainerStatus| if is_sidecar(&c.name) { c.started == Some(true) } else { c.ready };
+    let incomplete: Vec<&str> = inits.iter().filter(|c| !begun(c)).map(|c| c.name.as_str()).collect();
     let (reason, message) = match phase {
         "Succeeded" => (Some("PodCompleted"), None),
         "Failed" => (Some("PodFailed"), None),
@@ -215,7 +226,13 @@ fn conditions(
     };
     vec![
         condition("PodReadyToStartContainers", has_address && !over, None, None),
-        condition("Initialized", true, reason.filter(|r| *r == "PodCompleted"), None),
+        match incomplete.is_empty() || phase == "Succeeded" {
+            true => condition("Initialized", true, reason.filter(|r| *r == "PodCompleted"), None),
+            false => {
+                let message = format!("containers with incomplete status: [{}]", incomplete.join(" "));
+                condition("Initialized", false, Some("ContainersNotInitialized"), Some(message))
+            }
+        },
         ready,
         condition("ContainersReady", all_ready, reason, message),
         condition("PodScheduled", true, None, None),

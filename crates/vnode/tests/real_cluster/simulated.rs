@@ -114,6 +114,9 @@ fn running(instance: &mut Instance) {
         .iter()
         .map(|container| ContainerStatus {
             name: container.name.clone(),
+            role: container.role,
+            started: true,
+            ready: true,
             state: ContainerState::Running { started_at: Timestamp::now(), pid: 1 },
             last_termination: None,
             restart_count: 0,

@@ -1,0 +1,40 @@
+//! A container's termination message: the file it may write, and what is told of it. Limits are those of the Kubernetes API:
+//! 4096 bytes of the file, 2048 bytes or 80 lines of the log.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use joey_api::agent::AgentContainer;
+
+use crate::log_read;
+
+const FROM_FILE: u64 = 4096;
+const FROM_LOG: usize = 2048;
+const LINES: usize = 80;
+
+/// The file, as the host sees it, of the run whose writable layer is `upper`.
+pub fn place(upper: &Path) -> PathBuf {
+    upper.join("last-words")
+}
+
+/// Makes the file, for every user of the container to write.
+pub fn prepare(upper: &Path) -> io::Result<()> {
+    let file = File::create(place(upper))?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o666))
+}
+
+/// What the run left behind.
+pub fn read(dir: &Path, container: &AgentContainer, upper: &Path, run: u32, exit_code: i32) -> String {
+    let mut bytes = Vec::new();
+    // The container never sees the directory, so the file is the one that was made.
+    let written = File::open(place(upper)).and_then(|file| file.take(FROM_FILE).read_to_end(&mut bytes));
+    if let Err(error) = written {
+        eprintln!("cannot read the last words of {}: {error}", container.name);
+    }
+    if bytes.is_empty() && exit_code != 0 && container.last_words.or_log {
+        bytes = log_read::end(dir, &container.name, run, LINES, FROM_LOG);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}

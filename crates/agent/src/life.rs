@@ -1,0 +1,532 @@
+//! The life of one container: start, hooks, probes, end, restart with back-off. One task owns its transitions.
+//!
+//! ```text
+//! Waiting(CreateContainerConfigError | CreateContainerError) every 10 s
+//!        ▲ │
+//!        │ ▼
+//! Waiting(ContainerCreating) ─► Running ─► Terminated ─► (policy says no: settled)
+//!                                  ▲           │
+//!                                  └─ Waiting(CrashLoopBackOff) ◄┘ 10 s, 20 s … 300 s; 10 s again after 10 min of running
+//! ```
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use joey_api::agent::AgentContainer;
+use joey_api::frame::STATUS;
+use joey_api::instance::{ContainerState, InstanceEvent, Termination};
+use joey_api::lifecycle::Role;
+use joey_model::RestartPolicy;
+use tokio::sync::{Notify, broadcast, watch};
+use tokio::time::Instant;
+
+use crate::cgroup::Cgroup;
+use crate::check::{self, Unwell};
+use crate::launch::{self, Failure, Program, Started, Streams};
+use crate::log_write::{self, LineSplitter, LogWriter};
+use crate::probe::{self, Health, Verdict};
+use crate::stream::Pipe;
+use crate::supervisor::{Agent, lock, waiting};
+use crate::{last_words, signal, sys};
+
+/// Back-off after a container's end, as the kubelet has it.
+const FIRST_DELAY: Duration = Duration::from_secs(10);
+const LAST_DELAY: Duration = Duration::from_secs(300);
+const GOOD_RUN: Duration = Duration::from_secs(600);
+/// How long a dead container's streams may take to end.
+const DRAIN: Duration = Duration::from_secs(2);
+/// What is left to a container whose preStop hook took all of its grace, as the kubelet has it.
+const AFTER_HOOK: Duration = Duration::from_secs(2);
+/// A hook after the start has no limit of its own; the container's end is its limit.
+const HOOK_LIMIT: Duration = Duration::from_secs(24 * 3600);
+
+/// What calls need to know of a container while its task runs it.
+pub struct Life {
+    pub at: usize,
+    /// 0: no process.
+    pub pid: AtomicU32,
+    pub run: AtomicU32,
+    pub restart: Notify,
+    /// Frames by channel; `STATUS` with the exit code as four bytes is a run's last.
+    pub output: broadcast::Sender<(u8, Bytes)>,
+    pub log: Mutex<RunLog>,
+    pub input: Mutex<Option<Arc<Pipe>>>,
+    pub terminal: Mutex<Option<std::os::fd::OwnedFd>>,
+    /// When it is killed, once it was asked to end for good.
+    end: watch::Sender<Option<Instant>>,
+    /// It has got past its first attempt, hook included; and it has once started as its probes see it.
+    begun: watch::Sender<bool>,
+    started: watch::Sender<bool>,
+    settled: AtomicBool,
+}
+
+impl Life {
+    pub fn new(at: usize) -> Self {
+        Self {
+            at,
+            pid: AtomicU32::new(0),
+            run: AtomicU32::new(0),
+            restart: Notify::new(),
+            output: broadcast::channel(64).0,
+            log: Mutex::new(RunLog::of(0)),
+            input: Mutex::new(None),
+            terminal: Mutex::new(None),
+            end: watch::Sender::new(None),
+            begun: watch::Sender::new(false),
+            started: watch::Sender::new(false),
+            settled: AtomicBool::new(false),
+        }
+    }
+
+    /// The process id of its first process, while it runs.
+    pub fn running(&self) -> Option<u32> {
+        Some(self.pid.load(Ordering::Relaxed)).filter(|pid| *pid != 0)
+    }
+
+    pub fn end_by(&self, deadline: Instant) {
+        self.end.send_modify(|end| *end = Some(end.map_or(deadline, |earlier| earlier.min(deadline))));
+    }
+
+    pub fn is_ending(&self) -> bool {
+        self.end.borrow().is_some()
+    }
+
+    pub fn has_settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed)
+    }
+
+    pub async fn begun(&self) {
+        let _ = self.begun.subscribe().wait_for(|begun| *begun).await;
+    }
+
+    pub async fn started(&self) {
+        let _ = self.started.subscribe().wait_for(|started| *started).await;
+    }
+
+    /// Ready for a further life after it had settled.
+    pub fn renew(&self) {
+        self.end.send_replace(None);
+        self.begun.send_replace(false);
+        self.started.send_replace(false);
+        self.settled.store(false, Ordering::Relaxed);
+        self.run.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The log that is shown: that of the run which began last, also while the next one is only being made.
+pub struct RunLog {
+    pub run: u32,
+    /// 0: the run has not begun. Changes with every write, and is [`LOG_ENDED`] from the run's end on.
+    pub grown: watch::Sender<u64>,
+}
+
+/// Nothing more is written into a log.
+pub const LOG_ENDED: u64 = u64::MAX;
+
+impl RunLog {
+    fn of(run: u32) -> Self {
+        Self { run, grown: watch::Sender::new(0) }
+    }
+
+    /// From now on the log of `run` is shown; those who wait for its beginning see it.
+    fn begin(&mut self, run: u32) {
+        if self.run != run {
+            *self = Self::of(run);
+        }
+        self.grown.send_replace(1);
+    }
+
+    fn written(&self) {
+        self.grown.send_modify(|count| *count += 1);
+    }
+
+    fn end(&self) {
+        self.grown.send_replace(LOG_ENDED);
+    }
+
+    pub fn has_ended(&self) -> bool {
+        *self.grown.borrow() == LOG_ENDED
+    }
+}
+
+/// How an attempt to run a container went.
+enum Outcome {
+    /// It ran, or its program could not be started; `asked`: it was ended in order to start it again.
+    Ended {
+        end: Termination,
+        asked: bool,
+    },
+    NotMade {
+        reason: &'static str,
+        message: String,
+    },
+}
+
+/// Why a running container is being ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    Stop,
+    Restart,
+    Ill,
+}
+
+/// How a run ended.
+struct End {
+    code: i32,
+    signal: Option<i32>,
+    why: Option<Why>,
+}
+
+impl Agent {
+    fn policy(&self, container: &AgentContainer) -> RestartPolicy {
+        let policy = container.restart_policy.unwrap_or(self.config.restart_policy).into();
+        match (container.role, policy) {
+            // What prepares the Pod is done once it has been done.
+            (Role::Init, RestartPolicy::Always) => RestartPolicy::OnFailure,
+            (_, policy) => policy,
+        }
+    }
+
+    /// Lives until the container has ended for good; its last exit code, if it ever ran.
+    pub async fn live(self: Arc<Self>, at: usize) -> Option<i32> {
+        let life = self.life(at);
+        let code = self.runs(&life).await;
+        life.settled.store(true, Ordering::Relaxed);
+        life.begun.send_replace(true);
+        code
+    }
+
+    async fn runs(&self, life: &Arc<Life>) -> Option<i32> {
+        let (at, container) = (life.at, &self.config.containers[life.at]);
+        let policy = self.policy(container);
+        let mut delay = FIRST_DELAY;
+        let mut code = None;
+        self.change(|state| state.containers[at].state = waiting("ContainerCreating", String::new()));
+        loop {
+            if life.is_ending() {
+                return code;
+            }
+            let begun = Instant::now();
+            let (ended, asked) = match self.run_once(container, life).await {
+                Outcome::Ended { end, asked } => (end, asked),
+                Outcome::NotMade { reason, message } => match self.wait_to_retry(life, reason, message).await {
+                    true => continue,
+                    false => return code,
+                },
+            };
+            code = Some(ended.exit_code);
+            life.begun.send_replace(true);
+            let again = !life.is_ending() && (asked || policy.restarts(ended.exit_code));
+            if begun.elapsed() >= GOOD_RUN {
+                delay = FIRST_DELAY;
+            }
+            self.change(|state| {
+                let now = &mut state.containers[at];
+                (now.running_since, now.started) = (None, false);
+                // An init container that did its work is ready, as the kubelet tells it.
+                now.ready = !again && container.role == Role::Init && ended.exit_code == 0;
+                now.state = match again {
+                    false => ContainerState::Terminated(ended.clone()),
+                    true if asked => waiting("ContainerCreating", String::new()),
+                    true => waiting(
+                        "CrashLoopBackOff",
+                        format!("back-off {}s restarting failed container={}", delay.as_secs(), container.name),
+                    ),
+                };
+                if again {
+                    now.last_termination = Some(ended.clone());
+                }
+            });
+            if !again {
+                return code;
+            }
+            if !asked {
+                if !self.back_off(container, life, delay).await {
+                    self.change(|state| state.containers[at].state = ContainerState::Terminated(ended));
+                    return code;
+                }
+                delay = (delay * 2).min(LAST_DELAY);
+            }
+            life.run.fetch_add(1, Ordering::Relaxed);
+            self.change(|state| state.containers[at].restart_count += 1);
+        }
+    }
+
+    /// False: it is to end meanwhile.
+    async fn back_off(&self, container: &AgentContainer, life: &Life, delay: Duration) -> bool {
+        self.event(true, "BackOff", format!("Back-off restarting failed container {}", container.name), container);
+        let mut end = life.end.subscribe();
+        tokio::select! {
+            () = tokio::time::sleep(delay) => true,
+            () = life.restart.notified() => true,
+            _ = end.wait_for(Option::is_some) => false,
+        }
+    }
+
+    /// A container that could not be made is no run of it: it waits and is tried again, whatever the restart policy says, as
+    /// under the kubelet. False: it is to end.
+    async fn wait_to_retry(&self, life: &Life, reason: &'static str, message: String) -> bool {
+        let mut end = life.end.subscribe();
+        self.change(|state| state.containers[life.at].state = waiting(reason, message.clone()));
+        tokio::select! {
+            () = tokio::time::sleep(FIRST_DELAY) => true,
+            () = life.restart.notified() => true,
+            _ = end.wait_for(Option::is_some) => {
+                let end = not_started(reason, message);
+                self.change(|state| state.containers[life.at].state = ContainerState::Terminated(end));
+                false
+            }
+        }
+    }
+
+    /// One run.
+    async fn run_once(&self, container: &AgentContainer, life: &Arc<Life>) -> Outcome {
+        let run = life.run.load(Ordering::Relaxed);
+        let upper = self.dir.join("upper").join(&container.name).join(run.to_string());
+        let cgroup = self.cgroup.child(&container.name);
+        let kills = cgroup.oom_kills();
+        match self.launch(container, &upper, &cgroup).await {
+            Err(failure) => {
+                self.event(true, "Failed", format!("Error: {}", failure.message()), container);
+                let _ = std::fs::remove_dir_all(&upper);
+                match failure {
+                    Failure::Config(message) => Outcome::NotMade { reason: "CreateContainerConfigError", message },
+                    Failure::Create(message) => Outcome::NotMade { reason: "CreateContainerError", message },
+                    Failure::Start(message) | Failure::Program { message, .. } => {
+                        let mut log = lock(&life.log);
+                        log.begin(run);
+                        log.end();
+                        Outcome::Ended { end: not_started("StartError", message), asked: false }
+                    }
+                }
+            }
+            Ok(started) => {
+                let started_at = Timestamp::now();
+                let end = self.attend(container, life, started, run, started_at).await;
+                let message = last_words::read(&self.dir, container, &upper, run, end.code);
+                let _ = std::fs::remove_dir_all(&upper);
+                let reason = match end.code {
+                    0 => "Completed",
+                    // Also a shell that answers with the fate of its child.
+                    137 if cgroup.oom_kills() > kills => "OOMKilled",
+                    _ => "Error",
+                };
+                let asked = end.why == Some(Why::Restart);
+                let (exit_code, signal, reason) = (end.code, end.signal, reason.to_owned());
+                let (started_at, finished_at) = (Some(started_at), Timestamp::now());
+                Outcome::Ended { end: Termination { exit_code, signal, reason, message, started_at, finished_at }, asked }
+            }
+        }
+    }
+
+    async fn launch(&self, container: &AgentContainer, upper: &Path, cgroup: &Cgroup) -> Result<Started, Failure> {
+        let prepare = || -> io::Result<()> {
+            // A restarted container starts from its image, as under the kubelet.
+            let _ = std::fs::remove_dir_all(upper);
+            ["data", "work", "root"].iter().try_for_each(|name| std::fs::create_dir_all(upper.join(name)))?;
+            last_words::prepare(upper)?;
+            cgroup.make()?;
+            cgroup.limit(&container.resources)
+        };
+        prepare().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))?;
+        let program = Program { container, args: &container.args, stdin: container.stdin, tty: container.tty };
+        launch::container(&self.config, &program, &self.dir, upper, cgroup).await
+    }
+
+    /// Tells that it runs: at once as ready where nobody has to be asked first.
+    fn tell_running(&self, container: &AgentContainer, life: &Life, pid: u32, at: Timestamp) -> Health {
+        let lifecycle = &container.lifecycle;
+        let started = lifecycle.startup.is_none() && lifecycle.post_start.is_none();
+        let health = Health { started, ready: started && lifecycle.readiness.is_none() };
+        self.change(|state| {
+            let now = &mut state.containers[life.at];
+            now.state = ContainerState::Running { started_at: at, pid };
+            now.running_since = Some(at);
+            (now.started, now.ready) = (health.started, health.ready);
+            state.events.push(InstanceEvent {
+                at,
+                warning: false,
+                reason: "Started".to_owned(),
+                message: format!("Started container {}", container.name),
+                container: Some(container.name.clone()),
+            });
+        });
+        health
+    }
+
+    /// Carries the streams, tends it by hooks and probes, ends it when asked to, and waits for its end.
+    async fn attend(
+        &self,
+        container: &AgentContainer,
+        life: &Arc<Life>,
+        started: Started,
+        run: u32,
+        started_at: Timestamp,
+    ) -> End {
+        let Started { pid, pidfd, mut streams } = started;
+        life.pid.store(pid, Ordering::Relaxed);
+        *lock(&life.terminal) = streams.terminal.take();
+        *lock(&life.input) = streams.stdin.take().and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
+        lock(&life.log).begin(run);
+        // This run's log and that of the one before it are kept, as under the kubelet.
+        if let Some(old) = run.checked_sub(2) {
+            log_write::remove(&self.dir, &container.name, old);
+        }
+        let mut carried = tokio::spawn(carry(
+            self.dir.clone(),
+            container.name.clone(),
+            run,
+            (self.config.log_max_bytes, self.config.log_max_files),
+            life.clone(),
+            streams,
+        ));
+        let health = watch::Sender::new(self.tell_running(container, life, pid, started_at));
+        let (code, signal, why) = self.until_its_end(container, life, &health, &pidfd, pid).await;
+        life.pid.store(0, Ordering::Relaxed);
+        if tokio::time::timeout(DRAIN, &mut carried).await.is_err() {
+            carried.abort();
+        }
+        *lock(&life.input) = None;
+        *lock(&life.terminal) = None;
+        // Those who read this run's log come to its end, also those who come later.
+        lock(&life.log).end();
+        let _ = life.output.send((STATUS, Bytes::copy_from_slice(&code.to_be_bytes())));
+        End { code, signal, why }
+    }
+
+    async fn until_its_end(
+        &self,
+        container: &AgentContainer,
+        life: &Life,
+        health: &watch::Sender<Health>,
+        pidfd: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>,
+        pid: u32,
+    ) -> (i32, Option<i32>, Option<Why>) {
+        let own_grace = Duration::from_secs(self.config.termination_grace_period_seconds.into());
+        let (mut end, mut seen) = (life.end.subscribe(), health.subscribe());
+        let (mut why, mut deadline, mut told) = (None, None::<Instant>, false);
+        let mut ended = std::pin::pin!(launch::ended(pidfd, pid));
+        let mut tended = std::pin::pin!(self.tend(container, life, health));
+        let mut asked_to_end = std::pin::pin!(self.ask_to_end(container, life, pid));
+        if health.borrow().started {
+            life.started.send_replace(true);
+        }
+        let (code, signal) = loop {
+            if let Some(by) = *end.borrow_and_update() {
+                why.get_or_insert(Why::Stop);
+                deadline = Some(deadline.map_or(by, |own| own.min(by)));
+            }
+            tokio::select! {
+                end = &mut ended => break end,
+                Ok(()) = end.changed() => {}
+                () = life.restart.notified(), if why.is_none() => {
+                    why = Some(Why::Restart);
+                    deadline = Some(Instant::now() + own_grace);
+                }
+                grace = &mut tended, if why.is_none() => {
+                    why = Some(Why::Ill);
+                    deadline = Some(Instant::now() + grace.unwrap_or(own_grace));
+                }
+                Ok(()) = seen.changed() => self.tell_health(life, *seen.borrow()),
+                () = &mut asked_to_end, if deadline.is_some() && !told => {
+                    told = true;
+                    if container.lifecycle.pre_stop.is_some() {
+                        deadline = deadline.map(|by| by.max(Instant::now() + AFTER_HOOK));
+                    }
+                }
+                () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    if told {
+                        // The first process of a pid namespace takes all others with it.
+                        let _ = sys::kill(pid, libc::SIGKILL);
+                        break ended.await;
+                    }
+                    self.event(true, "FailedPreStopHook", "PreStopHook did not end within the grace period".to_owned(), container);
+                    let _ = sys::kill(pid, signal::number(&container.stop_signal));
+                    (told, deadline) = (true, Some(Instant::now() + AFTER_HOOK));
+                }
+            }
+        };
+        (code, signal, why)
+    }
+
+    fn tell_health(&self, life: &Life, health: Health) {
+        if health.started {
+            life.started.send_replace(true);
+        }
+        self.change(|state| {
+            let now = &mut state.containers[life.at];
+            (now.started, now.ready) = (health.started, health.ready);
+        });
+    }
+
+    /// Does the hook after the start, then asks the probes. Ends when the container has to, with the grace for that.
+    async fn tend(&self, container: &AgentContainer, life: &Life, health: &watch::Sender<Health>) -> Option<Duration> {
+        if let Some(action) = &container.lifecycle.post_start
+            && let Err(Unwell(why)) = check::perform(self, life, action, HOOK_LIMIT).await
+        {
+            self.event(true, "FailedPostStartHook", format!("PostStartHook failed: {why}"), container);
+            let message = format!("FailedPostStartHook: container {} is ended", container.name);
+            self.event(false, "Killing", message, container);
+            return None;
+        }
+        life.begun.send_replace(true);
+        let Verdict { probe, grace } = probe::watch(self, life, health).await;
+        let message = format!("Container {} failed {probe} probe, will be restarted", container.name);
+        self.event(false, "Killing", message, container);
+        grace
+    }
+
+    /// Does the hook before the end, then sends the stop signal.
+    async fn ask_to_end(&self, container: &AgentContainer, life: &Life, pid: u32) {
+        if let Some(action) = &container.lifecycle.pre_stop
+            && let Err(Unwell(why)) = check::perform(self, life, action, HOOK_LIMIT).await
+        {
+            self.event(true, "FailedPreStopHook", format!("PreStopHook failed: {why}"), container);
+        }
+        let _ = sys::kill(pid, signal::number(&container.stop_signal));
+    }
+}
+
+/// From the streams into the log and to those who attached, at the pace of the log.
+async fn carry(dir: PathBuf, container: String, run: u32, limits: (u64, u32), life: Arc<Life>, streams: Streams) {
+    let log = match LogWriter::open(&dir, &container, run, limits.0, limits.1) {
+        Ok(log) => Mutex::new(log),
+        Err(error) => return eprintln!("cannot open the log of {container}: {error}"),
+    };
+    let one = async |fd: Option<std::os::fd::OwnedFd>, channel: u8, name: &str| -> io::Result<()> {
+        let Some(fd) = fd else { return Ok(()) };
+        let pipe = Pipe::reader(fd)?;
+        let (mut splitter, mut buffer) = (LineSplitter::default(), vec![0; 8 << 10]);
+        loop {
+            let count = pipe.read(&mut buffer).await?;
+            if count == 0 {
+                let done = splitter.finish(&mut lock(&log), name);
+                lock(&life.log).written();
+                return done;
+            }
+            // A full disk must not end the container: what cannot be written is lost, and said.
+            if let Err(error) = splitter.push(&mut lock(&log), name, &buffer[..count]) {
+                eprintln!("cannot write the log of {container}: {error}");
+            }
+            lock(&life.log).written();
+            if life.output.receiver_count() > 0 {
+                let _ = life.output.send((channel, Bytes::copy_from_slice(&buffer[..count])));
+            }
+        }
+    };
+    let both = tokio::join!(one(streams.stdout, 1, "stdout"), one(streams.stderr, 2, "stderr"));
+    for error in [both.0.err(), both.1.err()].into_iter().flatten() {
+        eprintln!("cannot read the output of {container}: {error}");
+    }
+}
+
+/// The end of a container whose program never ran; 128 as the kubelet has it.
+fn not_started(reason: &str, message: String) -> Termination {
+    let (reason, finished_at) = (reason.to_owned(), Timestamp::now());
+    Termination { exit_code: 128, signal: None, reason, message, started_at: None, finished_at }
+}

@@ -1,0 +1,216 @@
+//! The probes of one run of a container: asked at their times, counted against their thresholds, told as readiness, as
+//! "started", or as the verdict that ends the run. The rules are those of the Kubernetes probe documentation: before the
+//! startup probe was good the others wait; readiness begins as not ready, liveness as alive.
+
+use std::time::Duration;
+
+use joey_api::agent::AgentContainer;
+use joey_api::lifecycle::Probe;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::check::{self, Unwell};
+use crate::debugged;
+use crate::life::Life;
+use crate::supervisor::Agent;
+
+/// How long the same words about a probe are not said again.
+const QUIET: Duration = Duration::from_secs(300);
+
+/// How a run is, as its probes see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Health {
+    pub started: bool,
+    pub ready: bool,
+}
+
+/// What ends a run: the probe that failed and the grace it gives, if it has one of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    pub probe: &'static str,
+    pub grace: Option<Duration>,
+}
+
+/// Asks until a probe fails for good; never ends otherwise.
+pub async fn watch(agent: &Agent, life: &Life, health: &watch::Sender<Health>) -> Verdict {
+    let container = &agent.config.containers[life.at];
+    let begun = Instant::now();
+    if let Some(probe) = &container.lifecycle.startup {
+        let mut counted = Counted::new(probe, Answer::Unknown);
+        let mut asking = Asking::new(agent, life, container, "Startup", probe, begun);
+        loop {
+            match counted.count(asking.ask().await) {
+                Some(Answer::Good) => break,
+                Some(Answer::Bad) => return verdict("startup", probe),
+                _ => {}
+            }
+        }
+    }
+    let ready = container.lifecycle.readiness.is_none();
+    health.send_if_modified(|health| {
+        let now = Health { started: true, ready };
+        std::mem::replace(health, now) != now
+    });
+    let liveness = async {
+        let Some(probe) = &container.lifecycle.liveness else { return std::future::pending().await };
+        let mut counted = Counted::new(probe, Answer::Good);
+        let mut asking = Asking::new(agent, life, container, "Liveness", probe, begun);
+        loop {
+            let answer = asking.ask().await;
+            if answer.is_err()
+                && let Some(by) = debugged::held(agent, life)
+            {
+                // It counts again from the beginning when the debugger leaves.
+                counted = Counted::new(probe, Answer::Good);
+                asking.say_held(&by);
+                continue;
+            }
+            if counted.count(answer) == Some(Answer::Bad) {
+                return verdict("liveness", probe);
+            }
+        }
+    };
+    let readiness = async {
+        let Some(probe) = &container.lifecycle.readiness else { return std::future::pending().await };
+        let mut counted = Counted::new(probe, Answer::Bad);
+        let mut asking = Asking::new(agent, life, container, "Readiness", probe, begun);
+        loop {
+            if let Some(answer) = counted.count(asking.ask().await) {
+                health.send_if_modified(|health| {
+                    let ready = answer == Answer::Good;
+                    std::mem::replace(&mut health.ready, ready) != ready
+                });
+            }
+        }
+    };
+    tokio::select! {
+        verdict = liveness => verdict,
+        never = readiness => never,
+    }
+}
+
+fn verdict(probe: &'static str, asked: &Probe) -> Verdict {
+    let grace = asked.termination_grace_period_seconds.map(|seconds| Duration::from_secs(seconds.into()));
+    Verdict { probe, grace }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Good,
+    Bad,
+    Unknown,
+}
+
+/// Answers in a row, against the thresholds.
+struct Counted {
+    believed: Answer,
+    last: Answer,
+    row: u32,
+    needed: (u32, u32),
+}
+
+impl Counted {
+    fn new(probe: &Probe, at_first: Answer) -> Self {
+        let needed = (probe.success_threshold.max(1), probe.failure_threshold.max(1));
+        Self { believed: at_first, last: Answer::Unknown, row: 0, needed }
+    }
+
+    /// What is believed from now on, when that is news.
+    fn count(&mut self, answer: Result<(), Unwell>) -> Option<Answer> {
+        let answer = if answer.is_ok() { Answer::Good } else { Answer::Bad };
+        self.row = if answer == self.last { self.row.saturating_add(1) } else { 1 };
+        self.last = answer;
+        let needed = if answer == Answer::Good { self.needed.0 } else { self.needed.1 };
+        if self.row < needed || self.believed == answer {
+            return None;
+        }
+        self.believed = answer;
+        Some(answer)
+    }
+}
+
+/// Asks one probe at its times.
+struct Asking<'a> {
+    agent: &'a Agent,
+    life: &'a Life,
+    container: &'a AgentContainer,
+    name: &'static str,
+    probe: &'a Probe,
+    times: tokio::time::Interval,
+    said: Option<(String, Instant)>,
+}
+
+impl<'a> Asking<'a> {
+    fn new(
+        agent: &'a Agent,
+        life: &'a Life,
+        container: &'a AgentContainer,
+        name: &'static str,
+        probe: &'a Probe,
+        begun: Instant,
+    ) -> Self {
+        let first = begun + Duration::from_secs(probe.initial_delay_seconds.into());
+        let period = Duration::from_secs(probe.period_seconds.max(1).into());
+        let mut times = tokio::time::interval_at(first.max(Instant::now()), period);
+        times.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { agent, life, container, name, probe, times, said: None }
+    }
+
+    async fn ask(&mut self) -> Result<(), Unwell> {
+        self.times.tick().await;
+        let limit = Duration::from_secs(self.probe.timeout_seconds.max(1).into());
+        let answer = check::perform(self.agent, self.life, &self.probe.action, limit).await;
+        if let Err(unwell) = &answer {
+            self.say(format!("{} probe failed: {}", self.name, unwell.0));
+        }
+        answer
+    }
+
+    fn say_held(&mut self, by: &str) {
+        self.say(format!("{} probe failed, and does not count while {by}", self.name));
+    }
+
+    /// Tells it as an event, but the same words not again and again.
+    fn say(&mut self, words: String) {
+        let known = self.said.as_ref().is_some_and(|(said, at)| *said == words && at.elapsed() < QUIET);
+        if !known {
+            self.agent.event(true, "Unhealthy", words.clone(), self.container);
+            self.said = Some((words, Instant::now()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use joey_api::lifecycle::Action;
+
+    use super::*;
+
+    fn probe(success_threshold: u32, failure_threshold: u32) -> Probe {
+        Probe {
+            action: Action::Sleep { seconds: 0 },
+            initial_delay_seconds: 0,
+            timeout_seconds: 1,
+            period_seconds: 1,
+            success_threshold,
+            failure_threshold,
+            termination_grace_period_seconds: None,
+        }
+    }
+
+    fn counts(mut counted: Counted, answers: &str) -> Vec<Option<Answer>> {
+        let bad = || Err(Unwell(String::new()));
+        answers.chars().map(|answer| counted.count(if answer == '+' { Ok(()) } else { bad() })).collect()
+    }
+
+    #[test]
+    fn thresholds_count_answers_in_a_row() {
+        use Answer::{Bad, Good};
+        let ready = counts(Counted::new(&probe(2, 3), Bad), "++-+---++");
+        assert_eq!(ready, [None, Some(Good), None, None, None, None, Some(Bad), None, Some(Good)]);
+        let alive = counts(Counted::new(&probe(1, 3), Good), "--+---");
+        assert_eq!(alive, [None, None, None, None, None, Some(Bad)]);
+        let started = counts(Counted::new(&probe(1, 2), Answer::Unknown), "-+");
+        assert_eq!(started, [None, Some(Good)]);
+    }
+}

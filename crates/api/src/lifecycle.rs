@@ -1,0 +1,133 @@
+//! What is done to a container while it lives: probes, hooks, and how its end is told. Field meanings and limits are those of
+//! the Kubernetes API (v1 `Probe`, `Lifecycle`); ports are numbers here, names were looked up before.
+
+use serde::{Deserialize, Serialize};
+
+/// One thing to do to a container, or to ask of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Action {
+    /// A program in the container; good when it exits 0.
+    #[serde(rename_all = "camelCase")]
+    Exec { command: Vec<String> },
+    /// A GET; good when the answer is 200 to 399. Certificates are not checked, as under the kubelet.
+    HttpGet(HttpGet),
+    /// Good when the connection is taken.
+    #[serde(rename_all = "camelCase")]
+    TcpSocket {
+        /// The instance's own address when not given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        host: Option<String>,
+        port: u16,
+    },
+    /// `grpc.health.v1.Health/Check`; good when it answers SERVING.
+    #[serde(rename_all = "camelCase")]
+    Grpc {
+        port: u16,
+        #[serde(default)]
+        service: String,
+    },
+    /// Waits; for hooks only.
+    #[serde(rename_all = "camelCase")]
+    Sleep { seconds: u32 },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HttpGet {
+    /// The instance's own address when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    pub port: u16,
+    /// Path and query, from `/` on.
+    pub path: String,
+    #[serde(default)]
+    pub https: bool,
+    /// Name and value, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<(String, String)>,
+}
+
+/// An action that is asked again and again. Seconds and counts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Probe {
+    pub action: Action,
+    #[serde(default)]
+    pub initial_delay_seconds: u32,
+    #[serde(default = "one")]
+    pub timeout_seconds: u32,
+    #[serde(default = "ten")]
+    pub period_seconds: u32,
+    #[serde(default = "one")]
+    pub success_threshold: u32,
+    #[serde(default = "three")]
+    pub failure_threshold: u32,
+    /// Grace of an end that this probe brings; the instance's own when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub termination_grace_period_seconds: Option<u32>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn three() -> u32 {
+    3
+}
+
+fn ten() -> u32 {
+    10
+}
+
+/// Probes and hooks of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Lifecycle {
+    /// While it has not been good, the other probes wait; when it fails, the container is ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub startup: Option<Probe>,
+    /// When it fails, the container is ended and started again by its policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub liveness: Option<Probe>,
+    /// While it fails, the container is not ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub readiness: Option<Probe>,
+    /// Done as soon as the container's process runs; when it fails, the container is ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_start: Option<Action>,
+    /// Done before the container is asked to end, within its grace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_stop: Option<Action>,
+    /// `SIGTERM`, `15` …; the image's when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<String>,
+}
+
+/// Where a container's last words are taken from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LastWords {
+    /// File in the container; at most 4096 bytes are read.
+    pub path: String,
+    /// When the file is empty and the container failed: the end of its log, at most 2048 bytes or 80 lines.
+    #[serde(default)]
+    pub or_log: bool,
+}
+
+impl Default for LastWords {
+    fn default() -> Self {
+        Self { path: "/dev/termination-log".to_owned(), or_log: false }
+    }
+}
+
+/// What a container is to its instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Role {
+    #[default]
+    Main,
+    /// Runs to its end before those after it start.
+    Init,
+    /// Started in its place among the init containers, and runs until the main ones have ended.
+    Sidecar,
+}

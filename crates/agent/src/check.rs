@@ -15,8 +15,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use crate::launch::{self, Program};
-use crate::stream::Pipe;
 use crate::life::Life;
+use crate::stream::Pipe;
 use crate::supervisor::Agent;
 use crate::{certificate, sys};
 
@@ -74,7 +74,8 @@ async fn exec(agent: &Agent, life: &Life, command: &[String], limit: Duration) -
     let program = Program { container, args: command, stdin: false, tty: false };
     let cgroup = agent.cgroup.child(&container.name);
     let init = life.running().ok_or_else(|| Unwell("container is not running".to_owned()))?;
-    let started = launch::further(&program, init, &cgroup).await.map_err(|failure| Unwell(failure.message().to_owned()))?;
+    let started =
+        launch::further(&program, init, &cgroup).await.map_err(|failure| Unwell(failure.message().to_owned()))?;
     // A task of its own: also when nobody waits any more, the process is ended in time and reaped.
     let (code, text) = tokio::spawn(to_its_end(started, limit)).await.map_err(|error| Unwell(error.to_string()))?;
     match code {
@@ -238,7 +239,8 @@ impl Drop for Background {
 /// One call of the gRPC health protocol (`grpc.health.v1`). Its two messages have one field each, so they are written and read
 /// here: `HealthCheckRequest.service` is field 1, text; `HealthCheckResponse.status` is field 1, an enumeration.
 async fn grpc(place: &str, service: &str) -> Result<(), Unwell> {
-    let said = |error: &dyn std::fmt::Display| Unwell(format!("health check of service \"{service}\" at {place}: {error}"));
+    let said =
+        |error: &dyn std::fmt::Display| Unwell(format!("health check of service \"{service}\" at {place}: {error}"));
     let plain = connect(place).await?;
     let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(plain))
         .await
@@ -259,11 +261,14 @@ async fn grpc(place: &str, service: &str) -> Result<(), Unwell> {
     match (status, health_answer(&whole.to_bytes())) {
         (0, Some(1)) => Ok(()),
         (0, Some(other)) => {
-            let name = ["UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"].get(other as usize).unwrap_or(&"UNKNOWN");
+            let name =
+                ["UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"].get(other as usize).unwrap_or(&"UNKNOWN");
             Err(Unwell(format!("service unhealthy (responded with \"{name}\")")))
         }
         (0, None) => Err(said(&"the answer is not understood")),
-        (12, _) => Err(Unwell(format!("this server does not implement the grpc health protocol (grpc.health.v1.Health): {place}"))),
+        (12, _) => Err(Unwell(format!(
+            "this server does not implement the grpc health protocol (grpc.health.v1.Health): {place}"
+        ))),
         (5, _) => Err(said(&"the server does not know the service")),
         (code, _) => Err(said(&format_args!("rpc error: code = {code}"))),
     }
@@ -302,7 +307,6 @@ fn health_answer(bytes: &[u8]) -> Option<u8> {
         _ => None,
     }
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -35,10 +35,8 @@ pub enum Failure {
 
 impl Failure {
     pub fn message(&self) -> &str {
-        let (Self::Config(message)
-        | Self::Create(message)
-        | Self::Start(message)
-        | Self::Program { message, .. }) = self;
+        let (Self::Config(message) | Self::Create(message) | Self::Start(message) | Self::Program { message, .. }) =
+            self;
         message
     }
 

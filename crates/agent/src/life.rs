@@ -6,7 +6,7 @@
 //!        │ ▼
 //! Waiting(ContainerCreating) ─► Running ─► Terminated ─► (policy says no: settled)
 //!                                  ▲           │
-//!                                  └─ Waiting(CrashLoopBackOff) ◄┘ 10 s, 20 s … 300 s; 10 s again after 10 min of running
+//!                                  └─ Waiting(CrashLoopBackOff) ◄┘ 0 s, 10 s, 20 s … 300 s; 0 s again after 10 min of running
 //! ```
 
 use std::io;
@@ -34,7 +34,7 @@ use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock, waiting};
 use crate::{last_words, signal, sys};
 
-/// Back-off after a container's end, as the kubelet has it.
+/// Back-off after a container's end, as the kubelet has it: the first restart comes at once.
 const FIRST_DELAY: Duration = Duration::from_secs(10);
 const LAST_DELAY: Duration = Duration::from_secs(300);
 const GOOD_RUN: Duration = Duration::from_secs(600);
@@ -204,7 +204,7 @@ impl Agent {
     async fn runs(&self, life: &Arc<Life>) -> Option<i32> {
         let (at, container) = (life.at, &self.config.containers[life.at]);
         let policy = self.policy(container);
-        let mut delay = FIRST_DELAY;
+        let mut delay = Duration::ZERO;
         let mut code = None;
         self.change(|state| state.containers[at].state = waiting("ContainerCreating", String::new()));
         loop {
@@ -223,8 +223,9 @@ impl Agent {
             life.begun.send_replace(true);
             let again = !life.is_ending() && (asked || policy.restarts(ended.exit_code));
             if begun.elapsed() >= GOOD_RUN {
-                delay = FIRST_DELAY;
+                delay = Duration::ZERO;
             }
+            let waits = again && !asked && !delay.is_zero();
             self.change(|state| {
                 let now = &mut state.containers[at];
                 (now.running_since, now.started) = (None, false);
@@ -232,7 +233,7 @@ impl Agent {
                 now.ready = !again && container.role == Role::Init && ended.exit_code == 0;
                 now.state = match again {
                     false => ContainerState::Terminated(ended.clone()),
-                    true if asked => waiting("ContainerCreating", String::new()),
+                    true if !waits => waiting("ContainerCreating", String::new()),
                     true => waiting(
                         "CrashLoopBackOff",
                         format!("back-off {}s restarting failed container={}", delay.as_secs(), container.name),
@@ -245,12 +246,12 @@ impl Agent {
             if !again {
                 return code;
             }
+            if waits && !self.back_off(container, life, delay).await {
+                self.change(|state| state.containers[at].state = ContainerState::Terminated(ended));
+                return code;
+            }
             if !asked {
-                if !self.back_off(container, life, delay).await {
-                    self.change(|state| state.containers[at].state = ContainerState::Terminated(ended));
-                    return code;
-                }
-                delay = (delay * 2).min(LAST_DELAY);
+                delay = (delay * 2).clamp(FIRST_DELAY, LAST_DELAY);
             }
             life.run.fetch_add(1, Ordering::Relaxed);
             self.change(|state| state.containers[at].restart_count += 1);
@@ -319,7 +320,10 @@ impl Agent {
                 let asked = end.why == Some(Why::Restart);
                 let (exit_code, signal, reason) = (end.code, end.signal, reason.to_owned());
                 let (started_at, finished_at) = (Some(started_at), Timestamp::now());
-                Outcome::Ended { end: Termination { exit_code, signal, reason, message, started_at, finished_at }, asked }
+                Outcome::Ended {
+                    end: Termination { exit_code, signal, reason, message, started_at, finished_at },
+                    asked,
+                }
             }
         }
     }

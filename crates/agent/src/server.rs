@@ -19,9 +19,9 @@ use joey_rpc::{Body, empty_answer, fault_answer, into_stream, json_answer, lines
 use tokio::sync::{mpsc, watch};
 
 use crate::launch::{self, Program};
+use crate::life::{LOG_ENDED, Life};
 use crate::log_read;
 use crate::stream::Pipe;
-use crate::life::{LOG_ENDED, Life};
 use crate::supervisor::{Agent, lock};
 use crate::sys;
 

@@ -1,84 +1,15 @@
 //! Class `runc` with the real agent and real processes: the conformance suite and what only real isolation can show.
 //! Needs root and Debian's busybox-static.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use joey_api::agent::{AgentMount, AgentVolume};
 use joey_api::instance::{ContainerState, LogOptions, Resources, WireRestartPolicy};
-use joey_sandbox::conformance::{self, Bench, exec, logs, running, state_where, termination};
-use joey_sandbox::{AgentClient, RuncConfig, runc};
+use joey_sandbox::AgentClient;
+use joey_sandbox::conformance::{self, exec, logs, running, state_where, termination};
 
-/// A bench that removes its directory and cgroup root at the end.
-struct Ground(Bench);
-
-impl Drop for Ground {
-    fn drop(&mut self) {
-        let name = self.0.cgroup_root.trim_start_matches('/').to_owned();
-        for controller in ["memory", "cpu", "cpuacct", "pids", ""] {
-            let root = Path::new("/sys/fs/cgroup").join(controller).join(&name);
-            // Tests leave nothing, which they look at themselves; one that panics leaves all.
-            for _ in 0..200 {
-                if !std::thread::panicking() || end_all(&root) {
-                    break;
-                }
-                std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-            let _ = std::fs::remove_dir(root);
-        }
-        let _ = std::fs::remove_dir_all(&self.0.dir);
-    }
-}
-
-/// Kills what is in a cgroup tree and removes it; true when nothing is left.
-fn end_all(place: &Path) -> bool {
-    let Ok(entries) = std::fs::read_dir(place) else { return true };
-    for child in entries.flatten().filter(|entry| entry.path().is_dir()) {
-        end_all(&child.path());
-    }
-    let pids = std::fs::read_to_string(place.join("cgroup.procs")).unwrap_or_default();
-    for pid in pids.lines().filter_map(|line| line.parse::<i32>().ok()) {
-        // SAFETY: integers, and a null status; the pid is that of a process in the test's own cgroup.
-        unsafe {
-            libc::kill(pid, libc::SIGKILL);
-            libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG);
-        }
-    }
-    std::fs::remove_dir(place).is_ok()
-}
-
-fn ground(name: &str) -> Option<Ground> {
-    // SAFETY: takes nothing and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    let Some(busybox) = ["/bin/busybox", "/usr/bin/busybox"].iter().find(|path| Path::new(path).exists()) else {
-        eprintln!("SKIPPED: needs Debian's busybox-static");
-        return None;
-    };
-    if !root {
-        eprintln!("SKIPPED: needs root");
-        return None;
-    }
-    let unique = format!("joey-test-{name}-{}", std::process::id());
-    let dir = std::env::temp_dir().join(&unique);
-    let layer = dir.join("layer");
-    for place in ["bin", "etc", "tmp", "secret"] {
-        std::fs::create_dir_all(layer.join(place)).unwrap();
-    }
-    std::fs::copy(busybox, layer.join("bin/busybox")).unwrap();
-    for applet in [
-        "sh", "sleep", "cat", "ls", "mount", "id", "hostname", "grep", "mknod", "seq", "stty", "ps", "dd", "chmod",
-        "touch", "readlink", "ln", "stat",
-    ] {
-        std::os::unix::fs::symlink("busybox", layer.join("bin").join(applet)).unwrap();
-    }
-    std::fs::write(layer.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n").unwrap();
-    std::fs::write(layer.join("bin/garbage"), [0u8; 64]).unwrap();
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(layer.join("bin/garbage"), std::fs::Permissions::from_mode(0o755)).unwrap();
-    let cgroup_root = format!("/{unique}");
-    let agent_binary = PathBuf::from(env!("CARGO_BIN_EXE_joey-agent"));
-    let class = runc(RuncConfig { agent_binary, cgroup_root: cgroup_root.clone() });
-    Some(Ground(Bench { class, dir, layers: vec![layer], cgroup_root }))
-}
+mod ground;
+use ground::ground;
 
 #[tokio::test]
 async fn conforms() {

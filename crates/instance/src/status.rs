@@ -172,10 +172,8 @@ mod tests {
             (RestartPolicy::Never, vec![(side, ended(143)), (main, ended(0))], WirePhase::Succeeded),
             (RestartPolicy::Never, vec![(side, ended(0)), (main, ended(2))], WirePhase::Failed),
         ] {
-            let containers: Vec<_> = states
-                .into_iter()
-                .map(|(role, state)| ContainerStatus { role, ..container(state, false) })
-                .collect();
+            let containers: Vec<_> =
+                states.into_iter().map(|(role, state)| ContainerStatus { role, ..container(state, false) }).collect();
             assert_eq!(phase(policy, &containers), expected, "{policy:?} {containers:?}");
         }
     }

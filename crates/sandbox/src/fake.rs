@@ -113,7 +113,8 @@ impl FakeAgent {
                 ready: exit.is_none(),
             });
         }
-        let state = AgentState { version: VERSION, sequence: 1, containers, events: Vec::new(), stopping: false, failed: None };
+        let state =
+            AgentState { version: VERSION, sequence: 1, containers, events: Vec::new(), stopping: false, failed: None };
         Self {
             state: Arc::new(watch::Sender::new(state)),
             logs: Arc::new(logs),

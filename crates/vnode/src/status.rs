@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 use joey_api::instance::{ContainerState as State, ContainerStatus as Container, Instance, Termination, WirePhase};
 use k8s_openapi::api::core::v1::{
-    self as core, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP,
-    Pod, PodCondition, PodIP, PodSpec, PodStatus,
+    self as core, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
+    ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodSpec, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -24,15 +24,14 @@ fn seconds(at: Timestamp) -> Time {
 pub fn of_instance(pod: &Pod, before: &PodStatus, instance: &Instance, host: IpAddr, now: Timestamp) -> PodStatus {
     let spec = pod.spec.clone().unwrap_or_default();
     let status = &instance.status;
-    let (inits, containers) = of_containers(&spec, |name, image| {
-        match status.containers.iter().find(|container| container.name == name) {
+    let (inits, containers) =
+        of_containers(&spec, |name, image| match status.containers.iter().find(|container| container.name == name) {
             Some(container) => container_status(container),
             None => {
                 let reason = status.reason.as_deref().unwrap_or("ContainerCreating");
                 waiting(name, image, reason, status.message.as_deref().unwrap_or_default())
             }
-        }
-    });
+        });
     let phase = match status.phase {
         WirePhase::Pending | WirePhase::Starting => "Pending",
         WirePhase::Running => "Running",
@@ -188,8 +187,7 @@ fn conditions(
         inits.into_iter().any(|init| init.name == name && init.restart_policy.as_deref() == Some("Always"))
     };
     let sidecars = inits.iter().filter(|c| is_sidecar(&c.name));
-    let unready: Vec<&str> =
-        sidecars.chain(containers).filter(|c| !c.ready).map(|c| c.name.as_str()).collect();
+    let unready: Vec<&str> = sidecars.chain(containers).filter(|c| !c.ready).map(|c| c.name.as_str()).collect();
     // A sidecar has done its part of the start when it has started, another when it is done.
     let begun = |c: &&ContainerStatus| if is_sidecar(&c.name) { c.started == Some(true) } else { c.ready };
     let incomplete: Vec<&str> = inits.iter().filter(|c| !begun(c)).map(|c| c.name.as_str()).collect();

@@ -66,12 +66,7 @@ fn probe(at: &str, asked: &core::Probe, ports: &[core::ContainerPort], notes: &m
     })
 }
 
-fn hook(
-    at: &str,
-    asked: core::LifecycleHandler,
-    ports: &[core::ContainerPort],
-    notes: &mut Notes,
-) -> Option<Action> {
+fn hook(at: &str, asked: core::LifecycleHandler, ports: &[core::ContainerPort], notes: &mut Notes) -> Option<Action> {
     let core::LifecycleHandler { exec, http_get, sleep, tcp_socket } = asked;
     let action = match (exec, http_get, sleep, tcp_socket) {
         (Some(exec), None, None, None) => Ok(program(&exec)),
@@ -79,9 +74,7 @@ fn hook(
         (None, None, Some(core::SleepAction { seconds }), None) => u32::try_from(seconds)
             .map(|seconds| Action::Sleep { seconds })
             .map_err(|_| format!("a sleep of {seconds} s is none")),
-        (None, None, None, Some(_)) => {
-            Err("tcpSocket is no hook in Kubernetes: use httpGet, exec or sleep".to_owned())
-        }
+        (None, None, None, Some(_)) => Err("tcpSocket is no hook in Kubernetes: use httpGet, exec or sleep".to_owned()),
         _ => Err("exactly one of exec, httpGet and sleep is needed".to_owned()),
     };
     action.map_err(|fault| notes.faults.push(format!("{at}: {fault}"))).ok()

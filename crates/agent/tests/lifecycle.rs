@@ -1,0 +1,297 @@
+//! What a Pod's containers go through, with the real agent and real processes: order, hooks, probes, last words, deadlines.
+//! Needs root and Debian's busybox-static.
+
+use std::time::{Duration, Instant};
+
+use joey_api::agent::{AgentContainer, AgentMount, AgentState, AgentVolume};
+use joey_api::instance::{ContainerState, LogOptions, WireRestartPolicy};
+use joey_api::lifecycle::{Action, LastWords, Probe, Role};
+use joey_sandbox::conformance::{Bench, container, exec, logs, running, state_where, termination};
+use joey_sandbox::{AgentClient, CreateRequest};
+
+mod ground;
+use ground::ground;
+
+/// Containers by name, role and script, with a volume that all of them see.
+fn pod(bench: &Bench, number: u64, policy: WireRestartPolicy, containers: &[(&str, Role, &str)]) -> CreateRequest {
+    let mut request = bench.request(number, "");
+    request.config.restart_policy = policy;
+    request.config.volumes = vec![AgentVolume { name: "all".to_owned(), memory: true, size_limit_bytes: None }];
+    let mount = AgentMount { volume: "all".to_owned(), path: "/all".to_owned(), read_only: false };
+    let made = containers.iter().map(|(name, role, script)| AgentContainer {
+        role: *role,
+        restart_policy: (*role == Role::Sidecar).then_some(WireRestartPolicy::Always),
+        mounts: vec![mount.clone()],
+        ..container(name, script, &bench.layers)
+    });
+    request.config.containers = made.collect();
+    request
+}
+
+fn shell(script: &str) -> Action {
+    Action::Exec { command: ["/bin/sh", "-c", script].map(str::to_owned).to_vec() }
+}
+
+/// Asked every second, believed at once.
+fn probe(script: &str) -> Probe {
+    Probe {
+        action: shell(script),
+        initial_delay_seconds: 0,
+        timeout_seconds: 1,
+        period_seconds: 1,
+        success_threshold: 1,
+        failure_threshold: 1,
+        termination_grace_period_seconds: None,
+    }
+}
+
+async fn started(bench: &Bench, request: &CreateRequest) -> AgentClient {
+    AgentClient::new(bench.create(request).await.agent().clone())
+}
+
+fn waits(state: &AgentState, container: usize, reason: &str) -> bool {
+    matches!(&state.containers[container].state, ContainerState::Waiting { reason: told, .. } if told == reason)
+}
+
+fn has_event(state: &AgentState, reason: &str, words: &str) -> bool {
+    state.events.iter().any(|event| event.reason == reason && event.message.contains(words))
+}
+
+#[tokio::test]
+async fn init_containers_in_order_then_the_others() {
+    let Some(ground) = ground("inits") else { return };
+    let bench = &ground.0;
+    let request = pod(
+        bench,
+        1,
+        WireRestartPolicy::Never,
+        &[
+            ("first", Role::Init, "sleep 0.3; echo first >> /all/order"),
+            ("second", Role::Init, "echo second >> /all/order"),
+            ("main", Role::Main, "cat /all/order"),
+        ],
+    );
+    let agent = started(bench, &request).await;
+    assert_eq!(termination(&agent, 2).await.exit_code, 0);
+    assert_eq!(logs(&agent, "main", &LogOptions::default()).await, "first\nsecond\n");
+    let state = agent.state().await.unwrap();
+    assert!(state.containers[..2].iter().all(|init| init.ready), "what is done is ready: {state:?}");
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_failed_init_container_holds_the_rest_back() {
+    let Some(ground) = ground("initfails") else { return };
+    let bench = &ground.0;
+    let containers = [("init", Role::Init, "exit 3"), ("main", Role::Main, "touch /all/ran")];
+    let never = pod(bench, 1, WireRestartPolicy::Never, &containers);
+    let agent = started(bench, &never).await;
+    assert_eq!(termination(&agent, 0).await.exit_code, 3);
+    assert!(waits(&agent.state().await.unwrap(), 1, "PodInitializing"));
+    bench.destroy(&never).await;
+
+    let always = pod(bench, 2, WireRestartPolicy::Always, &containers);
+    let agent = started(bench, &always).await;
+    let state = state_where(&agent, |state| waits(state, 0, "CrashLoopBackOff")).await;
+    assert_eq!(state.containers[0].restart_count, 1, "the first restart comes at once, the second waits");
+    assert!(waits(&state, 1, "PodInitializing"), "{state:?}");
+    bench.destroy(&always).await;
+}
+
+const SIDECAR: &str = "trap 'echo side ends >> /all/order; exit 0' TERM; echo side >> /all/order; \
+                       while true; do sleep 0.05; done";
+
+#[tokio::test]
+async fn sidecars_begin_before_and_end_after() {
+    let Some(ground) = ground("sidecar") else { return };
+    let bench = &ground.0;
+    let mut request = pod(
+        bench,
+        1,
+        WireRestartPolicy::Never,
+        &[
+            ("side", Role::Sidecar, SIDECAR),
+            ("main", Role::Main, "echo main >> /all/order; sleep 0.3; echo main ends >> /all/order"),
+        ],
+    );
+    request.config.containers[0].lifecycle.startup = Some(probe("test -s /all/order"));
+    let agent = started(bench, &request).await;
+    let side = termination(&agent, 0).await;
+    assert_eq!(side.exit_code, 0, "{side:?}");
+    assert_eq!(order(&request, &agent).await, "side\nmain\nmain ends\nside ends\n");
+    bench.destroy(&request).await;
+
+    let request = pod(
+        bench,
+        2,
+        WireRestartPolicy::Always,
+        &[
+            ("side", Role::Sidecar, SIDECAR),
+            (
+                "main",
+                Role::Main,
+                "trap 'sleep 0.3; echo main ends >> /all/order; exit 0' TERM; while true; do sleep 0.05; done",
+            ),
+        ],
+    );
+    let agent = started(bench, &request).await;
+    state_where(&agent, |state| state.containers.iter().all(|container| container.ready)).await;
+    // The traps are set soon after the shells run.
+    exec(&agent, &["/bin/sh", "-c", "while ! test -s /all/order; do sleep 0.05; done; sleep 0.2"]).await;
+    agent.stop(5).await.unwrap();
+    termination(&agent, 0).await;
+    assert_eq!(order(&request, &agent).await, "side\nmain ends\nside ends\n");
+    bench.destroy(&request).await;
+}
+
+/// The order the containers wrote down: seen from outside through the agent's own mounts.
+async fn order(request: &CreateRequest, agent: &AgentClient) -> String {
+    agent.state().await.unwrap();
+    let pid = std::fs::read_to_string(request.dir.join("agent.pid")).unwrap();
+    let pid = pid.split_whitespace().next().unwrap();
+    let place = format!("/proc/{pid}/root{}/volumes/all/order", request.dir.display());
+    std::fs::read_to_string(place).unwrap()
+}
+
+#[tokio::test]
+async fn hooks_are_done_in_their_time() {
+    let Some(ground) = ground("hooks") else { return };
+    let bench = &ground.0;
+    let main = "trap 'echo asked >> /all/order; exit 0' TERM; touch /all/set; while true; do sleep 0.05; done";
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, main)]);
+    let lifecycle = &mut request.config.containers[0].lifecycle;
+    lifecycle.post_start = Some(shell("while ! test -e /all/set; do sleep 0.05; done; echo started >> /all/order"));
+    lifecycle.pre_stop = Some(shell("sleep 0.2; echo hook >> /all/order"));
+    let agent = started(bench, &request).await;
+    state_where(&agent, |state| state.containers[0].ready).await;
+    agent.stop(5).await.unwrap();
+    assert_eq!(termination(&agent, 0).await.exit_code, 0);
+    assert_eq!(order(&request, &agent).await, "started\nhook\nasked\n");
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_hook_before_the_end_has_the_grace_and_no_more() {
+    let Some(ground) = ground("slowhook") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, "sleep 1000")]);
+    request.config.containers[0].lifecycle.pre_stop = Some(shell("sleep 1000"));
+    let agent = started(bench, &request).await;
+    running(&agent).await;
+    let asked = Instant::now();
+    agent.stop(1).await.unwrap();
+    let end = termination(&agent, 0).await;
+    let took = asked.elapsed();
+    assert!(end.exit_code > 128, "{end:?}");
+    assert!(took >= Duration::from_secs(1) && took < Duration::from_secs(5), "{took:?}");
+    assert!(has_event(&agent.state().await.unwrap(), "FailedPreStopHook", "grace period"));
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_failed_hook_after_the_start_ends_the_container() {
+    let Some(ground) = ground("badhook") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Never, &[("main", Role::Main, "sleep 1000")]);
+    request.config.containers[0].lifecycle.post_start = Some(shell("echo it is broken; exit 4"));
+    let agent = started(bench, &request).await;
+    assert!(termination(&agent, 0).await.exit_code > 128);
+    assert!(has_event(&agent.state().await.unwrap(), "FailedPostStartHook", "it is broken"));
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn probes_make_ready_started_and_restarted() {
+    let Some(ground) = ground("probes") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, "sleep 1000")]);
+    let lifecycle = &mut request.config.containers[0].lifecycle;
+    lifecycle.startup = Some(Probe { failure_threshold: 100, ..probe("test -e /all/started") });
+    lifecycle.readiness = Some(probe("test -e /all/ready"));
+    lifecycle.liveness = Some(probe("! test -e /all/ill || { echo feeling ill; exit 1; }"));
+    let agent = started(bench, &request).await;
+    let state = state_where(&agent, |state| has_event(state, "Unhealthy", "Startup probe failed")).await;
+    assert!(!state.containers[0].started && !state.containers[0].ready, "{state:?}");
+    exec(&agent, &["/bin/sh", "-c", "touch /all/started"]).await;
+    let state = state_where(&agent, |state| state.containers[0].started).await;
+    assert!(!state.containers[0].ready, "{state:?}");
+    exec(&agent, &["/bin/sh", "-c", "touch /all/ready"]).await;
+    state_where(&agent, |state| state.containers[0].ready).await;
+    exec(&agent, &["/bin/sh", "-c", "rm /all/ready 2>/dev/null || /bin/busybox rm /all/ready"]).await;
+    state_where(&agent, |state| !state.containers[0].ready && state.containers[0].started).await;
+    exec(&agent, &["/bin/sh", "-c", "touch /all/ill"]).await;
+    let state = state_where(&agent, |state| state.containers[0].restart_count > 0).await;
+    assert!(has_event(&state, "Unhealthy", "Liveness probe failed: feeling ill"), "{state:?}");
+    assert!(has_event(&state, "Killing", "failed liveness probe, will be restarted"), "{state:?}");
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_probe_that_hangs_is_ended_in_time() {
+    let Some(ground) = ground("hang") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, "sleep 1000")]);
+    request.config.containers[0].lifecycle.readiness = Some(probe("sleep 777"));
+    let agent = started(bench, &request).await;
+    state_where(&agent, |state| has_event(state, "Unhealthy", "timed out after 1 s")).await;
+    // The one that is asked now may run; those before it are gone.
+    let (listed, _) = exec(&agent, &["/bin/sh", "-c", "ps | grep -c 'sleep 77[7]'"]).await;
+    assert!(listed.trim().parse::<u32>().unwrap() <= 2, "{listed}");
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn while_a_process_is_traced_liveness_does_not_count() {
+    let Some(ground) = ground("traced") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, "sleep 1000")]);
+    request.config.containers[0].lifecycle.liveness =
+        Some(Probe { initial_delay_seconds: 1, ..probe("! test -e /all/ill") });
+    let agent = started(bench, &request).await;
+    let state = running(&agent).await;
+    let ContainerState::Running { pid, .. } = state.containers[0].state else { unreachable!() };
+    let debugger = ground::Tracer::attach(pid);
+    exec(&agent, &["/bin/sh", "-c", "touch /all/ill"]).await;
+    let state = state_where(&agent, |state| has_event(state, "Unhealthy", "does not count while process")).await;
+    assert_eq!(state.containers[0].restart_count, 0);
+    drop(debugger);
+    state_where(&agent, |state| state.containers[0].restart_count == 1).await;
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn last_words_are_told() {
+    let Some(ground) = ground("words") else { return };
+    let bench = &ground.0;
+    for (number, script, or_log, told) in [
+        (1, "echo noise; echo -n from the file > /dev/termination-log; exit 1", false, "from the file"),
+        (2, "echo the log says; echo why; exit 1", true, "the log says\nwhy\n"),
+        (3, "echo the log says; exit 0", true, ""),
+        (4, "echo the log says; exit 1", false, ""),
+    ] {
+        let mut request = pod(bench, number, WireRestartPolicy::Never, &[("main", Role::Main, script)]);
+        request.config.containers[0].last_words = LastWords { or_log, ..LastWords::default() };
+        let agent = started(bench, &request).await;
+        assert_eq!(termination(&agent, 0).await.message, told, "{script}");
+        bench.destroy(&request).await;
+    }
+    let long = "/bin/busybox seq 100000 > /words; exit 2";
+    let mut request = pod(bench, 5, WireRestartPolicy::Never, &[("main", Role::Main, long)]);
+    request.config.containers[0].last_words = LastWords { path: "/words".to_owned(), or_log: false };
+    let agent = started(bench, &request).await;
+    assert_eq!(termination(&agent, 0).await.message.len(), 4096);
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_pod_whose_time_is_over_has_failed() {
+    let Some(ground) = ground("deadline") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, "sleep 1000")]);
+    request.config.deadline = Some(jiff::Timestamp::now() + jiff::SignedDuration::from_secs(1));
+    let agent = started(bench, &request).await;
+    termination(&agent, 0).await;
+    let failed = agent.state().await.unwrap().failed.expect("a reason");
+    assert_eq!(failed.reason, "DeadlineExceeded");
+    bench.destroy(&request).await;
+}

@@ -6,6 +6,7 @@ use joey_model::id::{check_label, check_subdomain};
 use joey_model::{ErrorKind, Fault, ImageRef};
 
 use crate::instance::{ContainerSpec, InstanceSpec, VolumeSource};
+use crate::lifecycle::{Action, Lifecycle, Role};
 
 /// Capabilities a container has unless it drops them: the default set of Docker and containerd.
 pub const DEFAULT_CAPABILITIES: [&str; 14] = [
@@ -42,8 +43,11 @@ pub fn instance(spec: &InstanceSpec) -> Result<(), Fault> {
     if let Some(hostname) = &spec.hostname {
         note(check_label("hostname", hostname).map_err(|e| e.to_string()));
     }
-    if spec.containers.is_empty() {
+    if !spec.containers.iter().any(|container| container.role == Role::Main) {
         note(Err("it has no container".to_owned()));
+    }
+    if !spec.containers.is_sorted_by_key(|container| container.role == Role::Main) {
+        note(Err("init containers and sidecars must come before the main containers".to_owned()));
     }
     let mut volumes = HashSet::new();
     for volume in &spec.volumes {
@@ -120,6 +124,7 @@ fn check_container(container: &ContainerSpec, volumes: &HashSet<&str>, note: &mu
             )));
         }
     }
+    check_lifecycle(container, note);
     for capability in &container.security.add_capabilities {
         if !DEFAULT_CAPABILITIES.contains(&capability.as_str()) && capability != "ALL" {
             note(Err(format!(
@@ -128,6 +133,34 @@ fn check_container(container: &ContainerSpec, volumes: &HashSet<&str>, note: &mu
         } else if capability == "ALL" {
             note(Err(format!("container \"{name}\": not every capability can be added; name those you need")));
         }
+    }
+}
+
+fn check_lifecycle(container: &ContainerSpec, note: &mut impl FnMut(Result<(), String>)) {
+    let name = &container.name;
+    let lifecycle = &container.lifecycle;
+    for (kind, probe) in
+        [("startup", &lifecycle.startup), ("liveness", &lifecycle.liveness), ("readiness", &lifecycle.readiness)]
+    {
+        let Some(probe) = probe else { continue };
+        let counts = [probe.timeout_seconds, probe.period_seconds, probe.success_threshold, probe.failure_threshold];
+        if counts.contains(&0) {
+            note(Err(format!("container \"{name}\": times and thresholds of its {kind} probe must be at least 1")));
+        }
+        if matches!(probe.action, Action::Sleep { .. }) {
+            note(Err(format!("container \"{name}\": a sleep tells nothing: its {kind} probe needs another action")));
+        }
+    }
+    if container.role == Role::Init
+        && *lifecycle != (Lifecycle { stop_signal: lifecycle.stop_signal.clone(), ..Lifecycle::default() })
+    {
+        note(Err(format!("container \"{name}\": an init container has no probes and no hooks; a sidecar has")));
+    }
+    let words = &container.last_words.path;
+    if !words.starts_with('/') || !relative_path_is_safe(words.trim_start_matches('/')) {
+        note(Err(format!(
+            "container \"{name}\": \"{words}\" is no file for last words: it must be absolute and without \"..\""
+        )));
     }
 }
 
@@ -147,12 +180,29 @@ mod tests {
     fn all_faults_at_once() {
         let spec: InstanceSpec = serde_json::from_value(serde_json::json!({
             "name": "Web", "containers": [{"name": "a_b", "image": "Nginx", "resources": {"memoryBytes": 1},
-            "mounts": [{"volume": "v", "path": "x"}], "security": {"addCapabilities": ["SYS_ADMIN"]}}],
+            "mounts": [{"volume": "v", "path": "x"}], "security": {"addCapabilities": ["SYS_ADMIN"]},
+            "lifecycle": {"liveness": {"action": {"sleep": {"seconds": 1}}, "periodSeconds": 0}},
+            "lastWords": {"path": "/a/../b"}}, {"name": "late", "image": "a", "role": "Init",
+            "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}],
             "network": {"egressBitsPerSecond": 5}
         }))
         .unwrap();
         let fault = instance(&spec).unwrap_err();
-        for part in ["\"Web\"", "a_b", "Nginx", "4Mi", "no volume \"v\"", "absolute", "SYS_ADMIN", "egress"] {
+        for part in [
+            "\"Web\"",
+            "a_b",
+            "Nginx",
+            "4Mi",
+            "no volume \"v\"",
+            "absolute",
+            "SYS_ADMIN",
+            "egress",
+            "at least 1",
+            "tells nothing",
+            "last words",
+            "no hooks",
+            "before the main",
+        ] {
             assert!(fault.message.contains(part), "{part} in {}", fault.message);
         }
         let fine: InstanceSpec = serde_json::from_value(

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use futures::StreamExt;
 use jiff::Timestamp;
 use joey_api::instance::{ContainerState, Instance, LogOptions, WatchEvent, WirePhase};
+use joey_api::lifecycle::Role;
 use joey_model::quantity::human_bytes;
 use joey_pool::PoolClient;
 
@@ -141,12 +142,13 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
     Ok(DONE)
 }
 
-/// The container that is meant: the one named, else the first.
+/// The container that is meant: the one named, else the first main one.
 pub async fn container(service: &PoolClient, name: &str, given: Option<String>) -> Result<String, Failure> {
     if let Some(container) = given {
         return Ok(container);
     }
-    let first = service.get(name).await?.spec.containers.into_iter().next();
+    let all = service.get(name).await?.spec.containers;
+    let first = all.into_iter().find(|container| container.role == Role::Main);
     first.map(|container| container.name).ok_or_else(|| Failure::new(format!("instance \"{name}\" has no container")))
 }
 

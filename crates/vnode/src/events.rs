@@ -43,7 +43,11 @@ impl Events {
             name: pod.metadata.name.clone(),
             namespace: pod.metadata.namespace.clone(),
             uid: pod.metadata.uid.clone(),
-            field_path: container.map(|name| format!("spec.containers{{{name}}}")),
+            field_path: container.map(|name| {
+                let is_init =
+                    pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten()).any(|c| c.name == name);
+                format!("spec.{}{{{name}}}", if is_init { "initContainers" } else { "containers" })
+            }),
             ..ObjectReference::default()
         };
         let said = Said { about, at, warning, reason: reason.to_owned(), message: cut(message).to_owned() };

@@ -16,6 +16,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::convert::all_containers;
 use crate::pods::Registry;
 use crate::provider::{ByteStream, Frames, Provider};
 use crate::serving::{self, Caller};
@@ -167,7 +168,7 @@ impl Kubelet {
             .registry
             .find(namespace, pod)
             .ok_or_else(|| missing(format!("pod \"{namespace}/{pod}\" is not on this node")))?;
-        if !found.spec.iter().flat_map(|spec| &spec.containers).any(|known| known.name == container) {
+        if !found.spec.iter().flat_map(all_containers).any(|(_, known)| known.name == container) {
             return Err(missing(format!("container \"{container}\" is not in pod \"{namespace}/{pod}\"")));
         }
         let starting = || {

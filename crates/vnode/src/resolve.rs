@@ -10,6 +10,7 @@ use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, T
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, ServiceAccount};
 use kube::api::{Api, PostParams};
 
+use crate::convert::all_containers;
 use crate::provider::Capacity;
 
 /// Kinds of objects that hold values.
@@ -127,7 +128,7 @@ impl Needs {
         let mut object = |kind, name: &str| {
             needs.objects.insert((kind, name.to_owned()));
         };
-        for container in &spec.containers {
+        for (_, container) in all_containers(spec) {
             for source in container.env_from.iter().flatten() {
                 source.config_map_ref.iter().for_each(|r| object(Kind::ConfigMap, &r.name));
                 source.secret_ref.iter().for_each(|r| object(Kind::Secret, &r.name));

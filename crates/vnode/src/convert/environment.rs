@@ -132,7 +132,7 @@ pub(super) fn resource_field(
     objects: &Objects,
 ) -> Option<String> {
     let container = match &field.container_name {
-        Some(name) => spec.containers.iter().find(|container| container.name == *name)?,
+        Some(name) => super::all_containers(spec).find(|(_, container)| container.name == *name)?.1,
         None => own?,
     };
     let (list, name) = field.resource.split_once('.')?;

@@ -164,8 +164,8 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
 
 fn needs_capacity(pod: &Pod) -> bool {
     let spec = pod.spec.iter();
-    spec.flat_map(|spec| &spec.containers)
-        .flat_map(|container| container.env.iter().flatten())
+    spec.flat_map(convert::all_containers)
+        .flat_map(|(_, container)| container.env.iter().flatten())
         .any(|variable| variable.value_from.as_ref().is_some_and(|from| from.resource_field_ref.is_some()))
         || pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).any(|v| v.downward_api.is_some())
 }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use joey_model::Digest;
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use crate::convert::{Expected, SourceFailed, convert};
+use crate::convert::{Expected, SourceFailed, WriteFailed, convert};
 use crate::error::Problem;
 use crate::oci::Descriptor;
 use crate::persist::Folders;
@@ -135,7 +135,8 @@ impl Layers {
                 let _ = fs::remove_file(&partial);
             });
         }
-        if matches!(result, Ok(()) | Err(Problem::LayerTooLarge { .. })) {
+        // On a full disk what others wait for comes before what may be wanted again.
+        if matches!(result, Ok(()) | Err(Problem::LayerTooLarge { .. } | Problem::Full { .. })) {
             let _ = fs::remove_file(&partial);
         }
         result
@@ -275,7 +276,7 @@ impl Read for Incoming {
         while self.current.is_empty() {
             match self.receiver.blocking_recv() {
                 Some(Ok(bytes)) => {
-                    self.copy.write_all(&bytes)?;
+                    self.copy.write_all(&bytes).map_err(|error| io::Error::other(WriteFailed(error)))?;
                     self.current = bytes;
                 }
                 Some(Err(reason)) => return Err(io::Error::other(SourceFailed(reason))),

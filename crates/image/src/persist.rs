@@ -157,10 +157,13 @@ impl Folders {
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let temporary = self.temporary(&format!("{name}.{:?}", std::thread::current().id()));
-        let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
+        let write = || -> io::Result<()> {
+            let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&temporary)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)
+        };
+        write().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
         sync_parent(path)
     }
 }

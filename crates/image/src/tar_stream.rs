@@ -143,6 +143,10 @@ impl<R: Read> TarStream<R> {
                         entry.link = link;
                     }
                     self.apply_pax(&mut entry, &pax)?;
+                    // These have no contents whatever their size says, to every reader of archives that counts.
+                    if matches!(entry.kind, b'1'..=b'6') {
+                        (entry.size, entry.stored, self.left, self.padding) = (0, 0, 0, 0);
+                    }
                     if kind == b'S' {
                         self.gnu_sparse(&mut entry, &header)?;
                     }
@@ -178,6 +182,10 @@ impl<R: Read> TarStream<R> {
         let (mut sparse_major, mut real_size, mut sparse_name) = (None, None, None);
         for record in pax_records(records) {
             let (key, value) = record?;
+            // An empty value takes a record back (POSIX); an attribute's may be empty.
+            if value.is_empty() && !key.starts_with(b"SCHILY.xattr.") {
+                continue;
+            }
             match key {
                 b"path" => entry.path = value.to_vec(),
                 b"linkpath" => entry.link = value.to_vec(),

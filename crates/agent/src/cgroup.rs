@@ -1,5 +1,6 @@
 //! Cgroups as the agent uses them: making, limiting, joining, counting. v1 hierarchies or the unified v2 one.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +8,8 @@ use joey_api::instance::Resources;
 
 const ROOT: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
+/// Those that v2 has to be told to pass on.
+const PASSED: [&str; 3] = ["memory", "cpu", "pids"];
 
 /// Length of a CPU period in microseconds, the kernel's and Kubernetes' default.
 const PERIOD: u64 = 100_000;
@@ -44,22 +47,30 @@ impl Cgroup {
         }
     }
 
-    /// Makes the cgroup; on v2 its ancestors pass the controllers on.
+    /// Makes the cgroup; on v2 each of its ancestors passes the controllers on before it gets a child.
+    ///
+    /// The ancestors hold no processes, so that the kernel lets them: instances are made below the mount's root, which alone
+    /// is free of that rule, wherever the daemon itself runs.
     pub fn make(&self) -> io::Result<()> {
-        for place in self.places() {
-            std::fs::create_dir_all(&place)?;
-        }
         if self.unified {
             let mut at = PathBuf::from(ROOT);
             for part in Path::new(&self.name) {
-                for controller in ["+memory", "+cpu", "+pids"] {
-                    // One at a time: a controller that this host lacks does not keep the others away.
-                    let _ = std::fs::write(at.join("cgroup.subtree_control"), controller);
-                }
+                pass_on(&at)?;
                 at.push(part);
+                match std::fs::create_dir(&at) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                    _ => {}
+                }
             }
+            return Ok(());
         }
-        Ok(())
+        self.places().iter().try_for_each(std::fs::create_dir_all)
+    }
+
+    /// Where a clone puts its child at once, for clone3(2)'s CLONE_INTO_CGROUP: moving a process between cgroups of v2 waits for
+    /// all readers of a lock that every fork takes. Nothing on v1, where the child has to [`join`](Self::join).
+    pub fn entrance(&self) -> io::Result<Option<File>> {
+        self.unified.then(|| File::open(self.place(""))).transpose()
     }
 
     /// Moves the calling process into it.
@@ -90,6 +101,7 @@ impl Cgroup {
             }
         }
         if let Some(milli) = limits.cpu_milli {
+            self.weigh(milli)?;
             // The kernel takes no quota below a millisecond.
             let quota = (milli * PERIOD / 1000).max(1000);
             match self.unified {
@@ -104,6 +116,17 @@ impl Cgroup {
             write("pids", "pids.max", pids.to_string())?;
         }
         Ok(())
+    }
+
+    /// Its share of the CPU beside its siblings' when all want more than there is: in proportion to `cpu_milli`. Without a word
+    /// it is a core's, the kernel's default (1024 of v1's shares, 100 of v2's weight).
+    pub fn weigh(&self, cpu_milli: u64) -> io::Result<()> {
+        let (file, share) = match self.unified {
+            true => ("cpu.weight", (cpu_milli / 10).clamp(1, 10_000)),
+            false => ("cpu.shares", (cpu_milli.saturating_mul(1024) / 1000).clamp(2, 262_144)),
+        };
+        std::fs::write(self.place("cpu").join(file), share.to_string())
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot set {file}: {error}")))
     }
 
     /// How many processes in it the kernel killed for want of memory.
@@ -137,5 +160,39 @@ impl Cgroup {
     fn field(&self, controller: &str, file: &str, name: &str) -> u64 {
         let text = std::fs::read_to_string(self.place(controller).join(file)).unwrap_or_default();
         text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
+/// Lets the children of a v2 cgroup have the controllers that it has itself. What is passed on already is not written again: a
+/// write waits until removed cgroups below have gone for good.
+fn pass_on(place: &Path) -> io::Result<()> {
+    let read = |file: &str| std::fs::read_to_string(place.join(file));
+    let (own, passed) = (read("cgroup.controllers")?, read("cgroup.subtree_control")?);
+    let wanted = missing(&own, &passed);
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    std::fs::write(place.join("cgroup.subtree_control"), &wanted).map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot pass {wanted} on below {}: {error}", place.display()))
+    })
+}
+
+/// What has to be written to `cgroup.subtree_control`: controllers that are there and not passed on. One that the host lacks is
+/// missed by the limit that needs it.
+fn missing(own: &str, passed: &str) -> String {
+    let has = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
+    let wanted = PASSED.iter().filter(|name| has(own, name) && !has(passed, name));
+    wanted.map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_there_and_not_passed_on_is_asked_for() {
+        assert_eq!(missing("cpuset cpu io memory hugetlb pids rdma\n", "memory pids\n"), "+cpu");
+        assert_eq!(missing("cpu memory pids\n", "cpu memory pids\n"), "");
+        assert_eq!(missing("cpuset memory pids\n", "\n"), "+memory +pids");
     }
 }

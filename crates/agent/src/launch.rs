@@ -6,7 +6,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use joey_api::agent::{AgentConfig, AgentContainer};
@@ -95,9 +95,13 @@ pub async fn container(
     upper: &Path,
     cgroup: &Cgroup,
 ) -> Result<Started, Failure> {
+    let entrance = entrance(cgroup)?;
     let flags = (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64;
-    start(program, flags, &mut || Ok(()), &[], || {
-        cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
+    let how = Clone { flags, into: entrance.as_ref().map(File::as_fd) };
+    start(program, &how, &mut || Ok(()), &[], || {
+        if how.into.is_none() {
+            cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
+        }
         sys::unshare(libc::CLONE_NEWCGROUP).map_err(|error| format!("cannot unshare the cgroup: {error}"))?;
         sys::best_effort_oom(oom_score(program.container));
         root::enter(config, program.container, dir, upper)
@@ -110,14 +114,18 @@ pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Resul
     let open =
         |kind: &str| File::open(format!("/proc/{init}/ns/{kind}")).map_err(|_| "container is not running".to_owned());
     let (pids, mounts, cgroups) = (open("pid")?, open("mnt")?, open("cgroup")?);
+    let entrance = entrance(cgroup)?;
+    let how = Clone { flags: 0, into: entrance.as_ref().map(File::as_fd) };
     let own = File::open("/proc/self/ns/pid").map_err(|error| error.to_string())?;
     // Only children are affected by the pid namespace: the agent steps into it for the moment of one clone.
     sys::setns(pids.as_fd(), libc::CLONE_NEWPID).map_err(|_| "container is not running".to_owned())?;
     let mut back = || sys::setns(own.as_fd(), libc::CLONE_NEWPID).map_err(|error| error.to_string());
     let kept = [mounts.as_raw_fd(), cgroups.as_raw_fd()];
-    start(program, 0, &mut back, &kept, || {
+    start(program, &how, &mut back, &kept, || {
         let enter = || -> io::Result<()> {
-            cgroup.join()?;
+            if how.into.is_none() {
+                cgroup.join()?;
+            }
             sys::setns(cgroups.as_fd(), libc::CLONE_NEWCGROUP)?;
             sys::best_effort_oom(oom_score(program.container));
             sys::setns(mounts.as_fd(), libc::CLONE_NEWNS)
@@ -133,16 +141,27 @@ fn oom_score(container: &AgentContainer) -> i32 {
     if container.resources.memory_bytes.is_some() { -997 } else { 1000 }
 }
 
+/// How a child begins.
+struct Clone<'a> {
+    flags: u64,
+    /// The v2 cgroup it is in from the start.
+    into: Option<BorrowedFd<'a>>,
+}
+
+fn entrance(cgroup: &Cgroup) -> Result<Option<File>, Failure> {
+    cgroup.entrance().map_err(|error| Failure::Create(format!("cannot open the cgroup: {error}")))
+}
+
 /// Clones; in the child closes every descriptor but `kept`, enters the container and becomes the program.
 async fn start(
     program: &Program<'_>,
-    flags: u64,
+    how: &Clone<'_>,
     cloned_once: &mut (dyn FnMut() -> Result<(), String> + Send),
     kept: &[RawFd],
     enter: impl FnOnce() -> Result<(), String>,
 ) -> Result<Started, Failure> {
     let prepared = sys::socketpair().and_then(|sockets| Ok((sockets, pipes(program)?)));
-    let cloned = prepared.and_then(|prepared| sys::clone(flags).map(|cloned| (prepared, cloned)));
+    let cloned = prepared.and_then(|prepared| sys::clone(how.flags, how.into).map(|cloned| (prepared, cloned)));
     let (((near, far), (mut streams, ends)), pid, pidfd) = match cloned {
         Ok((prepared, sys::Cloned::Parent { pid, pidfd })) => (prepared, pid, pidfd),
         Ok((((_near, far), (streams, ends)), sys::Cloned::Child)) => {

@@ -85,9 +85,12 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
     // Its children are seen in containers before they are theirs: nobody there may look into them. Programs start afresh.
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
     sys::best_effort_oom(-998);
-    let own = crate::cgroup::Cgroup::new(&config.cgroup).child("agent");
+    let all = crate::cgroup::Cgroup::new(&config.cgroup);
+    let own = all.child("agent");
     own.make()?;
     own.join()?;
+    // A container that names no limit counts as a core, the kernel's default.
+    all.weigh(config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(1000)).sum())?;
     match &options.netns {
         Some(path) => sys::setns(File::open(path)?.as_fd(), libc::CLONE_NEWNET)?,
         None => {

@@ -21,12 +21,15 @@ pub enum Cloned {
     Parent { pid: u32, pidfd: OwnedFd },
 }
 
-/// clone3(2) as fork(2) with `flags`. The process must have one thread.
-pub fn clone(flags: u64) -> io::Result<Cloned> {
+/// clone3(2) as fork(2) with `flags`, the child in the v2 cgroup `into` from its first moment where one is given. The process
+/// must have one thread.
+pub fn clone(flags: u64, into: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: RawFd = -1;
     let signal = if flags & libc::CLONE_PARENT as u64 == 0 { libc::SIGCHLD as u64 } else { 0 };
-    let arguments: [u64; 11] =
-        [flags | libc::CLONE_PIDFD as u64, std::ptr::addr_of_mut!(pidfd) as u64, 0, 0, signal, 0, 0, 0, 0, 0, 0];
+    let flags = flags | libc::CLONE_PIDFD as u64 | if into.is_some() { CLONE_INTO_CGROUP } else { 0 };
+    let cgroup = into.map_or(0, |fd| fd.as_raw_fd() as u64);
+    let arguments: [u64; 11] = [flags, std::ptr::addr_of_mut!(pidfd) as u64, 0, 0, signal, 0, 0, 0, 0, 0, cgroup];
     // SAFETY: the structure has clone3's layout (version 2) and lives through the call; no stack is given, so the child
     // goes on with a copy of this one, as after fork. There is one thread, so no lock is held by anybody else.
     let pid = check(unsafe { libc::syscall(libc::SYS_clone3, arguments.as_ptr(), std::mem::size_of_val(&arguments)) })?;

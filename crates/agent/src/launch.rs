@@ -16,6 +16,10 @@ use tokio::io::unix::AsyncFd;
 use crate::cgroup::Cgroup;
 use crate::{identity, root, seccomp, sys};
 
+/// Exit codes of a program that is not there and of one that cannot be executed (POSIX, 2.8.2: Exit Status for Commands).
+const NOT_FOUND: i32 = 127;
+const NOT_EXECUTABLE: i32 = 126;
+
 /// Why a process did not start, in words for its user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
@@ -23,14 +27,25 @@ pub enum Failure {
     Config(String),
     /// What the container needs could not be made.
     Create(String),
-    /// The program could not be started.
+    /// The process could not be brought to where it starts.
     Start(String),
+    /// The program is not there (127, as shells say it) or cannot be executed (126).
+    Program { exit_code: i32, message: String },
 }
 
 impl Failure {
     pub fn message(&self) -> &str {
-        let (Self::Config(message) | Self::Create(message) | Self::Start(message)) = self;
+        let (Self::Config(message) | Self::Create(message) | Self::Start(message) | Self::Program { message, .. }) =
+            self;
         message
+    }
+
+    /// What a shell would answer with; `None` where it was not the program's fault.
+    pub fn exit_code(&self) -> Option<i32> {
+        match self {
+            Self::Program { exit_code, .. } => Some(*exit_code),
+            Self::Config(_) | Self::Create(_) | Self::Start(_) => None,
+        }
     }
 
     fn kind(&self) -> u8 {
@@ -38,6 +53,8 @@ impl Failure {
             Self::Config(_) => b'f',
             Self::Create(_) => b'c',
             Self::Start(_) => b's',
+            Self::Program { exit_code: NOT_FOUND, .. } => b'n',
+            Self::Program { .. } => b'x',
         }
     }
 
@@ -46,6 +63,8 @@ impl Failure {
         match bytes.first() {
             Some(b'f') => Self::Config(text),
             Some(b'c') => Self::Create(text),
+            Some(b'n') => Self::Program { exit_code: NOT_FOUND, message: text },
+            Some(b'x') => Self::Program { exit_code: NOT_EXECUTABLE, message: text },
             _ => Self::Start(text),
         }
     }
@@ -294,17 +313,19 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Fai
             failure = error;
         }
     }
-    Err(Failure::Start(not_executed(&program.args[0], &failure)))
+    Err(not_executed(&program.args[0], &failure))
 }
 
-fn not_executed(name: &str, failure: &io::Error) -> String {
-    match failure.raw_os_error() {
+fn not_executed(name: &str, failure: &io::Error) -> Failure {
+    let message = match failure.raw_os_error() {
         Some(libc::ENOENT) if name.contains('/') => format!("exec: \"{name}\": no such file or directory: not found"),
         Some(libc::ENOENT) => format!("exec: \"{name}\": executable file not found in $PATH: not found"),
         Some(libc::ENOEXEC) => format!("exec: \"{name}\": exec format error"),
         Some(libc::EACCES) => format!("exec: \"{name}\": permission denied"),
         _ => format!("exec: \"{name}\": {failure}"),
-    }
+    };
+    let exit_code = if failure.raw_os_error() == Some(libc::ENOENT) { NOT_FOUND } else { NOT_EXECUTABLE };
+    Failure::Program { exit_code, message }
 }
 
 fn stdio(program: &Program<'_>, ends: Ends, status: &OwnedFd, uid: u32) -> io::Result<()> {

@@ -12,13 +12,14 @@ use joey_api::instance::LogOptions;
 use tokio::sync::{mpsc, watch};
 
 use crate::log_write;
+use crate::supervisor::LOG_ENDED;
 
 /// Which run's log, and how to learn that it grew or ended.
 pub struct Source {
     pub dir: PathBuf,
     pub container: String,
     pub run: u32,
-    /// Changes with every write; closed or `u64::MAX` when the run has ended.
+    /// Changes with every write; closed or [`LOG_ENDED`] when the run has ended.
     pub grown: watch::Receiver<u64>,
 }
 
@@ -39,10 +40,11 @@ pub async fn read(mut source: Source, options: LogOptions, to: mpsc::Sender<io::
     let left = options.limit_bytes.unwrap_or(u64::MAX);
     let skip = options.tail.map_or(0, |tail| lines(&source, &options).saturating_sub(tail));
     let mut reader = Reader { options, skip, out: Vec::new(), left, line_start: true, to };
-    let mut files = open_all(&source);
+    let Some(mut files) = opened(&mut source, &reader).await else { return };
     while let Some((mut file, inode)) = files.pop_front() {
         loop {
-            source.grown.borrow_and_update();
+            // Looked at before reading: what is written after the look, and an end after it, make it change once more.
+            let ended = *source.grown.borrow_and_update() == LOG_ENDED;
             if !reader.drain(&mut file).await {
                 return;
             }
@@ -57,15 +59,32 @@ pub async fn read(mut source: Source, options: LogOptions, to: mpsc::Sender<io::
                 }
                 break;
             }
-            let ended = *source.grown.borrow() == u64::MAX;
-            if !reader.options.follow || ended {
+            if !reader.options.follow || ended || !grows(&mut source, &reader).await {
                 return;
             }
-            tokio::select! {
-                changed = source.grown.changed() => if changed.is_err() { return },
-                () = reader.to.closed() => return,
-            }
         }
+    }
+}
+
+/// The parts of the log; a follower waits until there are some. `None`: there never will be, or nobody listens.
+async fn opened(source: &mut Source, reader: &Reader) -> Option<VecDeque<(BufReader<File>, u64)>> {
+    loop {
+        let ended = *source.grown.borrow_and_update() == LOG_ENDED;
+        let files = open_all(source);
+        if !files.is_empty() {
+            return Some(files);
+        }
+        if !reader.options.follow || ended || !grows(source, reader).await {
+            return None;
+        }
+    }
+}
+
+/// Waits for more to read; false: nobody listens any more.
+async fn grows(source: &mut Source, reader: &Reader) -> bool {
+    tokio::select! {
+        changed = source.grown.changed() => changed.is_ok(),
+        () = reader.to.closed() => false,
     }
 }
 

@@ -16,6 +16,11 @@ pub fn path(dir: &Path, container: &str, run: u32, part: u32) -> PathBuf {
     dir.join("logs").join(container).join(name)
 }
 
+/// Removes the log of a run with all its parts.
+pub fn remove(dir: &Path, container: &str, run: u32) {
+    let _ = (0..).try_for_each(|part| std::fs::remove_file(path(dir, container, run, part)));
+}
+
 pub struct LogWriter {
     dir: PathBuf,
     container: String,

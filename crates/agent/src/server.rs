@@ -13,15 +13,15 @@ use hyper::body::Incoming;
 use joey_api::frame::{
     CLOSE, Decoder, ExecStatus, MAX_PAYLOAD, RESIZE, STATUS, STDERR, STDIN, STDOUT, TerminalSize, encode,
 };
-use joey_api::instance::{ExecRequest, LogOptions, Usage};
+use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Usage};
 use joey_model::{ErrorKind, Fault};
 use joey_rpc::{Body, empty_answer, fault_answer, into_stream, json_answer, lines_answer, parse_query, stream_answer};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::launch::{self, Program};
 use crate::log_read;
 use crate::stream::Pipe;
-use crate::supervisor::{Agent, Life, lock};
+use crate::supervisor::{Agent, LOG_ENDED, Life, lock};
 use crate::sys;
 
 /// What a terminal takes for the end of its input (Ctrl-D).
@@ -39,7 +39,7 @@ fn route(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>
     let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
     match (request.method(), parts.as_slice()) {
         (&Method::GET, ["v1", "state"]) => Ok(json_answer(&*agent.state.borrow())),
-        (&Method::GET, ["v1", "watch"]) => Ok(watch(&agent)),
+        (&Method::GET, ["v1", "watch"]) => Ok(watched(&agent)),
         (&Method::GET, ["v1", "usage"]) => Ok(json_answer(&usage(&agent))),
         (&Method::POST, ["v1", "stop"]) => {
             let grace = query.split('&').find_map(|pair| pair.strip_prefix("grace=")?.parse().ok());
@@ -109,7 +109,7 @@ fn answers() -> (Answers, Response<Body>) {
     (to, stream_answer(stream))
 }
 
-fn watch(agent: &Agent) -> Response<Body> {
+fn watched(agent: &Agent) -> Response<Body> {
     lines_answer(futures::stream::unfold((agent.state.subscribe(), true), |(mut states, first)| async move {
         if !first && states.changed().await.is_err() {
             return None;
@@ -138,16 +138,22 @@ fn usage(agent: &Agent) -> Usage {
 }
 
 fn logs(agent: &Agent, life: &Life, options: LogOptions) -> Result<Response<Body>, Fault> {
-    let run = life.run.load(Ordering::Relaxed);
-    let (run, grown) = match (options.previous, run) {
-        (true, 0) => {
-            let message = "previous terminated container not found";
-            return Err(Fault::new(ErrorKind::NotFound, "NotFound", message));
-        }
-        (true, run) => (run - 1, tokio::sync::watch::Sender::new(u64::MAX).subscribe()),
-        (false, run) => (run, lock(&life.grown).subscribe()),
-    };
     let container = agent.config.containers[life.at].name.clone();
+    let waits = matches!(agent.state.borrow().containers[life.at].state, ContainerState::Waiting { .. });
+    let log = lock(&life.log);
+    let (run, grown) = match options.previous {
+        false => (log.run, log.grown.subscribe()),
+        true => {
+            // Between two runs the one that ended last is the previous one.
+            let previous = if waits && log.has_ended() { Some(log.run) } else { log.run.checked_sub(1) };
+            let run = previous.ok_or_else(|| {
+                let message = format!("container \"{container}\" has no previous run");
+                Fault::new(ErrorKind::NotFound, "NotFound", message)
+            })?;
+            (run, watch::Sender::new(LOG_ENDED).subscribe())
+        }
+    };
+    drop(log);
     let (to, answer) = answers();
     tokio::spawn(log_read::read(log_read::Source { dir: agent.dir.clone(), container, run, grown }, options, to));
     Ok(answer)
@@ -165,7 +171,7 @@ async fn run_exec(agent: Arc<Agent>, life: Arc<Life>, exec: ExecRequest, body: I
         Ok(started) => started,
         Err(failure) => {
             let message = Some(failure.message().to_owned());
-            return status(&to, ExecStatus { exit_code: None, message }).await;
+            return status(&to, ExecStatus { exit_code: failure.exit_code(), message }).await;
         }
     };
     let launch::Started { pid, pidfd, streams } = started;

@@ -27,7 +27,7 @@ use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
 use crate::launch::{self, Failure, Program, Started, Streams};
-use crate::log_write::{LineSplitter, LogWriter};
+use crate::log_write::{self, LineSplitter, LogWriter};
 use crate::stream::Pipe;
 use crate::sys;
 
@@ -59,9 +59,45 @@ pub struct Life {
     restart: Notify,
     /// Frames by channel; `STATUS` with the exit code as four bytes is a run's last.
     pub output: broadcast::Sender<(u8, Bytes)>,
-    pub grown: Mutex<watch::Sender<u64>>,
+    pub log: Mutex<RunLog>,
     pub input: Mutex<Option<Arc<Pipe>>>,
     pub terminal: Mutex<Option<std::os::fd::OwnedFd>>,
+}
+
+/// The log that is shown: that of the run which began last, also while the next one is only being made.
+pub struct RunLog {
+    pub run: u32,
+    /// 0: the run has not begun. Changes with every write, and is [`LOG_ENDED`] from the run's end on.
+    pub grown: watch::Sender<u64>,
+}
+
+/// Nothing more is written into a log.
+pub const LOG_ENDED: u64 = u64::MAX;
+
+impl RunLog {
+    fn of(run: u32) -> Self {
+        Self { run, grown: watch::Sender::new(0) }
+    }
+
+    /// From now on the log of `run` is shown; those who wait for its beginning see it.
+    fn begin(&mut self, run: u32) {
+        if self.run != run {
+            *self = Self::of(run);
+        }
+        self.grown.send_replace(1);
+    }
+
+    fn written(&self) {
+        self.grown.send_modify(|count| *count += 1);
+    }
+
+    fn end(&self) {
+        self.grown.send_replace(LOG_ENDED);
+    }
+
+    pub fn has_ended(&self) -> bool {
+        *self.grown.borrow() == LOG_ENDED
+    }
 }
 
 /// How an attempt to run a container went.
@@ -89,7 +125,7 @@ impl Agent {
                     run: AtomicU32::new(0),
                     restart: Notify::new(),
                     output: broadcast::channel(64).0,
-                    grown: Mutex::new(watch::Sender::new(0)),
+                    log: Mutex::new(RunLog::of(0)),
                     input: Mutex::new(None),
                     terminal: Mutex::new(None),
                 }),
@@ -264,7 +300,12 @@ impl Agent {
                 match failure {
                     Failure::Config(message) => Outcome::NotMade { reason: "CreateContainerConfigError", message },
                     Failure::Create(message) => Outcome::NotMade { reason: "CreateContainerError", message },
-                    Failure::Start(message) => Outcome::Ended { end: not_started("StartError", message), asked: false },
+                    Failure::Start(message) | Failure::Program { message, .. } => {
+                        let mut log = lock(&life.log);
+                        log.begin(run);
+                        log.end();
+                        Outcome::Ended { end: not_started("StartError", message), asked: false }
+                    }
                 }
             }
             Ok(started) => {
@@ -327,7 +368,11 @@ impl Agent {
         life.pid.store(pid, Ordering::Relaxed);
         *lock(&life.terminal) = streams.terminal.take();
         *lock(&life.input) = streams.stdin.take().and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
-        lock(&life.grown).send_replace(1);
+        lock(&life.log).begin(run);
+        // This run's log and that of the one before it are kept, as under the kubelet.
+        if let Some(old) = run.checked_sub(2) {
+            log_write::remove(&self.dir, &container.name, old);
+        }
         let mut carried = tokio::spawn(carry(
             self.dir.clone(),
             container.name.clone(),
@@ -369,9 +414,8 @@ impl Agent {
         }
         *lock(&life.input) = None;
         *lock(&life.terminal) = None;
-        // Readers of this run's log see its end; the next run has a channel of its own.
-        let old = std::mem::replace(&mut *lock(&life.grown), watch::Sender::new(0));
-        old.send_replace(u64::MAX);
+        // Those who read this run's log come to its end, also those who come later.
+        lock(&life.log).end();
         let _ = life.output.send((STATUS, Bytes::copy_from_slice(&code.to_be_bytes())));
         (code, by, asked)
     }
@@ -391,14 +435,14 @@ async fn carry(dir: PathBuf, container: String, run: u32, limits: (u64, u32), li
             let count = pipe.read(&mut buffer).await?;
             if count == 0 {
                 let done = splitter.finish(&mut lock(&log), name);
-                lock(&life.grown).send_modify(|count| *count += 1);
+                lock(&life.log).written();
                 return done;
             }
             // A full disk must not end the container: what cannot be written is lost, and said.
             if let Err(error) = splitter.push(&mut lock(&log), name, &buffer[..count]) {
                 eprintln!("cannot write the log of {container}: {error}");
             }
-            lock(&life.grown).send_modify(|count| *count += 1);
+            lock(&life.log).written();
             if life.output.receiver_count() > 0 {
                 let _ = life.output.send((channel, Bytes::copy_from_slice(&buffer[..count])));
             }

@@ -3,6 +3,7 @@
 //!
 //! Every fixture ends what it started, by process id, also when a test fails.
 
+pub mod guest;
 pub mod host;
 pub mod image;
 pub mod joey;

@@ -12,6 +12,7 @@ pub mod program;
 pub mod registry;
 pub mod served;
 pub mod source;
+pub mod tokens;
 pub mod traffic;
 
 use std::path::PathBuf;

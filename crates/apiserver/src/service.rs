@@ -90,8 +90,9 @@ async fn dispatch(
 ) -> ApiResult<Response<Body>> {
     let who = match identity {
         Some(who) => who,
-        None => auth::of_headers(request.headers(), &state.admin_token, &state.tokens)?,
+        None => auth::of_request(state, request.headers()).await?,
     };
+    let who = auth::acting(who, request.headers())?;
     let query = Query::parse(request.uri().query());
     match request::parse(request.method(), request.uri(), &query) {
         Ok(Route::Other(segments)) => {

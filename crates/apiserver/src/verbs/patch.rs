@@ -7,7 +7,7 @@ use super::update::{ATTEMPTS, replace};
 use super::{Answer, Call, apply, json_body};
 use crate::convert;
 use crate::object::{metadata, text};
-use crate::status::{ApiError, ApiResult};
+use crate::status::{ApiError, ApiResult, FieldFault};
 use crate::typing::UnknownFields;
 
 const ACCEPTED: &str = "application/json-patch+json, application/merge-patch+json, \
@@ -30,17 +30,21 @@ pub async fn patch(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
         "application/apply-patch+yaml" => return apply::apply(call, body).await,
         _ => return Err(ApiError::unsupported_media_type(ACCEPTED)),
     };
-    let unknown = UnknownFields::parse(call.query.get("fieldValidation"))?;
+    if call.query.get("force").is_some() {
+        let fault = FieldFault::forbidden("force", "may not be specified for non-apply patch");
+        return Err(ApiError::invalid_options("patch", &[fault]));
+    }
+    let unknown = UnknownFields::of(call)?;
     for _ in 0..ATTEMPTS {
         let current = call.current().await?;
         let shown = convert::outgoing(resource, current.value.clone());
         let patched = patched(call, &patch, shown)?;
         let version_given = text(&patched, "/metadata/resourceVersion") != current.revision.to_string();
-        let (patched, warnings) = call.state.types.admit(resource, &call.target.name, &patched, unknown)?;
-        let mut patched = convert::incoming(resource, patched);
-        keep_name(call, &mut patched)?;
-        if let Some(answer) = replace(call, &current, patched).await? {
-            return Ok(answer.with_warnings(warnings));
+        let mut admitted = call.state.types.admit(resource, &patched.into(), unknown)?;
+        admitted.value = convert::incoming(resource, admitted.value);
+        keep_name(call, &mut admitted.value)?;
+        if let Some(answer) = replace(call, &current, &admitted).await? {
+            return Ok(answer.with_warnings(admitted.warnings));
         }
         if version_given {
             break;
@@ -77,7 +81,7 @@ fn patched(call: &Call<'_>, patch: &Patch, mut value: Value) -> ApiResult<Value>
     }
 }
 
-fn keep_name(call: &Call<'_>, value: &mut Value) -> ApiResult<()> {
+pub fn keep_name(call: &Call<'_>, value: &mut Value) -> ApiResult<()> {
     let name = text(value, "/metadata/name");
     if !name.is_empty() && name != call.target.name {
         return Err(ApiError::bad_request(format!(

@@ -78,7 +78,9 @@ async fn bind(call: &Call<'_>, binding: &Value) -> ApiResult<Answer> {
         }
         scheduled(&mut value);
         let op = Op::Put { key: current.key.clone(), value: object::encode(resource, &value), lease: None };
-        if call.query.dry_run()? || call.state.commit(&current.key, current.revision, op).await?.is_some() {
+        if call.query.dry_run(call.target.verb)?
+            || call.state.commit(&current.key, current.revision, op).await?.is_some()
+        {
             let done = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
             return Ok(Answer::created(done));
         }

@@ -24,6 +24,11 @@ impl Failure {
         Self { message: message.into(), hint: None, code: 2 }
     }
 
+    /// The same with another exit code: that of what was run.
+    pub fn with_code(self, code: u8) -> Self {
+        Self { code, ..self }
+    }
+
     /// Something went wrong, and why, down to the first cause.
     pub fn caused(what: &str, error: &dyn std::error::Error) -> Self {
         let mut message = format!("{what}: {error}");
@@ -35,9 +40,24 @@ impl Failure {
         Self::new(message)
     }
 
+    /// Several failures of one command as one; `None` of none.
+    pub fn all(failures: Vec<Self>) -> Option<Self> {
+        let mut failures = failures.into_iter();
+        let first = failures.next()?;
+        Some(failures.fold(first, |all, other| Self {
+            message: format!("{}\nerror: {}", all.message, other.message),
+            hint: all.hint.or(other.hint),
+            code: all.code,
+        }))
+    }
+
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    pub fn without_hint(self) -> Self {
+        Self { hint: None, ..self }
     }
 
     /// Tells a person and gives the exit code. Control characters of a tenant's or registry's text are not passed on.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use joey_api::agent::{AgentConfig, VERSION};
 
+use crate::cgroup::Cgroup;
 use crate::supervisor::Agent;
 use crate::{server, sys, view};
 
@@ -77,20 +78,33 @@ fn configuration(dir: &Path) -> Result<AgentConfig, String> {
     }
 }
 
+/// Into a cgroup of the agent's own. On v2 it goes on as a clone that begins there, a child of the daemon as well: to be moved
+/// takes the kernel longer than all else the agent does. The process that was started ends.
+fn enter_cgroup(config: &AgentConfig) -> io::Result<()> {
+    let all = Cgroup::new(&config.cgroup);
+    let own = all.child("agent");
+    own.make()?;
+    // A container that names no limit counts as a core, the kernel's default.
+    all.weigh(config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(1000)).sum())?;
+    match own.entrance()? {
+        None => own.join(),
+        Some(place) => match sys::clone(libc::CLONE_PARENT as u64, Some(place.as_fd()))? {
+            sys::Cloned::Child => Ok(()),
+            sys::Cloned::Parent { .. } => sys::exit_now(0),
+        },
+    }
+}
+
 /// Away from the daemon's session and cgroup, into the Pod's namespaces.
 fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()> {
+    // Before there are two: the daemon finds both in one group of processes.
     let _ = sys::setsid();
+    enter_cgroup(config)?;
     sys::prctl(libc::PR_SET_NAME, c"joey-agent".as_ptr() as libc::c_ulong)?;
     sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1)?;
     // Its children are seen in containers before they are theirs: nobody there may look into them. Programs start afresh.
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
     sys::best_effort_oom(-998);
-    let all = crate::cgroup::Cgroup::new(&config.cgroup);
-    let own = all.child("agent");
-    own.make()?;
-    own.join()?;
-    // A container that names no limit counts as a core, the kernel's default.
-    all.weigh(config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(1000)).sum())?;
     match &options.netns {
         Some(path) => sys::setns(File::open(path)?.as_fd(), libc::CLONE_NEWNET)?,
         None => {

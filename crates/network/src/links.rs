@@ -11,13 +11,16 @@ use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteScope};
 use rtnetlink::{Handle, LinkIfb, LinkUnspec, RouteMessageBuilder};
-use tokio::sync::oneshot;
+use tokio::sync::{OnceCell, oneshot};
 
 use crate::error::NetworkError;
+use crate::program::run;
 
 /// A netlink connection to the host's namespace, with its thread.
 pub(crate) struct Links {
     handle: Handle,
+    /// Looked for once.
+    ifb_driver: OnceCell<()>,
     /// Dropped, it ends the thread.
     _connection: oneshot::Sender<()>,
 }
@@ -46,7 +49,7 @@ impl Links {
             Ok(_) => handle.await.unwrap_or_else(|_| Err(std::io::Error::other("its thread ended"))),
             Err(error) => Err(error),
         };
-        Ok(Self { handle: answer.map_err(failed)?, _connection: connection })
+        Ok(Self { handle: answer.map_err(failed)?, ifb_driver: OnceCell::new(), _connection: connection })
     }
 
     pub(crate) fn exists(name: &str) -> bool {
@@ -91,6 +94,7 @@ impl Links {
     }
 
     pub(crate) async fn add_ifb(&self, name: &str, group: u32) -> Result<(), NetworkError> {
+        self.ifb_driver.get_or_init(load_ifb).await;
         let message = LinkIfb::new(name).link_group(group).up().build();
         self.handle.link().add(message).execute().await.map_err(NetworkError::netlink("add", name))
     }
@@ -134,6 +138,16 @@ impl Links {
             .execute()
             .await
             .map_err(NetworkError::netlink("delete interfaces of group", group))
+    }
+}
+
+/// The kernel would load the driver by itself for the first ifb device, which then makes two more of its own that stay for ever:
+/// it is loaded without them. Where that cannot be done it is built in, or the kernel does it its way.
+async fn load_ifb() {
+    if !Path::new("/sys/module/ifb").exists()
+        && let Err(error) = run("modprobe", &["ifb", "numifbs=0"], "").await
+    {
+        tracing::debug!(%error, "the driver of ifb devices was not loaded");
     }
 }
 

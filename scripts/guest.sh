@@ -69,8 +69,9 @@ for program in nft ip tc curl; do
     place=$(command -v $program)
     put "$(readlink -f "$place")" "$place"
 done
-put target/release/joey /usr/bin/joey
-install -m 0755 target/release/joey-agent "$disk/usr/bin/joey-agent"
+for program in joey joey-agent; do
+    put "target/release/$program" "/usr/bin/$program"
+done
 install -m 0755 "$busybox" "$disk/usr/bin/busybox"
 for tool in $("$busybox" --list); do
     [ -e "$disk/usr/bin/$tool" ] || [ -e "$disk/usr/sbin/$tool" ] || ln -s busybox "$disk/usr/bin/$tool"

@@ -60,6 +60,9 @@ a_pod() {
     say web.cgroups "$(cd "$place" && ls -d */)"
     say web.processes "$(for pid in $(cat "$place/web/cgroup.procs"); do cat "/proc/$pid/comm"; done)"
     say web.agent "$(for pid in $(cat "$place/agent/cgroup.procs"); do cat "/proc/$pid/comm"; done)"
+    agent=$(cat "$place/agent/cgroup.procs")
+    say web.agent.parent "$(cat "/proc/$(awk '$1 == "PPid:" { print $2 }' "/proc/$agent/status")/comm")"
+    say web.zombies "$(grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null)"
     say web.above "$(cat "$place/cgroup.procs" $groups/cgroup.procs)"
     for file in memory.max memory.swap.max memory.oom.group cpu.max cpu.weight pids.max; do
         say "web.$file" "$(cat "$place/web/$file")"

@@ -29,6 +29,9 @@ fn a_pod_runs_in_cgroups_of_its_own() {
     assert_eq!(guest.text("web.cgroups"), "agent/ web/");
     assert!(guest.text("web.processes").starts_with("nginx nginx"), "{}", guest.text("web.processes"));
     assert_eq!(guest.text("web.agent"), "joey-agent");
+    // It is not the process that was started, which was outside of its cgroup.
+    assert_eq!(guest.text("web.agent.parent"), "joey");
+    assert_eq!(guest.text("web.zombies"), "");
     assert_eq!(guest.text("web.above"), "", "no process lies where controllers are passed on");
     for (file, wanted) in [
         ("memory.max", "67108864"),

@@ -208,7 +208,7 @@ impl ApiError {
         Self::invalid_kind(("meta.k8s.io", kind), "", faults)
     }
 
-    fn invalid_kind((group, kind): (&str, &str), name: &str, faults: &[FieldFault]) -> Self {
+    pub fn invalid_kind((group, kind): (&str, &str), name: &str, faults: &[FieldFault]) -> Self {
         let shown: Vec<String> = faults.iter().map(|fault| format!("{}: {}", fault.field, fault.message)).collect();
         let list = match shown.as_slice() {
             [one] => one.clone(),

@@ -83,6 +83,11 @@ impl Types {
         check_form(resource, &decoded.errors, if strict { &repeated } else { &[] })?;
         let mut value = decoded.value;
         self.0.apply_defaults(id, &mut value);
+        // What is empty is not there, as Go's clients have it; an empty list of owners means something.
+        if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
+            let empty = |part: &Value| *part == json!({}) || *part == json!([]);
+            metadata.retain(|key, part| key == "managedFields" || !empty(part));
+        }
         let warnings = repeated.into_iter().chain(decoded.warnings).collect();
         Ok(Admitted { value, warnings, faults: faults(&decoded.errors), owned: false })
     }

@@ -183,7 +183,7 @@ fn check_resources(container: &Value, field: &str, faults: &mut Vec<FieldFault>)
                     faults.push(FieldFault::invalid(at, amount, "must be greater than or equal to 0"));
                 }
                 // Texts that are no amounts are the schema's matter.
-                Err(error) if text.ends_with(|c: char| c.is_ascii_digit()) => {
+                Err(error) if error.why.contains("too large") => {
                     faults.push(FieldFault::invalid(at, amount, error.why));
                 }
                 Err(_) => {}

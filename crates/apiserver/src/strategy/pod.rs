@@ -38,7 +38,8 @@ impl Strategy for Pod {
         }
         tolerate_bad_nodes(spec.entry("tolerations").or_insert_with(|| json!([])));
         for field in ["containers", "initContainers"] {
-            for container in value["spec"][field].as_array_mut().into_iter().flatten() {
+            let all = value.pointer_mut(&format!("/spec/{field}")).and_then(Value::as_array_mut);
+            for container in all.into_iter().flatten() {
                 containers::fill_in(container);
             }
         }

@@ -40,7 +40,10 @@ fn config(call: &Call<'_>, body: &Bytes) -> ApiResult<Value> {
         let fault = FieldFault::required("fieldManager", "is required for apply patch");
         return Err(ApiError::invalid_options("patch", &[fault]));
     }
-    let mut config = yaml_body(body)?;
+    let mut config = yaml_body(body).map_err(|error| {
+        let why = error.message.trim_start_matches("the body of the request is not YAML: ");
+        ApiError::bad_request(format!("error decoding YAML: {why}"))
+    })?;
     if !config.is_object() {
         return Err(ApiError::bad_request("error decoding YAML: the configuration is not an object"));
     }

@@ -71,9 +71,8 @@ impl Options {
             Some(grace) => Some(grace),
             None => call.query.number("gracePeriodSeconds")?,
         };
-        if grace.is_some_and(|grace| grace < 0) {
-            return Err(ApiError::bad_request("gracePeriodSeconds: Invalid value: must be greater than or equal to 0"));
-        }
+        // Less than nothing is as little as can be, as kube-apiserver has it.
+        let grace = grace.map(|grace| if grace < 0 { 1 } else { grace });
         let policy = match text(value, "/propagationPolicy") {
             "" => call.query.get("propagationPolicy").unwrap_or_default(),
             policy => policy,

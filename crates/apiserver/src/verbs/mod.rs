@@ -140,11 +140,6 @@ impl Call<'_> {
     }
 }
 
-/// Parses JSON, or refuses in a way that says where it is wrong.
-pub fn json_body(body: &Bytes) -> ApiResult<Value> {
-    serde_json::from_slice(body).map_err(not_json)
-}
-
 fn not_json(error: serde_json::Error) -> ApiError {
     ApiError::bad_request(format!("the body of the request is not JSON: {error}"))
 }

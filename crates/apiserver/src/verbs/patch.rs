@@ -3,8 +3,9 @@
 use bytes::Bytes;
 use serde_json::Value;
 
+use super::create::check_type;
 use super::update::{ATTEMPTS, replace};
-use super::{Answer, Call, apply, json_body};
+use super::{Answer, Call, apply};
 use crate::convert;
 use crate::object::{metadata, text};
 use crate::status::{ApiError, ApiResult, FieldFault};
@@ -25,8 +26,8 @@ pub async fn patch(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
     let resource = call.target.resource;
     let patch = match call.media_type().as_str() {
         "application/json-patch+json" => Patch::Json(json_operations(body)?),
-        "application/merge-patch+json" => Patch::Merge(json_body(body)?),
-        "application/strategic-merge-patch+json" => Patch::Strategic(json_body(body)?),
+        "application/merge-patch+json" => Patch::Merge(object_of(body)?),
+        "application/strategic-merge-patch+json" => Patch::Strategic(object_of(body)?),
         "application/apply-patch+yaml" => return apply::apply(call, body).await,
         _ => return Err(ApiError::unsupported_media_type(ACCEPTED)),
     };
@@ -38,7 +39,8 @@ pub async fn patch(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
     for _ in 0..ATTEMPTS {
         let current = call.current().await?;
         let shown = convert::outgoing(resource, current.value.clone());
-        let patched = patched(call, &patch, shown)?;
+        let mut patched = patched(call, &patch, shown)?;
+        check_type(resource, &mut patched)?;
         let version_given = text(&patched, "/metadata/resourceVersion") != current.revision.to_string();
         let mut admitted = call.state.types.admit(resource, &patched.into(), unknown)?;
         admitted.value = convert::incoming(resource, admitted.value);
@@ -51,6 +53,12 @@ pub async fn patch(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
         }
     }
     Err(ApiError::modified(resource, &call.target.name))
+}
+
+fn object_of(body: &Bytes) -> ApiResult<Value> {
+    let patch: serde_json::Map<String, Value> = serde_json::from_slice(body)
+        .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}")))?;
+    Ok(Value::Object(patch))
 }
 
 fn json_operations(body: &Bytes) -> ApiResult<json_patch::Patch> {

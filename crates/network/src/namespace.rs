@@ -1,7 +1,7 @@
 //! One network namespace: made by a thread of its own that ends afterwards, held in [`crate::holder`].
 //!
 //! Inside are `lo` and `eth0` with a /32 address; everything goes to the gateway 169.254.1.1, which is no real address but
-//! a static neighbour entry with the host end's hardware address. IPv6 is off. No process ever has to enter a namespace for it
+//! a static neighbour entry with the host end's hardware address. `eth0` has no IPv6 address. No process ever has to enter a namespace for it
 //! to be ready.
 //!
 //! `eth0` is up before its peer, so it has no carrier at first. When the peer comes up the kernel tells it in the background,
@@ -23,6 +23,7 @@ use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, MulticastGroup
 use tokio::sync::oneshot;
 
 use crate::error::NetworkError;
+use crate::links;
 
 /// Where every instance sends what is not for itself (the customary address of routed Pods).
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
@@ -133,10 +134,6 @@ fn make_on_this_thread(plan: &Plan) -> Result<(OwnedFd, Inside), NetworkError> {
     let open = || File::open(THIS_NAMESPACE).map_err(NetworkError::io("open", THIS_NAMESPACE));
     let host = open()?;
     unshare(CloneFlags::CLONE_NEWNET).map_err(NetworkError::errno("unshare network for", object))?;
-    for conf in ["all", "default"] {
-        // Absent where the kernel has no IPv6.
-        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{conf}/disable_ipv6"), "1");
-    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
@@ -161,10 +158,12 @@ async fn furnish(plan: &Plan, host: &File) -> Result<(Handle, u32, Events), Netw
     let pair = LinkVeth::new(INSIDE, &plan.outside)
         .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
         .address(inside_mac(plan.address).to_vec())
-        .up()
         .build();
     handle.link().add(pair).execute().await.map_err(NetworkError::netlink("add", object))?;
     let index = if_nametoindex(INSIDE).map_err(NetworkError::errno("find eth0 of", object))?;
+    links::without_ipv6(&handle, index).await.map_err(NetworkError::netlink("keep IPv6 off", object))?;
+    let up = LinkUnspec::new_with_index(index).up().build();
+    handle.link().set(up).execute().await.map_err(NetworkError::netlink("start eth0 of", object))?;
     let loopback = LinkUnspec::new_with_index(LOOPBACK_INDEX).up().build();
     handle.link().set(loopback).execute().await.map_err(NetworkError::netlink("start lo of", object))?;
     let address = IpAddr::V4(plan.address);

@@ -119,21 +119,21 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
 
 fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
     let make = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    make(&dir.join("etc"))?;
+    make(Path::new(view::ETC))?;
     make(&dir.join("upper"))?;
     for (name, text) in [
         ("hosts", &config.hosts),
         ("resolv.conf", &config.resolv_conf),
         ("hostname", &format!("{}\n", config.hostname)),
     ] {
-        let path = dir.join("etc").join(name);
+        let path = Path::new(view::ETC).join(name);
         let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o644).open(path)?;
         file.write_all(text.as_bytes())?;
     }
     // The Pod's containers share their memory files, as in one Kubernetes sandbox.
-    make(&dir.join("shm"))?;
+    make(Path::new(view::SHM))?;
     let closed = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    sys::mount("tmpfs", dir.join("shm"), "tmpfs", closed, "mode=1777,size=65536k")?;
+    sys::mount("tmpfs", view::SHM, "tmpfs", closed, "mode=1777,size=65536k")?;
     for volume in config.volumes.iter().filter(|volume| volume.memory) {
         let place = dir.join("volumes").join(&volume.name);
         make(&place)?;

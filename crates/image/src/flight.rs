@@ -34,7 +34,8 @@ struct Flight {
 
 pub(crate) struct Layers {
     folders: Folders,
-    flights: Mutex<HashMap<Digest, watch::Receiver<Flight>>>,
+    /// Senders, not receivers: whoever receives is somebody who waits.
+    flights: Mutex<HashMap<Digest, Arc<watch::Sender<Flight>>>>,
     slots: Semaphore,
     serial: AtomicU64,
 }
@@ -95,17 +96,17 @@ impl Layers {
     fn join(self: &Arc<Self>, registry: &Arc<Registry>, wanted: &Wanted) -> Option<(watch::Receiver<Flight>, bool)> {
         let mut flights = self.flights.lock().expect("no holder panics");
         if let Some(flight) = flights.get(&wanted.diff_id) {
-            return Some((flight.clone(), false));
+            return Some((flight.subscribe(), false));
         }
         if self.folders.layer(&wanted.diff_id).exists() {
             return None;
         }
         let (sender, receiver) = watch::channel(Flight::default());
-        flights.insert(wanted.diff_id.clone(), receiver.clone());
+        let sender = Arc::new(sender);
+        flights.insert(wanted.diff_id.clone(), sender.clone());
         drop(flights);
         let (layers, registry, wanted) = (self.clone(), registry.clone(), wanted.clone());
         tokio::spawn(async move {
-            let sender = Arc::new(sender);
             let (inner, name, report) = (layers.clone(), wanted.diff_id.clone(), sender.clone());
             let run = tokio::spawn(async move {
                 tokio::select! {

@@ -343,7 +343,9 @@ fn decimal(text: &[u8]) -> io::Result<u64> {
 /// A number of a header: octal between spaces and zero bytes, nothing for 0, or base 256 where the first bit is set.
 fn octal(field: &[u8]) -> io::Result<u64> {
     if field[0] & 0x80 != 0 {
-        return Ok(field[field.len() - 8..].iter().fold(0, |value, &byte| (value << 8) | u64::from(byte)));
+        // The first bit only marks the form; in a field of eight bytes it is one of those that count.
+        let rest = field[1..].iter().fold(u64::from(field[0] & 0x7f), |value, &byte| (value << 8) | u64::from(byte));
+        return Ok(rest);
     }
     let is_blank = |byte: &u8| matches!(byte, b' ' | 0);
     let digits = field.iter().skip_while(|byte| is_blank(byte)).take_while(|byte| !is_blank(byte));
@@ -412,7 +414,7 @@ mod tests {
         assert_eq!(octal(b"0000644\0").unwrap(), 0o644);
         assert_eq!(octal(b"   12 \0\0").unwrap(), 0o12);
         assert_eq!(octal(&[0; 8]).unwrap(), 0);
-        assert_eq!(octal(&[0x80, 0, 0, 0, 0, 0, 1, 2]).unwrap() & 0xffff, 258);
+        assert_eq!(octal(&[0x80, 0, 0, 0, 0, 0, 1, 2]).unwrap(), 258);
         assert!(octal(b"0000689\0").is_err());
     }
 

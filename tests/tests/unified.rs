@@ -24,7 +24,7 @@ fn the_machine_is_what_the_tests_are_about() {
 fn a_pod_runs_in_cgroups_of_its_own() {
     let Some(guest) = Guest::seen() else { return };
     assert!(guest.text("web.run").starts_with("web 10.244."), "{}", guest.text("web.run"));
-    assert!(guest.text("web.page").contains("<html"), "{}", guest.text("web.page"));
+    assert!(guest.text("web.page").contains("<h1>Hello from Joey</h1>"), "{}", guest.text("web.page"));
     assert_eq!(guest.text("web.exec"), "hello from web");
     assert_eq!(guest.text("web.cgroups"), "agent/ web/");
     assert!(guest.text("web.processes").starts_with("nginx nginx"), "{}", guest.text("web.processes"));
@@ -121,5 +121,5 @@ fn down_leaves_nothing_behind() {
     for what in ["cgroups", "mounts", "tables", "loops", "processes", "run"] {
         assert_eq!(guest.text(&format!("left.{what}")), "", "{what}");
     }
-    assert_eq!(guest.text("left.interfaces"), "lo");
+    assert_eq!(guest.text("left.interfaces"), "eth0 lo", "only the machine's own are left");
 }

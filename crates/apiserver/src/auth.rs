@@ -88,7 +88,7 @@ pub(crate) async fn of_request(state: &State, headers: &HeaderMap) -> ApiResult<
     for (plural, name, uid) in std::iter::once(account).chain(pod) {
         let kind = kinds::find("", "v1", plural).ok_or_else(ApiError::unauthorized)?;
         let found = state.read(&kind.key(&bearer.namespace, name)).await?;
-        if !found.is_some_and(|(object, _)| object::text(&object, "/metadata/uid") == uid) {
+        if found.is_none_or(|(object, _)| object::text(&object, "/metadata/uid") != uid) {
             return Err(ApiError::unauthorized());
         }
     }

@@ -125,10 +125,10 @@ impl Schemas {
         changes
     }
 
-    fn compare(
-        &self,
-        form: Form<'_>,
-        (old, new): (Option<&Value>, Option<&Value>),
+    fn compare<'v>(
+        &'v self,
+        form: Form<'v>,
+        (old, new): (Option<&'v Value>, Option<&'v Value>),
         path: &mut Vec<String>,
         out: &mut Changes,
     ) {
@@ -150,17 +150,15 @@ impl Schemas {
                 }
             }
             _ => {
-                let (before, after) = (object(old), object(new));
-                let names = before.iter().chain(after.iter()).flat_map(|map| map.keys());
+                let names = [old, new].into_iter().filter_map(object).flat_map(Map::keys);
                 let names: std::collections::BTreeSet<&String> = names.collect();
+                let child = |whole: Option<&'v Value>, name: &str| {
+                    let said = object(whole).and_then(|map| map.get(name));
+                    said.or_else(|| whole.and_then(|_| implied(form, name)))
+                };
                 for name in names {
-                    let child = |whole: Option<&Value>, map: Option<&'_ Map<String, Value>>| {
-                        let empty = || whole.and_then(|_| implied(form, name)).cloned();
-                        map.and_then(|map| map.get(name)).cloned().or_else(empty)
-                    };
-                    let (before, after) = (child(old, before), child(new, after));
                     path.push(field_step(name));
-                    self.compare(self.child_form(form, name), (before.as_ref(), after.as_ref()), path, out);
+                    self.compare(self.child_form(form, name), (child(old, name), child(new, name)), path, out);
                     path.pop();
                 }
             }

@@ -40,15 +40,18 @@ impl Failure {
         Self::new(message)
     }
 
-    /// Several failures of one command as one; `None` of none.
+    /// Several failures of one command as one, each reason told once; `None` of none.
     pub fn all(failures: Vec<Self>) -> Option<Self> {
-        let mut failures = failures.into_iter();
-        let first = failures.next()?;
-        Some(failures.fold(first, |all, other| Self {
-            message: format!("{}\nerror: {}", all.message, other.message),
-            hint: all.hint.or(other.hint),
-            code: all.code,
-        }))
+        let mut told: Vec<String> = Vec::new();
+        let (mut hint, mut code) = (None, None);
+        for failure in failures {
+            hint = hint.or(failure.hint);
+            code = code.or(Some(failure.code));
+            if !told.contains(&failure.message) {
+                told.push(failure.message);
+            }
+        }
+        Some(Self { message: told.join("\nerror: "), hint, code: code? })
     }
 
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {

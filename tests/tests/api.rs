@@ -203,18 +203,28 @@ fn tokens_end_with_their_accounts() {
     let joey = Joey::start();
     joey.kubectl(&["create", "serviceaccount", "robot"]).ok();
     let token = joey.kubectl(&["create", "token", "robot"]).ok();
+    let mut bound = pod("holder", "nowhere.invalid/x:1", &[]);
+    bound["spec"]["nodeName"] = "absent".into();
+    bound["spec"]["serviceAccountName"] = "robot".into();
+    joey.apply(&bound);
+    let of_pod =
+        joey.kubectl(&["create", "token", "robot", "--bound-object-kind=Pod", "--bound-object-name=holder"]).ok();
     // Without the administrator's certificate: the token alone says who calls.
-    let config = joey.scratch().join("robot");
-    let server = format!("https://{}", joey.listen());
-    let text = json!({"apiVersion": "v1", "kind": "Config", "current-context": "r",
-        "clusters": [{"name": "c", "cluster": {"server": server, "insecure-skip-tls-verify": true}}],
-        "users": [{"name": "u", "user": {"token": token.trim()}}],
-        "contexts": [{"name": "r", "context": {"cluster": "c", "user": "u"}}]});
-    std::fs::write(&config, text.to_string()).expect("a fresh folder is writable");
-    let whoami = || {
+    let as_bearer = |token: &str| {
+        let config = joey.scratch().join("robot");
+        let server = format!("https://{}", joey.listen());
+        let text = json!({"apiVersion": "v1", "kind": "Config", "current-context": "r",
+            "clusters": [{"name": "c", "cluster": {"server": server, "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "u", "user": {"token": token.trim()}}],
+            "contexts": [{"name": "r", "context": {"cluster": "c", "user": "u"}}]});
+        std::fs::write(&config, text.to_string()).expect("a fresh folder is writable");
         let mut command = joey.kubectl_command(&["auth", "whoami", "-o", "json"]);
         run(command.arg("--kubeconfig").arg(&config))
     };
+    let whoami = || as_bearer(&token);
+    assert_eq!(as_bearer(&of_pod).code, 0);
+    joey.kubectl(&["delete", "pod", "holder", "--force", "--grace-period=0"]).ok();
+    assert!(as_bearer(&of_pod).stderr.contains("Unauthorized"), "its Pod is gone");
     assert_eq!(whoami().json()["status"]["userInfo"]["username"], "system:serviceaccount:default:robot");
     assert!(joey.kubectl(&["auth", "can-i", "get", "pods", "--as=system:serviceaccount:default:robot"]).code != 0);
     joey.kubectl(&["delete", "serviceaccount", "robot"]).ok();

@@ -10,4 +10,5 @@ scripts/packages.sh openssl
 scripts/kubectl.sh >/dev/null
 scripts/debian-files.sh .tools/docker-registry docker-registry
 demo/build.sh .run/demo
+cargo test --release --locked -p joey-vnode --test real_cluster
 cargo test --release --locked -p joey-tests --test kubernetes -- --test-threads=1

@@ -1,93 +1,127 @@
-//! What the host looks like: mounts, network namespaces, cgroups, interfaces, nft tables, processes. Taken before a test and
-//! after it, so that nothing stays behind.
+//! What one Joey has on the host outside of its files: mounts, network namespaces, cgroups, interfaces, routes, nft tables,
+//! processes. Only its own are seen, so that several tests and a Joey of the machine's own can be there at the same time.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::program::run;
 
-/// Everything on the host that Joey makes and must take away.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Traces {
-    found: BTreeSet<String>,
+/// What of one Joey is told apart from everybody else's.
+#[derive(Debug, Clone)]
+pub struct Belongings {
+    data: PathBuf,
+    range: String,
+    /// Names its cgroups, its run directory and its nft table.
+    name: String,
 }
 
-impl Traces {
-    /// Looks at the host now.
-    pub fn now() -> Self {
+impl Belongings {
+    /// Those of the Joey with this data directory, which is not the usual one, and this range of addresses.
+    pub fn new(data: &Path, range: &str) -> Self {
+        // FNV-1a of the path, folded: how a data directory names what is outside of it.
+        let hash = data.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let name = format!("joey-{:08x}", (hash >> 32) ^ (hash & 0xffff_ffff));
+        Self { data: data.to_owned(), range: range.to_owned(), name }
+    }
+
+    /// Everything it has on the host now; nothing after `joey down`.
+    pub fn found(&self) -> BTreeSet<String> {
         let mut found = BTreeSet::new();
-        mounts(&mut found);
-        cgroups(&mut found);
-        interfaces(&mut found);
-        rules(&mut found);
-        namespaces(&mut found);
-        agents(&mut found);
-        Self { found }
+        self.mounts(&mut found);
+        self.cgroups(&mut found);
+        self.interfaces(&mut found);
+        self.rules(&mut found);
+        self.namespaces(&mut found);
+        self.processes(&mut found);
+        found
     }
 
-    /// What is here and was not there in `before`.
-    pub fn since(&self, before: &Self) -> Vec<String> {
-        self.found.difference(&before.found).cloned().collect()
+    fn run_dir(&self) -> PathBuf {
+        Path::new("/run/joey").join(&self.name)
     }
-}
 
-fn mounts(found: &mut BTreeSet<String>) {
-    for line in read("/proc/self/mountinfo").lines() {
-        if let Some(point) = line.split(' ').nth(4) {
-            found.insert(format!("mount {point}"));
+    fn mounts(&self, found: &mut BTreeSet<String>) {
+        for line in read("/proc/self/mountinfo").lines() {
+            let point = Path::new(line.split(' ').nth(4).unwrap_or_default());
+            if point.starts_with(&self.data) || point.starts_with(self.run_dir()) {
+                found.insert(format!("mount {}", point.display()));
+            }
         }
     }
-}
 
-fn cgroups(found: &mut BTreeSet<String>) {
-    let mut folders = vec![std::path::PathBuf::from("/sys/fs/cgroup")];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let path = entry.path();
-            if is_folder && path.to_string_lossy().contains("joey") {
-                found.insert(format!("cgroup {}", path.display()));
-            }
-            if is_folder {
+    fn cgroups(&self, found: &mut BTreeSet<String>) {
+        let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    continue;
+                }
+                if path.iter().any(|part| part == self.name.as_str()) {
+                    found.insert(format!("cgroup {}", path.display()));
+                }
                 folders.push(path);
             }
         }
     }
-}
 
-fn interfaces(found: &mut BTreeSet<String>) {
-    for entry in std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
-        found.insert(format!("interface {}", entry.file_name().to_string_lossy()));
-    }
-}
-
-fn rules(found: &mut BTreeSet<String>) {
-    for table in run(Command::new("nft").args(["list", "tables"])).stdout.lines() {
-        found.insert(format!("nft {table}"));
-    }
-    for line in run(Command::new("ip").args(["route", "show"])).stdout.lines() {
-        found.insert(format!("route {}", line.trim()));
-    }
-}
-
-fn namespaces(found: &mut BTreeSet<String>) {
-    for folder in ["/run/joey", "/run/netns"] {
-        for suffix in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            let names = suffix.path().join("netns");
-            for entry in std::fs::read_dir(&names).into_iter().flatten().flatten() {
-                found.insert(format!("namespace {}", entry.path().display()));
+    /// An interface's name ends with the address it was made for.
+    fn interfaces(&self, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let address = name.len().checked_sub(8).and_then(|at| u32::from_str_radix(name.get(at..)?, 16).ok());
+            if name.starts_with('j') && address.is_some_and(|address| self.has(Ipv4Addr::from(address))) {
+                found.insert(format!("interface {name}"));
             }
         }
     }
-}
 
-fn agents(found: &mut BTreeSet<String>) {
-    for pid in processes() {
-        let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-        if program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("joey-agent")) {
-            found.insert(format!("process {pid} {}", program.display()));
+    fn rules(&self, found: &mut BTreeSet<String>) {
+        let table = self.name.replace('-', "_");
+        for line in run(Command::new("nft").args(["list", "tables"])).stdout.lines() {
+            if line.split(' ').any(|word| word == table) {
+                found.insert(format!("nft {line}"));
+            }
         }
+        for line in run(Command::new("ip").args(["route", "show"])).stdout.lines() {
+            let address = line.split([' ', '/']).next().and_then(|address| address.parse().ok());
+            if address.is_some_and(|address| self.has(address)) {
+                found.insert(format!("route {}", line.trim()));
+            }
+        }
+    }
+
+    fn namespaces(&self, found: &mut BTreeSet<String>) {
+        if self.run_dir().exists() {
+            found.insert(format!("directory {}", self.run_dir().display()));
+        }
+        for entry in std::fs::read_dir(self.run_dir().join("netns")).into_iter().flatten().flatten() {
+            found.insert(format!("namespace {}", entry.path().display()));
+        }
+    }
+
+    /// Agents, and all that runs in its cgroups.
+    fn processes(&self, found: &mut BTreeSet<String>) {
+        let data = self.data.display().to_string();
+        for pid in processes() {
+            let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            let is_agent = program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("joey-agent"));
+            let here = read(format!("/proc/{pid}/cgroup")).contains(&format!("/{}/", self.name));
+            if here || is_agent && read(format!("/proc/{pid}/cmdline")).contains(&data) {
+                found.insert(format!("process {pid} {}", program.display()));
+            }
+        }
+    }
+
+    fn has(&self, address: Ipv4Addr) -> bool {
+        let (base, bits) = self.range.split_once('/').expect("a range has a length");
+        let base: Ipv4Addr = base.parse().expect("a range begins with an address");
+        let shift = 32 - bits.parse::<u32>().expect("a length is a number");
+        u32::from(address) >> shift == u32::from(base) >> shift
     }
 }
 

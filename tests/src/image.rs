@@ -87,6 +87,12 @@ impl Layer {
         Self::of_archive(&archive(entries), packing)
     }
 
+    /// The same layer with only the first bytes of what should be sent.
+    pub fn cut(mut self, length: usize) -> Self {
+        self.bytes.truncate(length);
+        self
+    }
+
     /// A layer of any bytes, also such as are no archive.
     pub fn of_archive(archive: &[u8], packing: Packing) -> Self {
         let bytes = match packing {
@@ -156,7 +162,12 @@ fn archive(entries: &[Entry]) -> Vec<u8> {
     let mut archive = tar::Builder::new(Vec::new());
     for entry in entries {
         let pairs = entry.xattrs.iter().map(|(name, value)| (format!("SCHILY.xattr.{name}"), value.as_bytes()));
-        let pairs: Vec<_> = pairs.collect();
+        let mut pairs: Vec<_> = pairs.collect();
+        // What a header has no room for.
+        let name = if entry.name.len() > 100 { "too long" } else { &entry.name };
+        if name != entry.name {
+            pairs.push(("path".to_owned(), entry.name.as_bytes()));
+        }
         if !pairs.is_empty() {
             let pairs = pairs.iter().map(|(name, value)| (name.as_str(), *value));
             archive.append_pax_extensions(pairs).expect("memory takes all bytes");
@@ -170,7 +181,7 @@ fn archive(entries: &[Entry]) -> Vec<u8> {
         header.set_size(entry.bytes.len() as u64);
         header.set_device_major(entry.device.0).expect("a ustar header has device numbers");
         header.set_device_minor(entry.device.1).expect("a ustar header has device numbers");
-        raw_name(&mut header, &entry.name);
+        raw_name(&mut header, name);
         let target = entry.target.as_bytes();
         header.as_old_mut().linkname[..target.len()].copy_from_slice(target);
         header.set_cksum();

@@ -1,6 +1,7 @@
 //! A running `joey up` as a fixture: a data directory, an address range and a port of its own, its kubeconfig, and `joey` and
 //! `kubectl` pointed at it. Dropped, it is taken down with all its Pods.
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::host::Belongings;
 use crate::program::{Outcome, Program, run, run_with_input};
 use crate::registry::free_address;
 use crate::{programs, repository, seconds, wait_until};
@@ -83,13 +85,24 @@ impl Joey {
 
     /// Starts it without waiting for anything.
     pub fn launch(&mut self) {
-        let log = self.log();
-        let mut command = self.joey_command(&["up", "--listen", &self.listen.to_string(), "--pod-range", &self.range]);
+        let listen = self.listen.to_string();
+        self.launch_role(&["up", "--listen", &listen]);
+    }
+
+    /// Starts it as a virtual node of a cluster, with its own host, without waiting for anything.
+    pub fn launch_vnode(&mut self, kubeconfig: &Path, node: &str) {
+        let kubeconfig = kubeconfig.display().to_string();
+        self.launch_role(&["vnode", "--kubeconfig", &kubeconfig, "--node-name", node]);
+    }
+
+    fn launch_role(&mut self, role: &[&str]) {
+        let mut command = self.joey_command(role);
+        command.args(["--pod-range", &self.range]);
         if let Some(step) = &self.settings.crash_at {
             command.args(["--crash-at", step]);
         }
         command.args(&self.settings.arguments).env("RUST_LOG", "info");
-        self.program = Some(Program::start(&mut command, &log));
+        self.program = Some(Program::start(&mut command, &self.log()));
     }
 
     /// Arms or disarms a crash point for the next start.
@@ -112,6 +125,11 @@ impl Joey {
 
     pub fn listen(&self) -> SocketAddr {
         self.listen
+    }
+
+    /// What it has on the host outside of its data directory; nothing after [`Joey::down`].
+    pub fn traces(&self) -> BTreeSet<String> {
+        Belongings::new(&self.data(), &self.range).found()
     }
 
     fn log(&self) -> PathBuf {

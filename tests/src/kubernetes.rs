@@ -15,6 +15,9 @@ use crate::{holds, repository, seconds, wait_until};
 /// The administrator's token, in the API server's token file.
 const TOKEN: &str = "a-token-for-one-test";
 
+/// The token of a user who may do nothing.
+pub const NOBODY: &str = "the-token-of-a-stranger";
+
 /// A control plane that runs.
 #[derive(Debug)]
 pub struct ControlPlane {
@@ -66,8 +69,11 @@ impl ControlPlane {
         openssl(
             "x509 -req -in kubelet.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out kubelet.crt",
         );
-        std::fs::write(self.path("tokens.csv"), format!("{TOKEN},admin,admin,system:masters\n"))
-            .expect("a fresh folder is writable");
+        std::fs::write(
+            self.path("tokens.csv"),
+            format!("{TOKEN},admin,admin,system:masters\n{NOBODY},nobody,nobody,nobodies\n"),
+        )
+        .expect("a fresh folder is writable");
     }
 
     fn run_program(&mut self, program: PathBuf, arguments: &[String]) {

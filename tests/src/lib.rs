@@ -3,6 +3,7 @@
 //!
 //! Every fixture ends what it started, by process id, also when a test fails.
 
+pub mod guest;
 pub mod host;
 pub mod image;
 pub mod joey;
@@ -11,6 +12,7 @@ pub mod program;
 pub mod registry;
 pub mod served;
 pub mod source;
+pub mod tokens;
 pub mod traffic;
 
 use std::path::PathBuf;

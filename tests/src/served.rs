@@ -21,7 +21,19 @@ struct Shelf {
     blobs: HashMap<String, Vec<u8>>,
     /// Blobs whose next answer ends after so many bytes.
     broken_off: HashMap<String, usize>,
+    /// Blobs that are sent no faster than so many bytes each 10 ms.
+    slow: HashMap<String, usize>,
+    ignores_ranges: bool,
+    guard: Option<Guard>,
     requests: Vec<Request>,
+}
+
+/// A challenge, and how often each token has been shown.
+#[derive(Debug)]
+struct Guard {
+    challenge: String,
+    uses: usize,
+    used: HashMap<String, usize>,
 }
 
 /// A request that was made.
@@ -30,6 +42,7 @@ pub struct Request {
     pub path: String,
     /// The first byte asked for, where a range was.
     pub from: Option<usize>,
+    authorization: Option<String>,
 }
 
 impl Served {
@@ -85,6 +98,27 @@ impl Served {
         self.shelf.lock().expect("no holder panics").broken_off.insert(digest.to_owned(), after);
     }
 
+    /// Sends this blob slowly, so that something can happen meanwhile; `None` ends that.
+    pub fn slow_down(&self, digest: &str, bytes_each_10_ms: Option<usize>) {
+        let mut shelf = self.shelf.lock().expect("no holder panics");
+        match bytes_each_10_ms {
+            Some(bytes) => drop(shelf.slow.insert(digest.to_owned(), bytes)),
+            None => drop(shelf.slow.remove(digest)),
+        }
+    }
+
+    /// Answers with all of a blob whatever part of it is asked for.
+    pub fn ignore_ranges(&self) {
+        self.shelf.lock().expect("no holder panics").ignores_ranges = true;
+    }
+
+    /// Wants a bearer token from `realm` with every request; each token is good for so many.
+    pub fn guard(&self, realm: &str, uses: usize) {
+        let challenge = format!("Bearer realm=\"{realm}\",service=\"served\"");
+        let guard = Guard { challenge, uses, used: HashMap::new() };
+        self.shelf.lock().expect("no holder panics").guard = Some(guard);
+    }
+
     /// The requests made for a path that contains `part`.
     pub fn requests(&self, part: &str) -> Vec<Request> {
         let shelf = self.shelf.lock().expect("no holder panics");
@@ -107,13 +141,16 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Option<(String, Request)> 
     reader.read_line(&mut line).ok().filter(|&length| length > 0)?;
     let mut words = line.split(' ');
     let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let mut from = None;
+    let (mut from, mut authorization) = (None, None);
     loop {
         let mut header = String::new();
         reader.read_line(&mut header).ok().filter(|&length| length > 0)?;
+        if header.to_ascii_lowercase().starts_with("authorization: ") {
+            authorization = Some(header["authorization: ".len()..].trim().to_owned());
+        }
         let header = header.trim().to_ascii_lowercase();
         if header.is_empty() {
-            return Some((method, Request { path, from }));
+            return Some((method, Request { path, from, authorization }));
         }
         if let Some(range) = header.strip_prefix("range: bytes=") {
             from = range.split('-').next().and_then(|first| first.parse().ok());
@@ -122,11 +159,19 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Option<(String, Request)> 
 }
 
 fn answer(writer: &mut TcpStream, method: &str, request: &Request, shelf: &Mutex<Shelf>) -> std::io::Result<()> {
-    let (found, broken_off) = {
+    let (found, broken_off, slow) = {
         let mut shelf = shelf.lock().expect("no holder panics");
         shelf.requests.push(request.clone());
-        find(&mut shelf, method, &request.path)
+        if let Some(challenge) = shelf.guard.as_mut().and_then(|guard| guard.refuses(request)) {
+            let head = "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nWWW-Authenticate";
+            return write!(writer, "{head}: {challenge}\r\n\r\n");
+        }
+        let name = request.path.rsplit('/').next().unwrap_or_default();
+        let slow = shelf.slow.get(name).copied();
+        let (found, broken_off) = find(&mut shelf, method, &request.path);
+        (found, broken_off, slow)
     };
+    let ignores_ranges = shelf.lock().expect("no holder panics").ignores_ranges;
     let Some((kind, bytes)) = found else {
         let code = if request.path.contains("/blobs/") { "BLOB_UNKNOWN" } else { "MANIFEST_UNKNOWN" };
         let body = format!("{{\"errors\":[{{\"code\":\"{code}\",\"message\":\"not here\"}}]}}");
@@ -136,7 +181,7 @@ fn answer(writer: &mut TcpStream, method: &str, request: &Request, shelf: &Mutex
             body.len()
         );
     };
-    let first = request.from.filter(|&first| first < bytes.len());
+    let first = request.from.filter(|&first| first < bytes.len() && !ignores_ranges);
     let rest = &bytes[first.unwrap_or(0)..];
     let (status, range) = match first {
         Some(first) => {
@@ -160,7 +205,25 @@ fn answer(writer: &mut TcpStream, method: &str, request: &Request, shelf: &Mutex
             writer.shutdown(std::net::Shutdown::Both)?;
             Err(std::io::Error::other("broken off on purpose"))
         }
-        _ => writer.write_all(rest),
+        _ => match slow {
+            Some(step) => rest.chunks(step).try_for_each(|piece| {
+                // Not a wait for something: this is how slow it is.
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                writer.write_all(piece)
+            }),
+            None => writer.write_all(rest),
+        },
+    }
+}
+
+impl Guard {
+    /// The challenge for a request that shows no token, or one that has been used up.
+    fn refuses(&mut self, request: &Request) -> Option<String> {
+        let token = request.authorization.as_deref().and_then(|value| value.strip_prefix("Bearer "));
+        let Some(token) = token else { return Some(self.challenge.clone()) };
+        let used = self.used.entry(token.to_owned()).or_default();
+        *used += 1;
+        (*used > self.uses).then(|| self.challenge.clone())
     }
 }
 

@@ -1,6 +1,5 @@
 //! Point 9: what is wrong is refused or reported with the object's name and a way out, and nothing half made stays.
 
-use joey_tests::host::Traces;
 use joey_tests::image::{Entry, Image, Layer, Packing};
 use joey_tests::joey::pod;
 use joey_tests::registry::free_address;
@@ -202,9 +201,8 @@ fn small_range() -> String {
 #[test]
 fn nothing_half_made_stays() {
     let served = Served::start();
-    let before = Traces::now();
     let mut joey = Joey::start();
-    let settled = Traces::now();
+    let settled = joey.traces();
     let noexec = Layer::new(&[Entry::file("text", b"not a program")], Packing::Gzip);
     let image = served.add("noexec:1", &Image::new(vec![noexec], json!({"Cmd": ["/text"]})));
     joey.apply(&pod("noexec", &image, &[]));
@@ -217,9 +215,9 @@ fn nothing_half_made_stays() {
     let kinds = ["process ", "cgroup ", "mount "];
     let is_root = |name: &str| name.starts_with("joey-");
     wait_until("its traces are gone", seconds(10), || {
-        let left = Traces::now().since(&settled);
-        let left: Vec<_> = left
-            .iter()
+        let now = joey.traces();
+        let left: Vec<_> = now
+            .difference(&settled)
             .filter(|trace| kinds.iter().any(|kind| trace.starts_with(kind)))
             // Kept for the next Pod until `joey down`: mounted layers, and the cgroup that holds those of all Pods.
             .filter(|trace| !trace.contains("/layers/"))
@@ -228,5 +226,5 @@ fn nothing_half_made_stays() {
         holds(left.is_empty(), left)
     });
     joey.down().ok();
-    assert_eq!(Traces::now().since(&before), Vec::<String>::new());
+    assert!(joey.traces().is_empty(), "{:?}", joey.traces());
 }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use joey_tests::{Joey, Registry, programs, run};
+use joey_tests::{Joey, Program, Registry, holds, programs, run, seconds, wait_until};
 
 fn joey(arguments: &[&str]) -> joey_tests::Outcome {
     run(Command::new(programs().join("joey")).args(arguments).env("NO_COLOR", "1"))
@@ -56,6 +56,10 @@ fn wrong_usage_is_2_and_failure_is_1() {
     assert!(error.starts_with("error: ") && error.contains("hint: "), "{error}");
     let wrong = joey(&["up", "--data-dir", "/nonexistent/joey", "--pod-range", "not-a-range"]);
     assert_eq!(wrong.code, 2, "{}", wrong.stderr);
+    // Told at once: nothing is asked for what cannot be meant.
+    let malformed = joey(&["run", "Bad//Ref:::", "--data-dir", "/nonexistent/joey"]);
+    let error = malformed.fails(2);
+    assert!(error.contains("Bad//Ref:::"), "{error}");
 }
 
 #[test]
@@ -76,4 +80,61 @@ fn errors_name_the_object_and_output_is_for_machines() {
     assert!(described.contains("shown") && described.contains(&registry.demo()), "{described}");
     assert_eq!(joey.joey(&["exec", "shown", "--", "sh", "-c", "echo $COLOUR; exit 4"]).code, 4);
     assert!(joey.joey(&["host", "ls", "-o", "json"]).json().is_array());
+    let events = joey.joey(&["events", "shown", "-o", "json"]).json();
+    assert!(events.as_array().expect("a list").iter().any(|event| event["reason"] == "Started"), "{events}");
+    let pulled = joey.joey(&["image", "pull", &registry.demo(), "-o", "json"]).json();
+    assert!(pulled["references"].to_string().contains("joey/hello"), "{pulled}");
+
+    let error = joey.joey(&["exec", "shown", "--", "no-such-program"]).fails(127);
+    assert!(error.contains("\"no-such-program\": executable file not found"), "{error}");
+    joey.joey(&["exec", "shown", "--", "/etc/passwd"]).fails(126);
+    let error = joey.joey(&["exec", "shown", "-c", "beside", "--", "true"]).fails(1);
+    assert!(error.contains("beside") && error.contains("hint: its containers are: shown"), "{error}");
+    // One that is not there does not keep the others.
+    let outcome = joey.joey(&["rm", "absent", "shown", "--grace", "1"]);
+    assert_eq!((outcome.code, outcome.stdout.as_str()), (1, "shown\n"), "{outcome:?}");
+    assert!(outcome.stderr.contains("\"absent\""), "{outcome:?}");
+}
+
+#[test]
+fn what_does_not_start_is_told_and_does_not_stay_unasked() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let nothing = registry.image("joey/nothing:1");
+    let error = joey.joey(&["run", "--rm", &nothing]).fails(1);
+    assert!(error.contains("joey/nothing") && !error.contains("joey rm"), "{error}");
+    let error = joey.joey(&["run", "--rm", &registry.demo(), "--command", "no-such-program"]).fails(1);
+    assert!(error.contains("no-such-program"), "{error}");
+    assert_eq!(joey.joey(&["run", "--rm", &registry.demo(), "--command", "sh", "--", "-c", "exit 9"]).code, 9);
+    wait_until("what was to be removed is gone", seconds(10), || {
+        let left = joey.joey(&["ps", "-o", "json"]).ok();
+        holds(left.trim() == "[]", left)
+    });
+
+    let error = joey.joey(&["run", &nothing, "--name", "stuck"]).fails(1);
+    assert!(error.contains("joey/nothing") && error.contains("hint: "), "{error}");
+    let error = joey.joey(&["logs", "stuck"]).fails(1);
+    assert!(error.contains("has not run yet") && error.contains("joey/nothing"), "{error}");
+    let error = joey.joey(&["run", &registry.demo(), "--name", "wrong", "--command", "no-such-program"]).fails(1);
+    assert!(error.contains("no-such-program") && error.contains("joey rm wrong"), "{error}");
+    joey.joey(&["rm", "-f", "stuck", "wrong"]).ok();
+}
+
+#[test]
+fn an_interrupted_run_removes_what_it_started() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let mut command = joey.joey_command(&["run", "--rm", &registry.demo(), "--name", "brief", "--command", "sh"]);
+    command.args(["--", "-c", "echo here; sleep 1000"]);
+    let mut run = Program::start(&mut command, &joey.scratch().join("run"));
+    assert!(
+        joey.joey(&["run", "-d", &registry.demo(), "--name", "late", "--restart", "never", "--command", "hostname"])
+            .code
+            == 0
+    );
+    assert_eq!(joey.joey(&["logs", "-f", "late"]).ok(), "late\n", "it is followed from before its start");
+    wait_until("it says something", seconds(20), || holds(run.output() == "here\n", run.output()));
+    run.signal(nix::sys::signal::Signal::SIGINT);
+    assert_eq!(run.wait(seconds(10)), 130);
+    wait_until("it is gone", seconds(10), || holds(joey.joey(&["describe", "brief"]).code == 1, "it is there"));
 }

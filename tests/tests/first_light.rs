@@ -1,6 +1,6 @@
 //! Points 1 to 3: `joey up` and `joey down`, and one Pod through the whole chain, by kubectl and by `joey run`.
 
-use joey_tests::host::{Traces, namespace, process_runs};
+use joey_tests::host::{namespace, process_runs};
 use joey_tests::joey::pod;
 use joey_tests::{Joey, Registry, holds, repository, seconds, traffic, wait_until};
 
@@ -60,7 +60,6 @@ fn joey_run_starts_an_instance_without_kubernetes() {
 #[test]
 fn sigterm_leaves_pods_running_and_down_leaves_nothing() {
     let registry = Registry::with_demo_image();
-    let before = Traces::now();
     let mut joey = Joey::start();
     joey.run_pod("stays", &registry.demo(), &[]);
     let pid = joey.pid_of("stays.default");
@@ -68,6 +67,9 @@ fn sigterm_leaves_pods_running_and_down_leaves_nothing() {
     let ready_lines = joey.output().lines().filter(|line| line.contains("ready")).count();
     assert_eq!(ready_lines, 1, "one line says that it is ready:\n{}", joey.output());
 
+    for kind in ["mount", "cgroup", "interface", "nft", "route", "namespace", "directory", "process"] {
+        assert!(joey.traces().iter().any(|trace| trace.starts_with(kind)), "{kind} in {:?}", joey.traces());
+    }
     assert_eq!(joey.stop(), 0, "SIGTERM is a clean end");
     assert!(process_runs(pid), "the Pod goes on");
     assert!(traffic::page(&format!("{address}:80"), "/").is_ok(), "and answers");
@@ -76,7 +78,7 @@ fn sigterm_leaves_pods_running_and_down_leaves_nothing() {
     assert_eq!(joey.pid_of("stays.default"), pid, "it was adopted, not started anew");
     joey.down().ok();
     assert!(!process_runs(pid));
-    assert_eq!(Traces::now().since(&before), Vec::<String>::new());
+    assert!(joey.traces().is_empty(), "{:?}", joey.traces());
     // Also when nothing runs any more.
     joey.joey(&["down"]).ok();
 }
@@ -84,7 +86,6 @@ fn sigterm_leaves_pods_running_and_down_leaves_nothing() {
 #[test]
 fn down_works_without_a_running_joey() {
     let registry = Registry::with_demo_image();
-    let before = Traces::now();
     let mut joey = Joey::start();
     joey.run_pod("orphan", &registry.demo(), &[]);
     let pid = joey.pid_of("orphan.default");
@@ -92,7 +93,7 @@ fn down_works_without_a_running_joey() {
     assert!(process_runs(pid));
     joey.down().ok();
     assert!(!process_runs(pid));
-    assert_eq!(Traces::now().since(&before), Vec::<String>::new());
+    assert!(joey.traces().is_empty(), "{:?}", joey.traces());
 }
 
 #[test]

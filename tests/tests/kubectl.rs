@@ -100,6 +100,90 @@ fn a_pod_is_described_followed_and_entered() {
 }
 
 #[test]
+fn a_followed_log_ends_with_its_container() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let followed = |arguments: &[&str]| {
+        let mut follow = Program::start(&mut joey.kubectl_command(arguments), &joey.scratch().join("follow"));
+        move || (follow.wait(seconds(30)), follow.output())
+    };
+    let all: String = (1..=20_000).map(|number| format!("{number}\n")).collect();
+    joey.run_pod("brief", &registry.demo(), &["sh", "-c", "sleep 3; seq 1 20000"]);
+    assert_eq!(followed(&["logs", "-f", "brief"])(), (0, all.clone()), "it ends while it is followed");
+    joey.kubectl(&["wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/brief", "--timeout=30s"]).ok();
+    assert_eq!(joey.kubectl(&["logs", "-f", "brief"]).ok(), all, "it had ended before");
+    assert_eq!(joey.joey(&["logs", "-f", "brief.default"]).ok(), all);
+
+    // A container that is started again: the log followed is that of its present run.
+    let mut again = pod("again", &registry.demo(), &["sh", "-c", "echo run; sleep 3"]);
+    again["spec"]["restartPolicy"] = "Always".into();
+    joey.apply(&again);
+    joey.wait_for("again", "Ready", seconds(60));
+    assert_eq!(joey.kubectl(&["logs", "-f", "again"]).ok(), "run\n");
+
+    // One that is deleted meanwhile; the image asks for SIGQUIT.
+    joey.run_pod(
+        "deleted",
+        &registry.demo(),
+        &["sh", "-c", "trap 'echo end; exit 0' QUIT; echo begin; sleep 1000 & wait"],
+    );
+    let mut end = followed(&["logs", "-f", "deleted"]);
+    joey.kubectl(&["delete", "pod", "deleted", "--timeout=30s"]).ok();
+    let (code, text) = end();
+    assert_eq!((code, text.ends_with("begin\nend\n")), (0, true), "{text}");
+}
+
+#[test]
+fn what_keeps_a_pod_from_running_is_told_as_a_kubelet_tells_it() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let column = |name: &str| {
+        let line = joey.kubectl(&["get", "pod", name, "--no-headers"]).ok();
+        line.split_whitespace().nth(2).unwrap_or_default().to_owned()
+    };
+    joey.apply(&pod("malformed", "Bad//Ref:::", &[]));
+    wait_until("the image's name is told", seconds(20), || {
+        holds(column("malformed") == "InvalidImageName", column("malformed"))
+    });
+    let status = joey.get("pod", "malformed")["status"].clone();
+    assert_eq!(status["phase"], "Pending");
+    let message = status["containerStatuses"][0]["state"]["waiting"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("couldn't parse image name") && message.contains("Bad//Ref:::"), "{message}");
+    wait_until("it is an event", seconds(10), || {
+        let events = joey.kubectl(&["describe", "pod", "malformed"]).ok();
+        holds(events.contains("InspectFailed") && events.contains("Error: InvalidImageName"), events)
+    });
+    let refused = joey.kubectl(&["logs", "malformed"]).fails(1);
+    assert!(refused.contains("is waiting to start: InvalidImageName"), "{refused}");
+    // Mended, it runs, and nothing of its trouble is left in its conditions.
+    joey.kubectl(&["set", "image", "pod/malformed", &format!("main={}", registry.demo())]).ok();
+    let mended = joey.wait_for("malformed", "Ready", seconds(60));
+    assert_eq!(column("malformed"), "Running");
+    for condition in mended["status"]["conditions"].as_array().expect("a list") {
+        assert!(condition["reason"].is_null() && condition["message"].is_null(), "{condition}");
+    }
+
+    let mut object = pod("refused", &registry.demo(), &[]);
+    object["spec"]["setHostnameAsFQDN"] = true.into();
+    joey.apply(&object);
+    wait_until("it is refused", seconds(20), || holds(column("refused") == "UnsupportedPod", column("refused")));
+    for (name, command, word) in [
+        ("fails", &["sh", "-c", "exit 3"][..], "Error"),
+        ("absent", &["no-such-program"], "StartError"),
+        ("done", &["true"], "Completed"),
+    ] {
+        joey.apply(&pod(name, &registry.demo(), command));
+        wait_until(&format!("Pod {name} is {word}"), seconds(20), || holds(column(name) == word, column(name)));
+    }
+    let outcome = joey.kubectl(&["exec", "malformed", "--", "no-such-program"]);
+    assert!(
+        outcome.code != 0 && outcome.stderr.contains("\"no-such-program\": executable file not found"),
+        "{outcome:?}"
+    );
+    joey.kubectl(&["exec", "done", "--", "true"]).fails(1);
+}
+
+#[test]
 fn a_terminal_is_a_terminal() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();

@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use joey_api::agent::{AgentConfig, AgentContainer};
 use libc::{MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC};
 
-use crate::{last_words, sys};
+use crate::{last_words, sys, view};
 
 /// How paths are walked: within the root and never through the links of /proc.
 const IN_ROOT: u64 = 0x10 | 0x02;
@@ -56,13 +56,13 @@ pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper
     told("mount the root", overlay(container, upper, &base))?;
     let root: OwnedFd = told("open the root", File::open(&base))?.into();
     let root = root.as_fd();
-    kernel_mounts(root, dir)?;
+    kernel_mounts(root)?;
     devices(root)?;
     mask(root)?;
     volumes(config, container, dir, root)?;
     for file in ["hosts", "resolv.conf", "hostname"] {
         let mounted = target(root, &Path::new("/etc").join(file), true, IN_ROOT)
-            .and_then(|target| bind(root, &dir.join("etc").join(file), &target, NOSUID | NODEV));
+            .and_then(|target| bind(root, &Path::new(view::ETC).join(file), &target, NOSUID | NODEV));
         told(&format!("mount /etc/{file}"), mounted)?;
     }
     let words = &container.last_words.path;
@@ -106,7 +106,7 @@ fn overlay(container: &AgentContainer, upper: &Path, base: &Path) -> io::Result<
     sys::detach(&short)
 }
 
-fn kernel_mounts(root: BorrowedFd<'_>, dir: &Path) -> Result<(), String> {
+fn kernel_mounts(root: BorrowedFd<'_>) -> Result<(), String> {
     let closed = MS_NOSUID | MS_NOEXEC | MS_NODEV;
     for (path, kind, flags, data) in [
         ("/proc", "proc", closed, ""),
@@ -119,8 +119,8 @@ fn kernel_mounts(root: BorrowedFd<'_>, dir: &Path) -> Result<(), String> {
         let mounted = own(root, path, false).and_then(|target| sys::mount(kind, place(&target), kind, flags, data));
         told(&format!("mount {path}"), mounted)?;
     }
-    let shared =
-        own(root, "/dev/shm", false).and_then(|target| bind(root, &dir.join("shm"), &target, NOSUID | NODEV | NOEXEC));
+    let shared = own(root, "/dev/shm", false)
+        .and_then(|target| bind(root, Path::new(view::SHM), &target, NOSUID | NODEV | NOEXEC));
     told("mount /dev/shm", shared)?;
     cgroups(root, closed | MS_RDONLY)
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use joey_api::agent::{AgentConfig, VERSION};
 
+use crate::cgroup::Cgroup;
 use crate::supervisor::Agent;
 use crate::{server, sys, view};
 
@@ -77,17 +78,33 @@ fn configuration(dir: &Path) -> Result<AgentConfig, String> {
     }
 }
 
+/// Into a cgroup of the agent's own. On v2 it goes on as a clone that begins there, a child of the daemon as well: to be moved
+/// takes the kernel longer than all else the agent does. The process that was started ends.
+fn enter_cgroup(config: &AgentConfig) -> io::Result<()> {
+    let all = Cgroup::new(&config.cgroup);
+    let own = all.child("agent");
+    own.make()?;
+    // A container that names no limit counts as a core, the kernel's default.
+    all.weigh(config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(1000)).sum())?;
+    match own.entrance()? {
+        None => own.join(),
+        Some(place) => match sys::clone(libc::CLONE_PARENT as u64, Some(place.as_fd()))? {
+            sys::Cloned::Child => Ok(()),
+            sys::Cloned::Parent { .. } => sys::exit_now(0),
+        },
+    }
+}
+
 /// Away from the daemon's session and cgroup, into the Pod's namespaces.
 fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()> {
+    // Before there are two: the daemon finds both in one group of processes.
     let _ = sys::setsid();
+    enter_cgroup(config)?;
     sys::prctl(libc::PR_SET_NAME, c"joey-agent".as_ptr() as libc::c_ulong)?;
     sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1)?;
     // Its children are seen in containers before they are theirs: nobody there may look into them. Programs start afresh.
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
     sys::best_effort_oom(-998);
-    let own = crate::cgroup::Cgroup::new(&config.cgroup).child("agent");
-    own.make()?;
-    own.join()?;
     match &options.netns {
         Some(path) => sys::setns(File::open(path)?.as_fd(), libc::CLONE_NEWNET)?,
         None => {
@@ -102,21 +119,21 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
 
 fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
     let make = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    make(&dir.join("etc"))?;
+    make(Path::new(view::ETC))?;
     make(&dir.join("upper"))?;
     for (name, text) in [
         ("hosts", &config.hosts),
         ("resolv.conf", &config.resolv_conf),
         ("hostname", &format!("{}\n", config.hostname)),
     ] {
-        let path = dir.join("etc").join(name);
+        let path = Path::new(view::ETC).join(name);
         let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o644).open(path)?;
         file.write_all(text.as_bytes())?;
     }
     // The Pod's containers share their memory files, as in one Kubernetes sandbox.
-    make(&dir.join("shm"))?;
+    make(Path::new(view::SHM))?;
     let closed = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    sys::mount("tmpfs", dir.join("shm"), "tmpfs", closed, "mode=1777,size=65536k")?;
+    sys::mount("tmpfs", view::SHM, "tmpfs", closed, "mode=1777,size=65536k")?;
     for volume in config.volumes.iter().filter(|volume| volume.memory) {
         let place = dir.join("volumes").join(&volume.name);
         make(&place)?;

@@ -1,26 +1,30 @@
-//! What the agent sees of the host's files: its own directory, the layers, /proc and the cgroups. Nothing else is mounted in
-//! its namespace: a copy of every mount of the host in every agent would grow with the square of the Pods, and each
+//! What the agent sees of the host's files: its own directory, the layers, /proc and the cgroups, on a small file system in
+//! memory that also holds what it makes for all containers ([`ETC`], [`SHM`]). Nothing else is mounted in its namespace: a copy of every mount of the host in every agent would grow with the square of the Pods, and each
 //! container begins with a copy of this.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use joey_api::agent::AgentConfig;
 
 use crate::sys;
 
+/// Where the containers' `hosts`, `resolv.conf` and `hostname` are.
+pub const ETC: &str = "/etc";
+/// Where the memory files that the containers share are.
+pub const SHM: &str = "/shm";
+
 /// Leaves the host's files behind; what stays keeps its path. The caller has a mount namespace of its own.
 pub fn narrow(dir: &Path, config: &AgentConfig) -> io::Result<()> {
     sys::mount("none", "/", "", libc::MS_REC | libc::MS_PRIVATE, "")?;
-    let base = dir.join("view");
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&base)?;
     let top = std::fs::File::open("/")?;
-    // Before its own part is covered, and with what the host mounted in it.
+    // Before it is covered, and with what the host mounted in it.
     let own = sys::clone_mount(top.as_fd(), dir, true)?;
-    sys::mount("tmpfs", &base, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=755,size=1m")?;
+    // Any place will do: with the old root it goes out of sight.
+    let base = dir;
+    sys::mount("tmpfs", base, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=755,size=4m")?;
     let place = |path: &Path| -> io::Result<std::fs::File> {
         let place: PathBuf = base.join(path.strip_prefix("/").unwrap_or(path));
         std::fs::create_dir_all(&place)?;
@@ -35,7 +39,7 @@ pub fn narrow(dir: &Path, config: &AgentConfig) -> io::Result<()> {
         let seen = sys::clone_mount(top.as_fd(), Path::new(path), recursive)?;
         sys::attach_mount(seen.as_fd(), place(Path::new(path))?.as_fd())?;
     }
-    std::env::set_current_dir(&base)?;
+    std::env::set_current_dir(base)?;
     drop(top);
     sys::pivot_to_working_dir()
 }

@@ -15,7 +15,10 @@ use ground::ground;
 async fn conforms() {
     let Some(ground) = ground("conform") else { return };
     conformance::all(&ground.0).await;
-    let left = Path::new("/sys/fs/cgroup/memory").join(ground.0.cgroup_root.trim_start_matches('/'));
+    // The hierarchy of memory on v1, the only one on v2.
+    let name = ground.0.cgroup_root.trim_start_matches('/');
+    let left = Path::new("/sys/fs/cgroup/memory").join(name);
+    let left = if left.exists() { left } else { Path::new("/sys/fs/cgroup").join(name) };
     let left: Vec<_> = std::fs::read_dir(left).unwrap().flatten().filter(|e| e.path().is_dir()).collect();
     assert!(left.is_empty(), "{left:?}");
 }
@@ -54,8 +57,10 @@ async fn a_container_is_closed_in() {
     let (text, _) = sh("cat /proc/kcore | dd bs=1 count=1 2>/dev/null").await;
     assert_eq!(text, "");
     let (text, status) = exec(&agent, &["nothing"]).await;
-    assert_eq!((text.as_str(), status.exit_code), ("", None));
+    assert_eq!((text.as_str(), status.exit_code), ("", Some(127)));
     assert!(status.message.unwrap().contains("executable file not found"));
+    let (_, status) = exec(&agent, &["/bin/garbage"]).await;
+    assert_eq!((status.exit_code, status.message.is_some()), (Some(126), true));
     let (_, status) = exec(&agent, &["sh", "-c", "kill -9 $$"]).await;
     assert_eq!(status.exit_code, Some(137));
     bench.destroy(&request).await;
@@ -322,6 +327,51 @@ async fn limits_users_volumes_and_restarts() {
     assert_eq!(state.containers[0].last_termination.as_ref().unwrap().exit_code, 3);
     let previous = LogOptions { previous: true, ..LogOptions::default() };
     assert_eq!(logs(&agent, "main", &previous).await, "run\n");
+    // Only this run and the one before it are kept.
+    agent.restart("main").await.unwrap();
+    state_where(&agent, |state| state.containers[0].restart_count == 2 && backing_off(state)).await;
+    assert!(!request.dir.join("logs/main/0.log").exists() && request.dir.join("logs/main/1.log").exists());
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_followed_log_ends_with_its_run() {
+    let Some(ground) = ground("follow") else { return };
+    let bench = &ground.0;
+    let follow = LogOptions { follow: true, ..LogOptions::default() };
+    let followed = async |agent: &AgentClient| {
+        let log = logs(agent, "main", &follow);
+        tokio::time::timeout(conformance::LIMIT, log).await.expect("the log ends by itself")
+    };
+    let all: String = (1..=3000).map(|number| format!("{number}\n")).collect();
+
+    let request = bench.request(1, "sleep 1; seq 1 3000");
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    running(&agent).await;
+    assert_eq!(followed(&agent).await, all, "it ends while it is followed");
+    termination(&agent, 0).await;
+    assert_eq!(followed(&agent).await, all, "it had ended before");
+    bench.destroy(&request).await;
+
+    let mut request = bench.request(2, "sleep 1; echo run; exit 3");
+    request.config.restart_policy = WireRestartPolicy::Always;
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    for run in 0..2 {
+        state_where(&agent, |state| state.containers[0].restart_count == run).await;
+        running(&agent).await;
+        assert_eq!(followed(&agent).await, "run\n", "run {run} ends while it is followed");
+        assert_eq!(followed(&agent).await, "run\n", "run {run} waits for the next one");
+        agent.restart("main").await.unwrap();
+    }
+    bench.destroy(&request).await;
+
+    let mut request = bench.request(3, "");
+    request.config.containers[0].args = vec!["/no/such".to_owned()];
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    assert_eq!(followed(&agent).await, "", "there was nothing to start");
     bench.destroy(&request).await;
 }
 

@@ -22,9 +22,10 @@ pub const MAX_PAYLOAD: usize = 64 * 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ExecStatus {
-    /// The exit code; 128 plus the signal's number where a signal ended it. `None`: it could not be started.
+    /// The exit code; 128 plus the signal's number where a signal ended it. Of a command that could not be started: 127 when its
+    /// program is not there, 126 when that cannot be executed, `None` when something else was in the way.
     pub exit_code: Option<i32>,
-    /// Why it could not be started.
+    /// Why it could not be started; given only then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }

@@ -6,10 +6,9 @@
 use http::{HeaderMap, header};
 use rustls::pki_types::CertificateDer;
 
-use crate::pki;
 use crate::request::Target;
 use crate::status::{ApiError, ApiResult};
-use crate::token::Tokens;
+use crate::{State, kinds, object, pki};
 
 /// Who calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,8 +69,9 @@ pub fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Identity> {
     Some(Identity::new(user, &groups))
 }
 
-/// The caller of a request without a client certificate. A wrong token is refused, not taken for nobody.
-pub fn of_headers(headers: &HeaderMap, admin_token: &str, tokens: &Tokens) -> ApiResult<Identity> {
+/// The caller of a request without a client certificate. A wrong token is refused, not taken for nobody, and so is one whose
+/// account or Pod is gone.
+pub(crate) async fn of_request(state: &State, headers: &HeaderMap) -> ApiResult<Identity> {
     let Some(value) = headers.get(header::AUTHORIZATION) else { return Ok(Identity::anonymous()) };
     let value = value.to_str().map_err(|_| ApiError::unauthorized())?;
     let (scheme, token) = value.split_once(' ').unwrap_or((value, ""));
@@ -79,10 +79,49 @@ pub fn of_headers(headers: &HeaderMap, admin_token: &str, tokens: &Tokens) -> Ap
         return Err(ApiError::unauthorized());
     }
     let token = token.trim();
-    if same(token.as_bytes(), admin_token.as_bytes()) {
+    if same(token.as_bytes(), state.admin_token.as_bytes()) {
         return Ok(Identity::admin());
     }
-    tokens.verify(token, jiff::Timestamp::now()).ok_or_else(ApiError::unauthorized)
+    let bearer = state.tokens.verify(token, jiff::Timestamp::now()).ok_or_else(ApiError::unauthorized)?;
+    let account = ("serviceaccounts", bearer.account.as_str(), bearer.who.uid.as_str());
+    let pod = bearer.pod.as_ref().map(|(name, uid)| ("pods", name.as_str(), uid.as_str()));
+    for (plural, name, uid) in std::iter::once(account).chain(pod) {
+        let kind = kinds::find("", "v1", plural).ok_or_else(ApiError::unauthorized)?;
+        let found = state.read(&kind.key(&bearer.namespace, name)).await?;
+        if found.is_none_or(|(object, _)| object::text(&object, "/metadata/uid") != uid) {
+            return Err(ApiError::unauthorized());
+        }
+    }
+    Ok(bearer.who)
+}
+
+/// Whom the caller acts as: only who may do everything may act as somebody else.
+pub fn acting(who: Identity, headers: &HeaderMap) -> ApiResult<Identity> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let user = text("impersonate-user");
+    if user.is_empty() {
+        let others = headers.keys().any(|name| name.as_str().starts_with("impersonate-"));
+        let why = "requested impersonation without impersonating a user";
+        return if others { Err(ApiError::bad_request(why)) } else { Ok(who) };
+    }
+    if !who.is_in(MASTERS) {
+        let message =
+            format!("users \"{user}\" is forbidden: User \"{}\" cannot impersonate resource \"users\"", who.user);
+        return Err(ApiError::new(http::StatusCode::FORBIDDEN, "Forbidden", message));
+    }
+    let named = headers.get_all("impersonate-group").iter().filter_map(|value| value.to_str().ok());
+    let mut groups: Vec<&str> = named.collect();
+    let of_namespace;
+    if let Some((namespace, _)) = user.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':')) {
+        of_namespace = format!("system:serviceaccounts:{namespace}");
+        groups.extend(["system:serviceaccounts", &of_namespace]);
+    }
+    let mut acting = match user {
+        "system:anonymous" => Identity::anonymous(),
+        user => Identity::new(user, &groups),
+    };
+    acting.uid = text("impersonate-uid").to_owned();
+    Ok(acting)
 }
 
 /// Compares in a time that does not depend on where the difference is.

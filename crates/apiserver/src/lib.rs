@@ -17,7 +17,6 @@ pub mod kinds;
 mod leases;
 mod object;
 pub mod pki;
-mod protobuf;
 mod proxy;
 mod request;
 mod review;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use http::{Method, Uri};
 
 use crate::kinds::{self, Resource, Subresource};
-use crate::status::{ApiError, ApiResult};
+use crate::status::{ApiError, ApiResult, FieldFault};
 
 /// The query of a request; keys may repeat.
 #[derive(Debug, Default, Clone)]
@@ -29,6 +29,11 @@ impl Query {
         self.get(key).is_some_and(|value| !matches!(value.to_ascii_lowercase().as_str(), "false" | "0"))
     }
 
+    /// A boolean that may be left out.
+    pub fn bool(&self, key: &str) -> Option<bool> {
+        self.get(key).map(|_| self.flag(key))
+    }
+
     /// A number; anything else is a bad request.
     pub fn number<T: std::str::FromStr>(&self, key: &str) -> ApiResult<Option<T>> {
         match self.get(key) {
@@ -40,13 +45,13 @@ impl Query {
     }
 
     /// Whether nothing is to be stored; only `All` is known.
-    pub fn dry_run(&self) -> ApiResult<bool> {
+    pub fn dry_run(&self, verb: &str) -> ApiResult<bool> {
         let mut any = false;
         for value in self.all("dryRun") {
             if value != "All" {
-                return Err(ApiError::bad_request(format!(
-                    "invalid dryRun value \"{value}\": supported values: \"All\""
-                )));
+                let mut fault = FieldFault::unsupported("dryRun", value, &["All"]);
+                fault.message = fault.message.replacen(&format!("\"{value}\""), &format!("[\"{value}\"]"), 1);
+                return Err(ApiError::invalid_options(verb, &[fault]));
             }
             any = true;
         }

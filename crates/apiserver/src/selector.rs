@@ -263,6 +263,10 @@ fn parse_fields(resource: &Resource, text: &str) -> ApiResult<Vec<FieldTerm>> {
             "metadata.namespace" => Field::Namespace,
             name => match resource.fields.iter().position(|field| *field == name) {
                 Some(index) => Field::Nth(index),
+                None if resource.fields.is_empty() => {
+                    let known = "only \"metadata.name\", \"metadata.namespace\"";
+                    return Err(ApiError::bad_request(format!("\"{name}\" is not a known field selector: {known}")));
+                }
                 None => {
                     return Err(ApiError::bad_request(format!("field label not supported: {name}")));
                 }

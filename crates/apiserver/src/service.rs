@@ -21,6 +21,8 @@ use crate::{Body, State, discovery, proxy, review, table};
 
 /// Largest body of a request, in bytes (kube-apiserver's bound).
 pub const MAX_BODY: usize = 3 << 20;
+/// Bytes of a body that are read away before a refusal.
+const MAX_IGNORED: usize = 64 << 10;
 /// Longest a request takes until its answer begins, streams apart.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -88,27 +90,50 @@ async fn dispatch(
     request: Request<Body>,
     draining: CancellationToken,
 ) -> ApiResult<Response<Body>> {
+    let (parts, body) = request.into_parts();
+    let (who, query, route) = match route(state, identity, &parts).await {
+        Ok(routed) => routed,
+        Err(error) => {
+            // An answer to a request whose body nobody reads is lost on the way to some clients.
+            let _ = Limited::new(body, MAX_IGNORED).collect().await;
+            return Err(error);
+        }
+    };
+    let request = Request::from_parts(parts, body);
+    match route {
+        Route::Other(segments) => match *request.method() {
+            http::Method::GET | http::Method::HEAD => discovery::answer(state, request.headers(), &segments),
+            _ => Err(ApiError::method_not_allowed()),
+        },
+        Route::Resource(target) => resource(state, &who, &target, &query, request, draining).await,
+    }
+}
+
+/// Who asks for what, if it exists and they may.
+async fn route(
+    state: &State,
+    identity: Option<Identity>,
+    request: &http::request::Parts,
+) -> ApiResult<(Identity, Query, Route)> {
     let who = match identity {
         Some(who) => who,
-        None => auth::of_headers(request.headers(), &state.admin_token, &state.tokens)?,
+        None => auth::of_request(state, &request.headers).await?,
     };
-    let query = Query::parse(request.uri().query());
-    match request::parse(request.method(), request.uri(), &query) {
-        Ok(Route::Other(segments)) => {
-            auth::authorize_path(&who, &request.method().as_str().to_lowercase(), &segments)?;
-            match *request.method() {
-                http::Method::GET | http::Method::HEAD => discovery::answer(state, request.headers(), &segments),
-                _ => Err(ApiError::method_not_allowed()),
+    let who = auth::acting(who, &request.headers)?;
+    let query = Query::parse(request.uri.query());
+    let verb = request.method.as_str().to_lowercase();
+    match request::parse(&request.method, &request.uri, &query) {
+        Ok(route) => {
+            match &route {
+                Route::Other(segments) => auth::authorize_path(&who, &verb, segments)?,
+                Route::Resource(target) => auth::authorize(&who, target)?,
             }
-        }
-        Ok(Route::Resource(target)) => {
-            auth::authorize(&who, &target)?;
-            resource(state, &who, &target, &query, request, draining).await
+            Ok((who, query, route))
         }
         Err(error) => {
             // What exists and what does not is nothing for strangers.
-            let path: Vec<String> = request.uri().path().split('/').skip(1).map(str::to_owned).collect();
-            auth::authorize_path(&who, &request.method().as_str().to_lowercase(), &path)?;
+            let path: Vec<String> = request.uri.path().split('/').skip(1).map(str::to_owned).collect();
+            auth::authorize_path(&who, &verb, &path)?;
             Err(error)
         }
     }

@@ -58,6 +58,26 @@ impl FieldFault {
     }
 }
 
+/// All faults of one object, each once: what a rule of the kind says of a field counts more than what its schema says.
+pub fn together(mut rules: Vec<FieldFault>, schema: Vec<FieldFault>) -> Vec<FieldFault> {
+    let mut all: Vec<FieldFault> = Vec::with_capacity(rules.len() + schema.len());
+    for fault in rules.drain(..).chain(schema) {
+        let known = |other: &FieldFault| {
+            // A rule may tell several things about one value.
+            *other == fault || (other.field == fault.field && other.reason == fault.reason && known_twice(other))
+        };
+        if !all.iter().any(known) {
+            all.push(fault);
+        }
+    }
+    all
+}
+
+/// Whether a second fault of the same field and reason could only say the same again.
+fn known_twice(fault: &FieldFault) -> bool {
+    fault.reason != "FieldValueInvalid"
+}
+
 /// A refused request: HTTP code and the Status object that says why.
 #[derive(Debug, Clone)]
 pub struct ApiError {
@@ -173,22 +193,38 @@ impl ApiError {
 
     /// All that is wrong with an object, in one answer.
     pub fn invalid(resource: &Resource, name: &str, faults: &[FieldFault]) -> Self {
+        Self::invalid_kind((resource.group, resource.kind), name, faults)
+    }
+
+    /// All that is wrong with the options of a request.
+    pub fn invalid_options(verb: &str, faults: &[FieldFault]) -> Self {
+        let kind = match verb {
+            "create" => "CreateOptions",
+            "update" => "UpdateOptions",
+            "patch" => "PatchOptions",
+            "list" | "watch" | "deletecollection" => "ListOptions",
+            _ => "DeleteOptions",
+        };
+        Self::invalid_kind(("meta.k8s.io", kind), "", faults)
+    }
+
+    pub fn invalid_kind((group, kind): (&str, &str), name: &str, faults: &[FieldFault]) -> Self {
         let shown: Vec<String> = faults.iter().map(|fault| format!("{}: {}", fault.field, fault.message)).collect();
         let list = match shown.as_slice() {
             [one] => one.clone(),
             many => format!("[{}]", many.join(", ")),
         };
-        let kind = match resource.group {
-            "" => resource.kind.to_owned(),
-            group => format!("{}.{group}", resource.kind),
+        let qualified = match group {
+            "" => kind.to_owned(),
+            group => format!("{kind}.{group}"),
         };
-        let message = format!("{kind} \"{name}\" is invalid: {list}");
+        let message = format!("{qualified} \"{name}\" is invalid: {list}");
         let mut error = Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message);
         let causes: Vec<Value> = faults
             .iter()
             .map(|fault| json!({"reason": fault.reason, "message": fault.message, "field": fault.field}))
             .collect();
-        error.details = details(resource.group, resource.kind, name);
+        error.details = details(group, kind, name);
         error.details["causes"] = Value::Array(causes);
         error
     }

@@ -1,6 +1,6 @@
 //! Service-account tokens: JSON web tokens signed with ECDSA P-256 (RFC 7515, ES256), made and verified here.
 //!
-//! Claims follow Kubernetes' bound tokens. That the account still exists is the caller's matter.
+//! Claims follow Kubernetes' bound tokens. That account and Pod still exist is the caller's matter.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -28,6 +28,15 @@ pub struct Account<'a> {
     pub name: &'a str,
     pub uid: &'a str,
     pub audiences: Vec<String>,
+    /// Name and uid of the Pod it is bound to.
+    pub pod: Option<(String, String)>,
+}
+
+/// Whom a genuine token speaks for, if what it is bound to is still there.
+pub struct Bearer {
+    pub who: Identity,
+    pub namespace: String,
+    pub account: String,
     /// Name and uid of the Pod it is bound to.
     pub pod: Option<(String, String)>,
 }
@@ -69,7 +78,7 @@ impl Tokens {
     }
 
     /// The account of a token that is genuine, in time and meant for this server.
-    pub fn verify(&self, token: &str, now: Timestamp) -> Option<Identity> {
+    pub fn verify(&self, token: &str, now: Timestamp) -> Option<Bearer> {
         let (signed, signature) = token.rsplit_once('.')?;
         let (header, claims) = signed.split_once('.')?;
         let header: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(header).ok()?).ok()?;
@@ -86,11 +95,17 @@ impl Tokens {
             return None;
         }
         let subject = claims["sub"].as_str()?;
-        let (namespace, _) = subject.strip_prefix("system:serviceaccount:")?.split_once(':')?;
+        let (namespace, account) = subject.strip_prefix("system:serviceaccount:")?.split_once(':')?;
         let mut who =
             Identity::new(subject, &["system:serviceaccounts", &format!("system:serviceaccounts:{namespace}")]);
-        who.uid = claims["kubernetes.io"]["serviceaccount"]["uid"].as_str()?.to_owned();
-        Some(who)
+        let bound = &claims["kubernetes.io"];
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        who.uid = text(&bound["serviceaccount"]["uid"])?;
+        let pod = match &bound["pod"] {
+            Value::Null => None,
+            pod => Some((text(&pod["name"])?, text(&pod["uid"])?)),
+        };
+        Some(Bearer { who, namespace: namespace.to_owned(), account: account.to_owned(), pod })
     }
 }
 
@@ -105,7 +120,7 @@ mod tests {
         let account = Account { namespace: "a", name: "b", uid: "u", audiences: vec![ISSUER.to_owned()], pod: None };
         let now = Timestamp::now();
         let token = tokens.sign(&account, now, 600).unwrap();
-        let who = tokens.verify(&token, now).unwrap();
+        let who = tokens.verify(&token, now).unwrap().who;
         assert_eq!((who.user.as_str(), who.uid.as_str()), ("system:serviceaccount:a:b", "u"));
         assert!(tokens.verify(&token, now + jiff::SignedDuration::from_secs(601)).is_none());
         let other = Tokens::new(&rcgen::KeyPair::generate().unwrap().serialize_der()).unwrap();

@@ -87,7 +87,7 @@ pub enum Command {
     /// List instances
     Ps(Output),
     /// Show everything about an instance
-    Describe(Described),
+    Describe(Shown),
     /// Show a container's log
     Logs(Logs),
     /// Run a command in a container
@@ -95,7 +95,7 @@ pub enum Command {
     /// Join a container's main process: see what it says, pass on input
     Attach(Attach),
     /// Show what happened to an instance
-    Events(Named),
+    Events(Shown),
     /// Restart an instance's containers
     Restart(Named),
     /// End instances and remove them
@@ -112,7 +112,10 @@ pub enum Command {
     /// Show the version
     Version(Output),
     /// Write a shell's completion script
-    Completion { shell: clap_complete::Shell },
+    Completion {
+        /// The shell; for bash: source <(joey completion bash)
+        shell: clap_complete::Shell,
+    },
 }
 
 /// What a host of instances is told; shared by `up` and `vnode`.
@@ -204,7 +207,7 @@ pub struct Named {
 }
 
 #[derive(Debug, Args)]
-pub struct Described {
+pub struct Shown {
     #[command(flatten)]
     pub instance: Named,
     #[command(flatten)]
@@ -248,8 +251,8 @@ pub struct Run {
     /// Return when the instance is accepted, before it runs
     #[arg(short, long, conflicts_with = "rm")]
     pub detach: bool,
-    /// Give it an address reachable from outside
-    #[arg(long)]
+    /// Give it an address reachable from outside: not there yet
+    #[arg(long, hide = true)]
     pub public: bool,
     #[command(flatten)]
     pub output: Output,
@@ -347,16 +350,24 @@ pub enum Image {
     /// List images
     Ls(Output),
     /// Pull an image
-    Pull { image: String },
+    Pull {
+        /// Image, such as nginx:1.29 or registry.example/team/app@sha256:…
+        image: String,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Take in an archive: docker save or an OCI layout, as tar
     Import {
         /// The archive
         file: PathBuf,
         /// The name it gets
         image: String,
+        #[command(flatten)]
+        output: Output,
     },
     /// Remove images
     Rm {
+        /// Names or ids
         #[arg(required = true)]
         images: Vec<String>,
     },

@@ -43,7 +43,8 @@ pub async fn down(settings: &HostSettings, purge: bool) -> Result<(), Failure> {
     if purge {
         std::fs::remove_dir_all(&place.data_dir)?;
     }
-    println!("ended {ended} instances; nothing is left running");
+    let noun = if ended == 1 { "instance" } else { "instances" };
+    println!("ended {ended} {noun}; nothing is left running");
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::args::{Attach, Exec};
 use crate::failure::Failure;
+use crate::instances::one_container;
 use crate::output;
 
 /// Bytes of standard input sent at once.
@@ -22,22 +23,24 @@ const READ: usize = 16 << 10;
 
 pub async fn exec(service: &PoolClient, exec: Exec) -> Result<ExitCode, Failure> {
     check_terminal(exec.stdin, exec.tty)?;
-    let container = crate::instances::container(service, &exec.name, exec.container).await?;
+    let instance = service.get(&exec.name).await?;
+    let container = one_container(&instance, exec.container)?;
     let request =
         ExecRequest { command: exec.command, stdin: exec.stdin, stdout: true, stderr: !exec.tty, tty: exec.tty };
     let frames = outgoing(exec.stdin, exec.tty)?;
-    let answer = service.exec(&exec.name, &container, &request, frames).await?;
+    let answer = service.exec(&instance.id, &container, &request, frames).await?;
     converse(answer, exec.stdin && exec.tty).await
 }
 
 /// Joins the container's main process. Interrupted without a terminal of its own, it goes on by itself.
 pub async fn attach(service: &PoolClient, attach: Attach) -> Result<ExitCode, Failure> {
     check_terminal(attach.stdin, attach.tty)?;
-    let container = crate::instances::container(service, &attach.name, attach.container).await?;
+    let instance = service.get(&attach.name).await?;
+    let container = one_container(&instance, attach.container)?;
     let request =
         ExecRequest { command: Vec::new(), stdin: attach.stdin, stdout: true, stderr: !attach.tty, tty: attach.tty };
     let frames = outgoing(attach.stdin, attach.tty)?;
-    let answer = service.attach(&attach.name, &container, &request, frames).await?;
+    let answer = service.attach(&instance.id, &container, &request, frames).await?;
     converse(answer, attach.stdin && attach.tty).await
 }
 
@@ -52,9 +55,13 @@ fn check_terminal(stdin: bool, tty: bool) -> Result<(), Failure> {
 async fn converse(answer: joey_pool::ByteStream, raw: bool) -> Result<ExitCode, Failure> {
     let _raw = if raw { Some(RawMode::enter()?) } else { None };
     let status = incoming(answer).await?;
-    match (status.exit_code, status.message) {
-        (Some(code), _) => Ok(ExitCode::from(u8::try_from(code).unwrap_or(1))),
-        (None, message) => Err(Failure::new(message.unwrap_or_else(|| "the command could not be started".to_owned()))),
+    let code = status.exit_code.map(|code| u8::try_from(code).unwrap_or(1));
+    match (code, status.message) {
+        (Some(code), None) => Ok(ExitCode::from(code)),
+        (code, message) => {
+            let message = message.unwrap_or_else(|| "the command could not be started".to_owned());
+            Err(Failure::new(message).with_code(code.unwrap_or(1)))
+        }
     }
 }
 

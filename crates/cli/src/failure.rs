@@ -24,6 +24,11 @@ impl Failure {
         Self { message: message.into(), hint: None, code: 2 }
     }
 
+    /// The same with another exit code: that of what was run.
+    pub fn with_code(self, code: u8) -> Self {
+        Self { code, ..self }
+    }
+
     /// Something went wrong, and why, down to the first cause.
     pub fn caused(what: &str, error: &dyn std::error::Error) -> Self {
         let mut message = format!("{what}: {error}");
@@ -35,9 +40,27 @@ impl Failure {
         Self::new(message)
     }
 
+    /// Several failures of one command as one, each reason told once; `None` of none.
+    pub fn all(failures: Vec<Self>) -> Option<Self> {
+        let mut told: Vec<String> = Vec::new();
+        let (mut hint, mut code) = (None, None);
+        for failure in failures {
+            hint = hint.or(failure.hint);
+            code = code.or(Some(failure.code));
+            if !told.contains(&failure.message) {
+                told.push(failure.message);
+            }
+        }
+        Some(Self { message: told.join("\nerror: "), hint, code: code? })
+    }
+
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    pub fn without_hint(self) -> Self {
+        Self { hint: None, ..self }
     }
 
     /// Tells a person and gives the exit code. Control characters of a tenant's or registry's text are not passed on.

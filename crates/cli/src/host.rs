@@ -104,12 +104,15 @@ impl Host for LocalHost {
         let images = self.images.clone();
         tokio::spawn(async move {
             let progress = sender.clone();
-            let pulled = images
-                .pull(&reference, &request.credentials, move |event| {
-                    // A reader that is slow or gone misses steps; the pull goes on.
-                    let _ = progress.try_send(event);
-                })
-                .await;
+            let pull = images.pull(&reference, &request.credentials, move |event| {
+                // A reader that is slow misses steps.
+                let _ = progress.try_send(event);
+            });
+            let pulled = tokio::select! {
+                pulled = pull => pulled,
+                // Nobody waits for it any more: given up, and what was downloaded is kept for the next one.
+                () = sender.closed() => return,
+            };
             let last = match pulled {
                 Ok(image) => PullEvent::Done { image: images.summary(&image) },
                 Err(error) => PullEvent::Failed { fault: joey_api::error::ErrorBody::from(Fault::from(error)).error },

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use joey_api::error::ErrorBody;
-use joey_api::image::{PullEvent, PullRequest};
+use joey_api::image::{ImageSummary, PullEvent, PullRequest};
 use joey_model::Fault;
 use joey_model::quantity::human_bytes;
 use joey_pool::PoolClient;
@@ -21,15 +21,9 @@ use crate::output::{self, Format, age};
 pub async fn image(service: &PoolClient, command: Image) -> Result<ExitCode, Failure> {
     match command {
         Image::Ls(output) => list(service, output.format()).await,
-        Image::Pull { image } => pull(service, image).await,
-        Image::Import { file, image } => import(service, &file, &image).await,
-        Image::Rm { images } => {
-            for image in images {
-                service.remove_image(&image).await?;
-                output::write(format!("{image}\n").as_bytes())?;
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+        Image::Pull { image, output } => pull(service, image, output.format()).await,
+        Image::Import { file, image, output } => import(service, &file, &image, output.format()).await,
+        Image::Rm { images } => remove(service, &images).await,
     }
 }
 
@@ -41,7 +35,9 @@ async fn list(service: &PoolClient, format: Format) -> Result<ExitCode, Failure>
         let mut rows = vec![heads.into_iter().map(str::to_owned).collect::<Vec<_>>()];
         for image in &images {
             let id = image.id.trim_start_matches("sha256:").chars().take(12).collect();
-            for reference in &image.references {
+            // An image whose tags have moved on to others is still there, and is removed by its id.
+            let nameless = ["<none>".to_owned()];
+            for reference in if image.references.is_empty() { &nameless[..] } else { &image.references } {
                 let mut row = vec![reference.clone(), String::clone(&id), human_bytes(image.size)];
                 row.extend([image.layers.to_string(), age(image.pulled_at)]);
                 row.extend(wide.then(|| image.manifest_digest.clone()));
@@ -52,15 +48,39 @@ async fn list(service: &PoolClient, format: Format) -> Result<ExitCode, Failure>
     })
 }
 
-async fn pull(service: &PoolClient, image: String) -> Result<ExitCode, Failure> {
+/// Removes each image, also when another cannot be removed.
+async fn remove(service: &PoolClient, images: &[String]) -> Result<ExitCode, Failure> {
+    let mut failures = Vec::new();
+    for image in images {
+        match service.remove_image(image).await {
+            Ok(()) => output::write(format!("{image}\n").as_bytes())?,
+            Err(error) => failures.push(error.into()),
+        }
+    }
+    Failure::all(failures).map_or(Ok(ExitCode::SUCCESS), Err)
+}
+
+/// An image that is here now: its names, or everything about it.
+fn tell(image: &ImageSummary, format: Format) -> Result<ExitCode, Failure> {
+    match format {
+        Format::Table | Format::Wide => {
+            output::write(format!("{}\n", image.references.join(" ")).as_bytes())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        other => output::print(other, image, |_| Vec::new()),
+    }
+}
+
+async fn pull(service: &PoolClient, image: String, format: Format) -> Result<ExitCode, Failure> {
     let mut events = service.pull(&PullRequest { image, credentials: Vec::new() }).await?;
     let mut progress = Progress::new();
     while let Some(event) = events.next().await {
-        match event? {
+        // What broke it off is the daemon's end, which the hint is about.
+        let Ok(event) = event else { break };
+        match event {
             PullEvent::Done { image } => {
                 progress.end();
-                output::write(format!("{}\n", image.references.join(" ")).as_bytes())?;
-                return Ok(ExitCode::SUCCESS);
+                return tell(&image, format);
             }
             PullEvent::Failed { fault } => {
                 progress.end();
@@ -69,6 +89,7 @@ async fn pull(service: &PoolClient, image: String) -> Result<ExitCode, Failure> 
             event => progress.show(event),
         }
     }
+    progress.end();
     Err(Failure::new("the pull broke off").with_hint("try again: what was downloaded is kept"))
 }
 
@@ -125,7 +146,12 @@ impl Progress {
     }
 }
 
-async fn import(service: &PoolClient, file: &std::path::Path, image: &str) -> Result<ExitCode, Failure> {
+async fn import(
+    service: &PoolClient,
+    file: &std::path::Path,
+    image: &str,
+    format: Format,
+) -> Result<ExitCode, Failure> {
     let archive = tokio::fs::File::open(file)
         .await
         .map_err(|error| Failure::new(format!("archive {} cannot be read: {error}", file.display())))?;
@@ -138,7 +164,5 @@ async fn import(service: &PoolClient, file: &std::path::Path, image: &str) -> Re
             Err(error) => Some((Err(error), None)),
         }
     });
-    let summary = service.import_image(image, parts).await?;
-    output::write(format!("{}\n", summary.references.join(" ")).as_bytes())?;
-    Ok(ExitCode::SUCCESS)
+    tell(&service.import_image(image, parts).await?, format)
 }

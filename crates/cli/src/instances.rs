@@ -66,11 +66,11 @@ pub async fn describe(service: &PoolClient, name: &str, format: Option<Format>) 
     output::print(format, &instance, |_| Vec::new())
 }
 
-pub async fn events(service: &PoolClient, name: &str) -> Result<ExitCode, Failure> {
-    let instance = service.get(name).await?;
-    output::print(Format::Table, &(), |_| {
+pub async fn events(service: &PoolClient, name: &str, format: Format) -> Result<ExitCode, Failure> {
+    let events = service.get(name).await?.status.events;
+    output::print(format, &events, |_| {
         let mut rows = vec![["AGE", "TYPE", "REASON", "CONTAINER", "MESSAGE"].map(str::to_owned).to_vec()];
-        rows.extend(instance.status.events.iter().map(|event| {
+        rows.extend(events.iter().map(|event| {
             let kind = if event.warning { "Warning" } else { "Normal" };
             let container = event.container.clone().unwrap_or_else(|| "-".to_owned());
             vec![age(event.at), kind.to_owned(), event.reason.clone(), container, event.message.clone()]
@@ -84,45 +84,57 @@ pub async fn restart(service: &PoolClient, name: &str) -> Result<ExitCode, Failu
     Ok(DONE)
 }
 
-/// Ends the instances and waits until each is gone.
+/// Ends the instances and waits until each is gone, also when another cannot be ended.
 pub async fn rm(service: &PoolClient, rm: &Rm) -> Result<ExitCode, Failure> {
     let grace = if rm.force { Some(0) } else { rm.grace };
-    let mut left = Vec::new();
+    let (mut left, mut failures) = (Vec::new(), Vec::new());
     for name in &rm.names {
-        let instance = service.get(name).await?;
-        service.delete(&instance.id, grace).await?;
-        left.push((instance.id, name));
-    }
-    while !left.is_empty() {
-        let mut present = std::collections::HashSet::new();
-        let mut synced = false;
-        let mut changes = service.watch().await?;
-        while let Some(change) = changes.next().await {
-            match change? {
-                WatchEvent::Set { instance } if !synced => {
-                    present.insert(instance.id);
-                }
-                WatchEvent::Set { .. } => {}
-                WatchEvent::Synced { .. } => synced = true,
-                WatchEvent::Gone { id, .. } => {
-                    present.remove(&id);
-                }
-            }
-            if synced {
-                left.retain(|(id, name)| {
-                    let there = present.contains(id);
-                    if !there {
-                        println!("{name}");
-                    }
-                    there
-                });
-            }
-            if left.is_empty() {
-                break;
-            }
+        match end(service, name, grace).await {
+            Ok(id) => left.push((id, name.as_str())),
+            Err(failure) => failures.push(failure),
         }
     }
-    Ok(DONE)
+    while !left.is_empty() {
+        gone(service, &mut left).await?;
+    }
+    Failure::all(failures).map_or(Ok(DONE), Err)
+}
+
+/// Begins the end of an instance; its id.
+async fn end(service: &PoolClient, name: &str, grace: Option<u32>) -> Result<String, Failure> {
+    let id = service.get(name).await?.id;
+    service.delete(&id, grace).await?;
+    Ok(id)
+}
+
+/// Follows until all of `left` are gone, or the watch ends; names each that went.
+async fn gone(service: &PoolClient, left: &mut Vec<(String, &str)>) -> Result<(), Failure> {
+    let mut present = std::collections::HashSet::new();
+    let mut synced = false;
+    let mut changes = service.watch().await?;
+    while let Some(change) = changes.next().await {
+        match change? {
+            WatchEvent::Set { instance } if !synced => {
+                present.insert(instance.id);
+            }
+            WatchEvent::Set { .. } => {}
+            WatchEvent::Synced { .. } => synced = true,
+            WatchEvent::Gone { id, .. } => {
+                present.remove(&id);
+            }
+        }
+        if synced {
+            let (there, went): (Vec<_>, Vec<_>) = left.drain(..).partition(|(id, _)| present.contains(id));
+            *left = there;
+            for (_, name) in went {
+                output::write(format!("{name}\n").as_bytes())?;
+            }
+        }
+        if left.is_empty() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure> {
@@ -134,8 +146,30 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
         timestamps: logs.timestamps,
         limit_bytes: None,
     };
-    let container = container(service, &logs.name, logs.container).await?;
-    let mut bytes = service.logs(&logs.name, &container, &options).await?;
+    let instance = service.get(&logs.name).await?;
+    let container = one_container(&instance, logs.container)?;
+    let waits = instance.status.containers.iter().find(|known| known.name == container);
+    let reason = waits.and_then(|known| match &known.state {
+        ContainerState::Waiting { reason, message } if known.last_termination.is_none() => Some((reason, message)),
+        _ => None,
+    });
+    match reason {
+        // Soon there will be something to follow.
+        Some((reason, _)) if reason == "ContainerCreating" && logs.follow => {
+            crate::run::until_started(service, &instance).await?;
+        }
+        Some((reason, message)) => {
+            let name = &logs.name;
+            let why = format!("{reason}: {message}");
+            let message = format!(
+                "container \"{container}\" of instance \"{name}\" has not run yet: {}",
+                why.trim_end_matches(": ")
+            );
+            return Err(Failure::new(message).with_hint(format!("see joey events {name}")));
+        }
+        None => {}
+    }
+    let mut bytes = service.logs(&instance.id, &container, &options).await?;
     while let Some(part) = bytes.next().await {
         output::write(&part?)?;
     }
@@ -143,13 +177,18 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
 }
 
 /// The container that is meant: the one named, else the first main one.
-pub async fn container(service: &PoolClient, name: &str, given: Option<String>) -> Result<String, Failure> {
-    if let Some(container) = given {
-        return Ok(container);
-    }
-    let all = service.get(name).await?.spec.containers;
-    let first = all.into_iter().find(|container| container.role == Role::Main);
-    first.map(|container| container.name).ok_or_else(|| Failure::new(format!("instance \"{name}\" has no container")))
+pub fn one_container(instance: &Instance, given: Option<String>) -> Result<String, Failure> {
+    let (name, all) = (&instance.spec.name, &instance.spec.containers);
+    let found = match &given {
+        Some(given) => all.iter().find(|container| container.name == *given),
+        None => all.iter().find(|container| container.role == Role::Main),
+    };
+    found.map(|container| container.name.clone()).ok_or_else(|| {
+        let names: Vec<&str> = all.iter().map(|container| container.name.as_str()).collect();
+        let given = given.unwrap_or_default();
+        Failure::new(format!("instance \"{name}\" has no container \"{given}\""))
+            .with_hint(format!("its containers are: {}", names.join(", ")))
+    })
 }
 
 fn since(text: &str) -> Result<Timestamp, Failure> {

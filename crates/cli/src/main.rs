@@ -75,7 +75,7 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Run(run) => run::run(&service, run.validate()?).await,
         Command::Ps(output) => instances::ps(&service, output.format()).await,
         Command::Describe(one) => instances::describe(&service, &one.instance.name, one.output.output).await,
-        Command::Events(named) => instances::events(&service, &named.name).await,
+        Command::Events(one) => instances::events(&service, &one.instance.name, one.output.format()).await,
         Command::Restart(named) => instances::restart(&service, &named.name).await,
         Command::Rm(rm) => instances::rm(&service, &rm).await,
         Command::Logs(logs) => instances::logs(&service, logs).await,

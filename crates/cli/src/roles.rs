@@ -122,7 +122,7 @@ impl HostRole {
 pub fn store(place: &Place) -> Result<Arc<dyn Store>, Failure> {
     joey_store::redb(&place.file("store.redb")).map_err(|error| {
         Failure::new(format!("state in {} cannot be opened: {error}", place.data_dir.display())).with_hint(
-            "the file store.redb holds all state: restore it from a copy, or begin anew with joey down --purge",
+            "store.redb and store.log hold all state: restore both from a copy, or begin anew with joey down --purge",
         )
     })
 }

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 use futures::StreamExt;
 use joey_api::instance::{
     ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, LogOptions, NetworkSpec, PullPolicy, Resources,
-    WatchEvent, WirePhase, WireRestartPolicy,
+    Termination, WatchEvent, WirePhase, WireRestartPolicy,
 };
-use joey_model::{ImageRef, quantity};
+use joey_model::{ErrorKind, Fault, ImageRef, quantity};
 use joey_pool::PoolClient;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{Pull, Restart, Run};
 use crate::failure::Failure;
@@ -16,6 +17,12 @@ use crate::output::{self, Format};
 
 /// How long what a container still said may take to arrive once it is known to have ended.
 const LOG_TAIL: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// The word for a container whose program could not be started.
+const NOT_STARTED: &str = "StartError";
+/// Exit codes of what a signal ended, as shells have them.
+const INTERRUPTED: u8 = 128 + 2;
+const TERMINATED: u8 = 128 + 15;
 
 /// A run whose values are all good.
 pub struct Wanted {
@@ -113,17 +120,40 @@ fn default_name(image: &ImageRef) -> String {
 
 /// Creates the instance and follows it.
 pub async fn run(service: &PoolClient, wanted: Wanted) -> Result<ExitCode, Failure> {
+    if wanted.to_the_end {
+        return to_the_end(service, &wanted.spec).await;
+    }
     let created = service.create(&wanted.spec).await?;
     if wanted.detach {
         return tell(&created, wanted.format);
     }
-    let running = wait(service, &created, started).await?;
-    if !wanted.to_the_end {
-        return match running.status.phase {
-            WirePhase::Failed => Err(why(&running)),
-            _ => tell(&running, wanted.format),
-        };
+    let running = until_started(service, &created).await?;
+    match running.status.phase {
+        WirePhase::Failed => Err(why(&running)),
+        _ => tell(&running, wanted.format),
     }
+}
+
+/// Shows the log until the end and removes the instance, also when it does not start or somebody interrupts.
+async fn to_the_end(service: &PoolClient, spec: &InstanceSpec) -> Result<ExitCode, Failure> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let created = service.create(spec).await?;
+    let outcome = tokio::select! {
+        outcome = follow(service, &created) => outcome,
+        _ = interrupt.recv() => Ok(ExitCode::from(INTERRUPTED)),
+        _ = terminate.recv() => Ok(ExitCode::from(TERMINATED)),
+    };
+    // Hints would lead to what is being removed.
+    let outcome = outcome.map_err(Failure::without_hint);
+    match service.delete(&created.id, Some(0)).await.map_err(Fault::from) {
+        Err(fault) if fault.kind != ErrorKind::NotFound => outcome.and(Err(fault.into())),
+        _ => outcome,
+    }
+}
+
+/// Shows the log of an instance's container until it has ended; its exit code.
+async fn follow(service: &PoolClient, created: &Instance) -> Result<ExitCode, Failure> {
+    until_started(service, created).await?;
     let container = &created.spec.containers[0].name;
     let options = LogOptions { follow: true, ..LogOptions::default() };
     let mut log = service.logs(&created.id, container, &options).await?;
@@ -137,32 +167,43 @@ pub async fn run(service: &PoolClient, wanted: Wanted) -> Result<ExitCode, Failu
     let ended = tokio::select! {
         printed = &mut print => {
             printed?;
-            wait(service, &created, ended).await?
+            wait(service, created, ended).await?
         }
-        ended = wait(service, &created, ended) => {
+        ended = wait(service, created, ended) => {
             tokio::time::timeout(LOG_TAIL, print).await.unwrap_or(Ok(()))?;
             ended?
         }
     };
-    service.delete(&created.id, Some(0)).await?;
     match ended.status.containers.first().map(|container| &container.state) {
+        Some(ContainerState::Terminated(end)) if end.reason == NOT_STARTED => Err(not_started(created, end)),
         Some(ContainerState::Terminated(end)) => Ok(ExitCode::from(u8::try_from(end.exit_code).unwrap_or(1))),
         _ => Err(why(&ended)),
     }
 }
 
-/// Follows an instance until `enough` of its state, or a failure that only a person can mend.
+/// Waits until an instance has begun to run, or failed in a way that only a person can mend.
+pub async fn until_started(service: &PoolClient, created: &Instance) -> Result<Instance, Failure> {
+    wait(service, created, started).await
+}
+
+/// Follows an instance until `enough` of its state, or a failure that only a person can mend. What it waits for is said.
 async fn wait(service: &PoolClient, created: &Instance, enough: fn(&Instance) -> bool) -> Result<Instance, Failure> {
+    let mut said = None;
     loop {
         let mut changes = service.watch().await?;
         while let Some(change) = changes.next().await {
             match change? {
                 WatchEvent::Set { instance } if instance.id == created.id => {
+                    if let Some(failure) = hopeless(&instance) {
+                        return Err(failure);
+                    }
                     if enough(&instance) {
                         return Ok(*instance);
                     }
-                    if let Some(failure) = hopeless(&instance) {
-                        return Err(failure);
+                    let waits = waits_for(&instance);
+                    if waits.is_some() && waits != said {
+                        eprintln!("waiting: {}", output::printable(waits.as_deref().unwrap_or_default()));
+                        said = waits;
                     }
                 }
                 WatchEvent::Gone { id, name, .. } if id == created.id => {
@@ -174,6 +215,18 @@ async fn wait(service: &PoolClient, created: &Instance, enough: fn(&Instance) ->
     }
 }
 
+/// What keeps a container from starting, beside the usual work.
+fn waits_for(instance: &Instance) -> Option<String> {
+    instance.status.containers.iter().find_map(|container| match &container.state {
+        ContainerState::Waiting { reason, message }
+            if reason != "ContainerCreating" && container.last_termination.is_none() =>
+        {
+            Some(format!("{reason}: {message}"))
+        }
+        _ => None,
+    })
+}
+
 fn started(instance: &Instance) -> bool {
     matches!(instance.status.phase, WirePhase::Running | WirePhase::Succeeded | WirePhase::Failed)
 }
@@ -182,24 +235,55 @@ fn ended(instance: &Instance) -> bool {
     matches!(instance.status.phase, WirePhase::Succeeded | WirePhase::Failed)
 }
 
-/// A wait that does not end by itself soon: the image cannot be had, the container cannot be made.
+/// A wait that does not end by itself soon: the image cannot be had, the container cannot be made, the program not started.
 fn hopeless(instance: &Instance) -> Option<Failure> {
-    const REASONS: [&str; 5] =
-        ["ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerError"];
-    instance.status.containers.iter().find_map(|container| match &container.state {
-        ContainerState::Waiting { reason, message } if REASONS.contains(&reason.as_str()) => Some(
-            Failure::new(format!("instance \"{}\" does not start: {reason}: {message}", instance.spec.name))
-                .with_hint(format!("it is tried again until it is removed: joey rm {}", instance.spec.name)),
-        ),
+    const REASONS: [&str; 6] = [
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+        "CreateContainerError",
+        "CreateContainerConfigError",
+    ];
+    instance.status.containers.iter().find_map(|container| match (&container.state, &container.last_termination) {
+        (ContainerState::Waiting { .. }, Some(end)) if end.reason == NOT_STARTED => Some(not_started(instance, end)),
+        (ContainerState::Waiting { reason, message }, _) if REASONS.contains(&reason.as_str()) => {
+            Some(stuck(instance, &format!("{reason}: {message}")))
+        }
         _ => None,
     })
 }
 
+fn not_started(instance: &Instance, end: &Termination) -> Failure {
+    match instance.spec.restart_policy {
+        WireRestartPolicy::Never => does_not_start(instance, &end.message),
+        _ => stuck(instance, &end.message),
+    }
+}
+
+fn does_not_start(instance: &Instance, why: &str) -> Failure {
+    Failure::new(format!("instance \"{}\" does not start: {why}", instance.spec.name))
+}
+
+/// It does not start, and is there.
+fn stuck(instance: &Instance, why: &str) -> Failure {
+    does_not_start(instance, why)
+        .with_hint(format!("it is tried again until it is removed: joey rm {}", instance.spec.name))
+}
+
 fn why(instance: &Instance) -> Failure {
     let status = &instance.status;
-    let reason = status.reason.as_deref().unwrap_or("Failed");
-    let message = status.message.as_deref().unwrap_or("its container ended");
-    Failure::new(format!("instance \"{}\": {reason}: {message}", instance.spec.name))
+    let ended = status.containers.iter().find_map(|container| match &container.state {
+        ContainerState::Terminated(end) if end.exit_code != 0 => Some(end),
+        _ => None,
+    });
+    let why = match (&status.message, ended) {
+        (Some(message), _) => format!("{}: {message}", status.reason.as_deref().unwrap_or("Failed")),
+        (None, Some(end)) if end.reason == NOT_STARTED => return not_started(instance, end),
+        (None, Some(end)) => format!("its container ended with exit code {} ({})", end.exit_code, end.reason),
+        (None, None) => "it failed".to_owned(),
+    };
+    Failure::new(format!("instance \"{}\": {why}", instance.spec.name))
         .with_hint(format!("see joey describe {0} and joey logs {0}", instance.spec.name))
 }
 

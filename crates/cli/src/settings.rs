@@ -178,12 +178,13 @@ pub fn machine_name() -> String {
     }
 }
 
-/// What `down` needs of a host: it removes what is there, so the range and the agent do not matter.
+/// What `down` needs of a host: it removes what is there, so the range and the agent do not matter. The range is one that no
+/// host routes (RFC 1112, class E), so that it never meets the range of another joey.
 pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
     Ok(HostSettings {
         place: Place::of(data_dir)?,
         host_name: machine_name(),
-        pod_range: Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 244, 0, 0), 16),
+        pod_range: Ipv4Net::new_assert(std::net::Ipv4Addr::new(240, 0, 0, 0), 29),
         prepared: 0,
         plain_http: Vec::new(),
         docker_config: None,

@@ -1,8 +1,9 @@
-//! The reconcilers the embedded control plane needs: scheduler, namespaces, service accounts, garbage. One a file.
+//! The reconcilers the embedded control plane needs: scheduler, namespaces, service accounts, garbage, dependents. One a file.
 //!
 //! Must never depend on the API server's crate, on the store or on the pool: state is reached through the client alone, so
 //! that the same code serves a control plane in this process and one elsewhere.
 
+mod dependents;
 mod fit;
 mod garbage;
 mod namespaces;
@@ -18,7 +19,8 @@ pub async fn run(client: kube::Client, shutdown: CancellationToken) {
             scheduler::run(client.clone()),
             namespaces::run(client.clone()),
             service_accounts::run(client.clone()),
-            garbage::run(client),
+            garbage::run(client.clone()),
+            dependents::run(client),
         );
     };
     tokio::select! {

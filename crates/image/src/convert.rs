@@ -31,9 +31,10 @@ pub(crate) struct Expected {
 #[error("unpacked size exceeds the limit")]
 struct OverLimit;
 
+/// Marks a failure of the host's disk, which is not the layer's fault.
 #[derive(Debug, thiserror::Error)]
 #[error("writing the layer failed: {0}")]
-struct WriteFailed(io::Error);
+pub(crate) struct WriteFailed(pub io::Error);
 
 /// Marks a failure of the source (download given up, file unreadable), which is not the layer's fault.
 #[derive(Debug, thiserror::Error)]

@@ -94,7 +94,8 @@ struct Place {
     size: u64,
     /// Bytes of contents that follow the inode; the layout is "inline" when there are any.
     tail: usize,
-    xattrs: Vec<u8>,
+    /// Bytes of the attributes as they are written.
+    xattrs: usize,
     links: u32,
     parent: usize,
 }
@@ -140,7 +141,7 @@ fn found(places: &Places, node: usize) -> &Place {
 
 /// The nodes that have a name, each once, the root first; counts their links.
 fn walk(tree: &Tree, places: &mut Places) -> Vec<usize> {
-    let new = |parent| Place { offset: 0, block: 0, size: 0, tail: 0, xattrs: Vec::new(), links: 0, parent };
+    let new = |parent| Place { offset: 0, block: 0, size: 0, tail: 0, xattrs: 0, links: 0, parent };
     let mut order = Vec::new();
     let mut waiting = vec![ROOT];
     places[ROOT] = Some(new(ROOT));
@@ -170,8 +171,8 @@ fn place(tree: &Tree, order: &[usize], places: &mut Places, first: u32) -> io::R
     let mut offset = ROOT_OFFSET;
     for &node in order {
         let Node { kind, xattrs, .. } = &tree.nodes[node];
-        let xattrs = encode_xattrs(xattrs);
-        let head = INODE + xattrs.len();
+        let xattrs = encode_xattrs(xattrs).len();
+        let head = INODE + xattrs;
         let (size, mut tail) = match kind {
             Kind::Directory(children) => {
                 let size = directory_size(children);
@@ -285,7 +286,7 @@ fn file_type(kind: &Kind) -> u8 {
 
 /// The inode with its attributes and inline tail (`struct erofs_inode_extended`).
 fn inode(tree: &Tree, node: usize, places: &Places) -> Vec<u8> {
-    let Node { meta, kind, .. } = &tree.nodes[node];
+    let Node { meta, kind, xattrs, .. } = &tree.nodes[node];
     let at = found(places, node);
     let type_bits: u16 = match kind {
         Kind::Inline(_) | Kind::Blocks { .. } => 0o100_000,
@@ -303,9 +304,9 @@ fn inode(tree: &Tree, node: usize, places: &Places) -> Vec<u8> {
         _ => at.block,
     };
     let format: u16 = if at.tail > 0 { 1 | (2 << 1) } else { 1 };
-    let xattr_count = if at.xattrs.is_empty() { 0 } else { ((at.xattrs.len() - XATTR_HEADER) / 4 + 1) as u16 };
+    let xattr_count = if at.xattrs == 0 { 0 } else { ((at.xattrs - XATTR_HEADER) / 4 + 1) as u16 };
     let Meta { mode, uid, gid, mtime } = *meta;
-    let mut bytes = Vec::with_capacity(INODE + at.xattrs.len() + at.tail);
+    let mut bytes = Vec::with_capacity(INODE + at.xattrs + at.tail);
     bytes.extend_from_slice(&format.to_le_bytes());
     bytes.extend_from_slice(&xattr_count.to_le_bytes());
     bytes.extend_from_slice(&(type_bits | (mode & 0o7777)).to_le_bytes());
@@ -319,7 +320,7 @@ fn inode(tree: &Tree, node: usize, places: &Places) -> Vec<u8> {
     bytes.extend_from_slice(&mtime.1.to_le_bytes());
     bytes.extend_from_slice(&at.links.to_le_bytes());
     bytes.extend_from_slice(&[0; 16]);
-    bytes.extend_from_slice(&at.xattrs);
+    bytes.extend_from_slice(&encode_xattrs(xattrs));
     if at.tail > 0 {
         let data = contents(tree, node, places);
         bytes.extend_from_slice(&data[data.len() - at.tail..]);

@@ -28,7 +28,7 @@ pub enum Problem {
     Unavailable { registry: String, detail: String },
     #[error("{object} has digest {actual} where {expected} is required")]
     Digest { object: String, expected: Digest, actual: String },
-    #[error("no variant for {wanted}; available: {}", .available.join(", "))]
+    #[error("no variant for {wanted}; available: {}", if .available.is_empty() { "none".to_owned() } else { .available.join(", ") })]
     Platform { wanted: String, available: Vec<String> },
     #[error("{object} is not usable: {detail}")]
     Malformed { object: &'static str, detail: String },
@@ -42,6 +42,8 @@ pub enum Problem {
     InUse,
     #[error("the image store failed to {operation}: {detail}")]
     Store { operation: &'static str, detail: String },
+    #[error("the image store failed to {operation}: the host's disk is full")]
+    Full { operation: &'static str },
 }
 
 impl Problem {
@@ -51,7 +53,10 @@ impl Problem {
     }
 
     pub(crate) fn store(operation: &'static str, error: &std::io::Error) -> Self {
-        Self::Store { operation, detail: error.to_string() }
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::Full { operation },
+            _ => Self::Store { operation, detail: error.to_string() },
+        }
     }
 
     fn kind_and_reason(&self) -> (ErrorKind, &'static str) {
@@ -63,6 +68,7 @@ impl Problem {
             Self::Unavailable { .. } => (ErrorKind::Retryable, "RegistryUnavailable"),
             Self::InUse => (ErrorKind::Conflict, "ImageInUse"),
             Self::Store { .. } => (ErrorKind::Internal, "ImageStoreFailed"),
+            Self::Full { .. } => (ErrorKind::Exhausted, "ImageStoreFull"),
             Self::Digest { .. }
             | Self::Platform { .. }
             | Self::Malformed { .. }
@@ -93,6 +99,9 @@ impl Problem {
                 "make the image smaller, or have the operator raise the image size limit"
             }
             Self::InUse => "delete the instances that run it first",
+            Self::Full { .. } => {
+                "remove images that are not needed (joey image rm), or give the disk more room, and pull again"
+            }
             Self::Store { .. } => return None,
         })
     }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use joey_model::Digest;
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use crate::convert::{Expected, SourceFailed, convert};
+use crate::convert::{Expected, SourceFailed, WriteFailed, convert};
 use crate::error::Problem;
 use crate::oci::Descriptor;
 use crate::persist::Folders;
@@ -34,7 +34,8 @@ struct Flight {
 
 pub(crate) struct Layers {
     folders: Folders,
-    flights: Mutex<HashMap<Digest, watch::Receiver<Flight>>>,
+    /// Senders, not receivers: whoever receives is somebody who waits.
+    flights: Mutex<HashMap<Digest, Arc<watch::Sender<Flight>>>>,
     slots: Semaphore,
     serial: AtomicU64,
 }
@@ -95,17 +96,17 @@ impl Layers {
     fn join(self: &Arc<Self>, registry: &Arc<Registry>, wanted: &Wanted) -> Option<(watch::Receiver<Flight>, bool)> {
         let mut flights = self.flights.lock().expect("no holder panics");
         if let Some(flight) = flights.get(&wanted.diff_id) {
-            return Some((flight.clone(), false));
+            return Some((flight.subscribe(), false));
         }
         if self.folders.layer(&wanted.diff_id).exists() {
             return None;
         }
         let (sender, receiver) = watch::channel(Flight::default());
-        flights.insert(wanted.diff_id.clone(), receiver.clone());
+        let sender = Arc::new(sender);
+        flights.insert(wanted.diff_id.clone(), sender.clone());
         drop(flights);
         let (layers, registry, wanted) = (self.clone(), registry.clone(), wanted.clone());
         tokio::spawn(async move {
-            let sender = Arc::new(sender);
             let (inner, name, report) = (layers.clone(), wanted.diff_id.clone(), sender.clone());
             let run = tokio::spawn(async move {
                 tokio::select! {
@@ -135,7 +136,8 @@ impl Layers {
                 let _ = fs::remove_file(&partial);
             });
         }
-        if matches!(result, Ok(()) | Err(Problem::LayerTooLarge { .. })) {
+        // On a full disk what others wait for comes before what may be wanted again.
+        if matches!(result, Ok(()) | Err(Problem::LayerTooLarge { .. } | Problem::Full { .. })) {
             let _ = fs::remove_file(&partial);
         }
         result
@@ -275,7 +277,7 @@ impl Read for Incoming {
         while self.current.is_empty() {
             match self.receiver.blocking_recv() {
                 Some(Ok(bytes)) => {
-                    self.copy.write_all(&bytes)?;
+                    self.copy.write_all(&bytes).map_err(|error| io::Error::other(WriteFailed(error)))?;
                     self.current = bytes;
                 }
                 Some(Err(reason)) => return Err(io::Error::other(SourceFailed(reason))),

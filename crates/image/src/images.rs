@@ -200,12 +200,8 @@ impl Images {
         let layers = image.layers.iter().map(|layer| (layer.clone(), inner.folders.layer(layer))).collect();
         let mounted = inner.mounts.mount(layers).await;
         mounted.map_err(|error| Problem::store("mount a layer", &error).of(&image.reference))?;
-        let mut seen = HashSet::new();
-        let topmost_first = image.layers.iter().rev().filter(|layer| seen.insert(*layer));
-        let stack: Vec<_> = topmost_first.map(|layer| (layer.clone(), inner.mounts.path(layer))).collect();
-        let cover = inner.cover(&image.layers, &stack).await;
-        let cover = cover.map_err(|error| Problem::store("cover the layers", &error).of(&image.reference))?;
-        Ok(cover.into_iter().chain(stack.into_iter().map(|(_, folder)| folder)).collect())
+        let supplements = inner.supplement(&image.layers).await;
+        supplements.map_err(|error| Problem::store("stack the layers", &error).of(&image.reference))
     }
 
     /// Takes every mount of layers away, in use or not; what stands on them keeps working until it ends.
@@ -296,17 +292,52 @@ impl Inner {
         Ok(())
     }
 
-    /// The mounted cover of an image whose layers are mounted, made at first use; `None` where none is needed.
-    async fn cover(&self, layers: &[Digest], stack: &[(Digest, PathBuf)]) -> std::io::Result<Option<PathBuf>> {
-        let Some(name) = crate::cover::name(&self.folders, layers) else { return Ok(None) };
+    /// The folders that make up an image whose layers are mounted, topmost first: the layers, and the supplements that
+    /// make them look on each other as if they had been unpacked onto each other. These are made at first use.
+    async fn supplement(&self, layers: &[Digest]) -> std::io::Result<Vec<PathBuf>> {
+        let mut stack: Vec<(Digest, PathBuf)> = Vec::new();
+        for (at, layer) in layers.iter().enumerate() {
+            // A layer that comes twice: overlayfs takes each folder once, and the upper one hides the lower.
+            stack.retain(|(other, _)| other != layer);
+            stack.insert(0, (layer.clone(), self.mounts.path(layer)));
+            if let Some(name) = crate::detour::name(&self.folders, &layers[..=at]) {
+                stack.splice(0..0, self.made(name, &stack, crate::detour::write).await?);
+            }
+        }
+        if let Some(name) = crate::cover::name(&self.folders, layers) {
+            let write = |folders: &Folders, stack: &[_], target: &std::path::Path| {
+                crate::cover::write(folders, stack, target).map(|()| Vec::new())
+            };
+            stack.splice(0..0, self.made(name, &stack, write).await?);
+        }
+        Ok(stack.into_iter().map(|(_, folder)| folder).collect())
+    }
+
+    /// A supplement for `stack`, made at first use and mounted; `None` where none is needed. `write` writes it and says which
+    /// directories it does not list.
+    async fn made(
+        &self,
+        name: Digest,
+        stack: &[(Digest, PathBuf)],
+        write: impl FnOnce(&Folders, &[(Digest, PathBuf)], &std::path::Path) -> std::io::Result<Vec<Vec<u8>>>
+        + Send
+        + 'static,
+    ) -> std::io::Result<Option<(Digest, PathBuf)>> {
         let file = self.folders.layer(&name);
         if !file.exists() {
             let _changing = self.changing.lock().await;
-            let (folders, stack, file) = (self.folders.clone(), stack.to_vec(), file.clone());
-            let temporary = self.folders.temporary(&format!("{}.cover", name.hex()));
+            let (folders, stack, file, name) = (self.folders.clone(), stack.to_vec(), file.clone(), name.clone());
             let make = move || {
-                crate::cover::write(&folders, &stack, &temporary)?;
-                std::fs::rename(&temporary, &file)
+                if file.exists() {
+                    return Ok(());
+                }
+                let temporary = folders.temporary(&format!("{}.supplement", name.hex()));
+                let unlisted = write(&folders, &stack, &temporary);
+                let named = unlisted.and_then(|unlisted| {
+                    folders.write_unlisted(&name, &unlisted)?;
+                    std::fs::rename(&temporary, &file)
+                });
+                named.inspect_err(|_| drop(std::fs::remove_file(&temporary)))
             };
             tokio::task::spawn_blocking(make).await.map_err(std::io::Error::other)??;
         }
@@ -314,7 +345,8 @@ impl Inner {
             return Ok(None);
         }
         self.mounts.mount(vec![(name.clone(), file)]).await?;
-        Ok(Some(self.mounts.path(&name)))
+        let folder = self.mounts.path(&name);
+        Ok(Some((name, folder)))
     }
 
     /// Removes layers that no image has and no pull needs.
@@ -327,12 +359,12 @@ impl Inner {
         if let Err(error) = self.folders.keep_blobs(&blobs) {
             tracing::warn!(%error, "blobs cannot be removed");
         }
-        let covers: HashSet<Digest> = {
+        let supplements: HashSet<Digest> = {
             let state = self.state.lock().expect("no holder panics");
-            state.images.values().filter_map(|image| crate::cover::name(&self.folders, &image.layers)).collect()
+            state.images.values().flat_map(|image| supplements(&self.folders, &image.layers)).collect()
         };
         for layer in self.folders.layers().unwrap_or_default() {
-            let needed = covers.contains(&layer) || {
+            let needed = supplements.contains(&layer) || {
                 let state = self.state.lock().expect("no holder panics");
                 state.pins.contains_key(&layer) || state.images.values().any(|image| image.layers.contains(&layer))
             };
@@ -345,6 +377,12 @@ impl Inner {
             }
         }
     }
+}
+
+/// The names of what layers may be supplemented with.
+fn supplements(folders: &Folders, layers: &[Digest]) -> Vec<Digest> {
+    let detours = (0..layers.len()).filter_map(|at| crate::detour::name(folders, &layers[..=at]));
+    detours.chain(crate::cover::name(folders, layers)).collect()
 }
 
 fn summary(state: &State, image: &Image) -> ImageSummary {

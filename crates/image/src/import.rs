@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::error::{ImageError, Problem};
 use crate::images::{Image, Images, single};
-use crate::oci::{self, Descriptor, Document, MAX_DOCUMENT};
+use crate::oci::{self, Descriptor, MAX_DOCUMENT, Search};
 use crate::tar_stream::TarStream;
 
 /// Where members are read from.
@@ -201,7 +201,6 @@ impl Archive {
 
     fn find_in_layout(&self, index: &[u8], reference: &ImageRef) -> Result<Found, Problem> {
         let mut index = index.to_vec();
-        let platform = oci::host_platform();
         // A layout's index names images by annotation, and each of these may be an index of platforms.
         if let Some(digest) = named_in_layout(&index, reference)? {
             index = self.document(&blob_name(&digest))?;
@@ -209,10 +208,9 @@ impl Archive {
                 return Err(malformed(format!("blob {digest} has another digest")));
             }
         }
-        for _ in 0..3 {
-            let Document::Index(entries) = oci::document(&index)? else { break };
-            let chosen = oci::choose(&entries, &platform)?;
-            index = self.blob(chosen)?;
+        let mut search = Search::new(oci::host_platform());
+        while let Some(chosen) = search.next(&index)? {
+            index = self.blob(&chosen)?;
         }
         let (config, layers) = single(&index)?;
         let config = self.blob(&config)?;

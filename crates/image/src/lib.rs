@@ -9,6 +9,7 @@
 mod convert;
 mod cover;
 mod credentials;
+mod detour;
 mod erofs;
 mod error;
 mod flight;
@@ -19,6 +20,7 @@ mod oci;
 mod persist;
 mod pull;
 mod registry;
+mod stack;
 mod tar_stream;
 mod tree;
 

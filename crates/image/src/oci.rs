@@ -49,6 +49,8 @@ pub(crate) enum Document {
 
 pub(crate) struct IndexEntry {
     pub descriptor: Descriptor,
+    /// Names an index in turn.
+    pub is_index: bool,
     /// `os/architecture[/variant]`; empty when the index does not say.
     pub platform: String,
 }
@@ -140,7 +142,8 @@ pub(crate) fn document(bytes: &[u8]) -> Result<Document, Problem> {
                 let variant = p.variant.as_ref().map_or_else(String::new, |v| format!("/{v}"));
                 format!("{}/{}{variant}", p.os, p.architecture)
             });
-            Ok(IndexEntry { descriptor: descriptor(raw)?, platform })
+            let is_index = raw.media_type.contains("image.index") || raw.media_type.contains("manifest.list");
+            Ok(IndexEntry { descriptor: descriptor(raw)?, is_index, platform })
         };
         return Ok(Document::Index(manifests.iter().map(entry).collect::<Result<_, Problem>>()?));
     }
@@ -161,26 +164,62 @@ pub(crate) fn document(bytes: &[u8]) -> Result<Document, Problem> {
     Ok(Document::Manifest { config: descriptor(&config)?, layers })
 }
 
-/// Chooses the entry for `wanted` (`os/architecture`); an entry without a variant before one with.
-pub(crate) fn choose<'a>(entries: &'a [IndexEntry], wanted: &str) -> Result<&'a Descriptor, Problem> {
+/// Chooses where to look for `wanted` (`os/architecture`), the most fitting first: the entry without a variant, else that of
+/// the lowest variant, else the indexes that do not say what they hold.
+pub(crate) fn choose<'a>(entries: &'a [IndexEntry], wanted: &str) -> Result<Vec<&'a Descriptor>, Problem> {
     let prefix = format!("{wanted}/");
-    let exact = entries.iter().find(|entry| entry.platform == wanted);
-    let entry = exact.or_else(|| entries.iter().find(|entry| entry.platform.starts_with(&prefix)));
-    let only = || match entries {
-        [entry] if entry.platform.is_empty() => Some(entry),
-        _ => None,
-    };
-    entry.or_else(only).map(|entry| &entry.descriptor).ok_or_else(|| {
-        let mut available: Vec<String> = entries
-            .iter()
-            .map(|entry| entry.platform.escape_default().to_string())
-            .filter(|platform| !platform.is_empty() && !platform.starts_with("unknown/"))
-            .take(32)
-            .collect();
-        available.sort();
-        available.dedup();
-        Problem::Platform { wanted: wanted.to_owned(), available }
-    })
+    let fits = |entry: &&IndexEntry| entry.platform == wanted || entry.platform.starts_with(&prefix);
+    if let Some(entry) = entries.iter().filter(fits).min_by(|a, b| a.platform.cmp(&b.platform)) {
+        return Ok(vec![&entry.descriptor]);
+    }
+    let is_only = entries.len() == 1;
+    let silent = entries.iter().filter(|entry| entry.platform.is_empty() && (entry.is_index || is_only));
+    let silent: Vec<_> = silent.map(|entry| &entry.descriptor).collect();
+    if !silent.is_empty() {
+        return Ok(silent);
+    }
+    let mut available: Vec<String> = entries
+        .iter()
+        .map(|entry| entry.platform.escape_default().to_string())
+        .filter(|platform| !platform.is_empty() && !platform.starts_with("unknown/"))
+        .take(32)
+        .collect();
+    available.sort();
+    available.dedup();
+    Err(Problem::Platform { wanted: wanted.to_owned(), available })
+}
+
+/// A search for the manifest of one platform through indexes that may lie in one another.
+pub(crate) struct Search {
+    wanted: String,
+    waiting: Vec<Descriptor>,
+    available: Vec<String>,
+    documents: usize,
+}
+
+/// Most manifests and indexes read for one image.
+const MAX_DOCUMENTS: usize = 16;
+
+impl Search {
+    pub(crate) fn new(wanted: String) -> Self {
+        Self { wanted, waiting: Vec::new(), available: Vec::new(), documents: 0 }
+    }
+
+    /// Takes the document that was read last; says which to read next, or that this one is the manifest (`None`).
+    pub(crate) fn next(&mut self, bytes: &[u8]) -> Result<Option<Descriptor>, Problem> {
+        let Document::Index(entries) = document(bytes)? else { return Ok(None) };
+        match choose(&entries, &self.wanted) {
+            Ok(chosen) => self.waiting.extend(chosen.into_iter().rev().cloned()),
+            Err(Problem::Platform { available, .. }) => self.available.extend(available),
+            Err(problem) => return Err(problem),
+        }
+        self.documents += 1;
+        if self.documents == MAX_DOCUMENTS {
+            return Err(malformed("index", format!("more than {MAX_DOCUMENTS} indexes lie in it")));
+        }
+        let none = || Problem::Platform { wanted: self.wanted.clone(), available: std::mem::take(&mut self.available) };
+        self.waiting.pop().ok_or_else(none).map(Some)
+    }
 }
 
 /// Reads a configuration: how the process runs, and the uncompressed digest of each layer, lowest first.
@@ -226,6 +265,38 @@ mod tests {
         let error = choose(&entries, "linux/amd64").unwrap_err();
         assert_eq!(error.to_string(), "no variant for linux/amd64; available: linux/arm/v7, linux/s390x");
         assert!(choose(&entries, "linux/arm").is_ok());
+    }
+
+    #[test]
+    fn indexes_in_indexes_are_searched_with_a_bound() {
+        let digest = |number: u8| format!("sha256:{}", format!("{number:02x}").repeat(32));
+        let index = |entries: &[(u8, &str)]| {
+            let entry = |(number, more): &(u8, &str)| format!(r#"{{"digest":"{}","size":1,{more}}}"#, digest(*number));
+            let entries: Vec<_> = entries.iter().map(entry).collect();
+            format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","))
+        };
+        const NESTED: &str = r#""mediaType":"application/vnd.oci.image.index.v1+json""#;
+        let (arm, amd) = (
+            r#""platform":{"os":"linux","architecture":"arm64"}"#,
+            r#""platform":{"os":"linux","architecture":"amd64"}"#,
+        );
+        let amd_v3 = r#""platform":{"os":"linux","architecture":"amd64","variant":"v3"}"#;
+        let mut search = Search::new("linux/amd64".to_owned());
+        let named = |found: Option<Descriptor>| found.unwrap().digest.to_string();
+        assert_eq!(named(search.next(index(&[(1, NESTED), (2, NESTED)]).as_bytes()).unwrap()), digest(1));
+        assert_eq!(named(search.next(index(&[(3, arm)]).as_bytes()).unwrap()), digest(2));
+        assert_eq!(named(search.next(index(&[(4, amd_v3), (5, amd)]).as_bytes()).unwrap()), digest(5));
+        let manifest = format!(r#"{{"schemaVersion":2,"config":{{"digest":"{}","size":1}},"layers":[]}}"#, digest(6));
+        assert!(search.next(manifest.as_bytes()).unwrap().is_none());
+
+        let mut search = Search::new("linux/amd64".to_owned());
+        search.next(index(&[(1, NESTED)]).as_bytes()).unwrap();
+        let error = search.next(index(&[(3, arm)]).as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "no variant for linux/amd64; available: linux/arm64");
+        let mut search = Search::new("linux/amd64".to_owned());
+        let endless = index(&[(1, NESTED), (1, NESTED)]);
+        let error = (0..100).find_map(|_| search.next(endless.as_bytes()).err()).unwrap();
+        assert!(matches!(error, Problem::Malformed { .. }), "{error}");
     }
 
     #[test]

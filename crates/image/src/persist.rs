@@ -5,7 +5,7 @@
 //! blobs/HEX            manifests and configurations
 //! layers/HEX.erofs     layers, by the digest of their uncompressed archive
 //! layers/HEX.unlisted  directories such a layer does not list, each ended by a zero byte; absent when there are none
-//! partial/HEX.partial  downloads that broke off, by the digest of the compressed blob
+//! partial/HEX.partial  downloads that broke off, by the digest of the compressed blob; kept for a week
 //! tmp/                 being written; emptied at start
 //! ```
 
@@ -14,11 +14,14 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use joey_model::Digest;
 use serde::{Deserialize, Serialize};
 
 const VERSION: u32 = 1;
+/// Downloads that nobody has gone on with for so long are removed at the start.
+const KEEP_PARTIAL: Duration = Duration::from_secs(7 * 24 * 3600);
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Index {
@@ -53,6 +56,13 @@ impl Folders {
             fs::create_dir_all(root.join(name))?;
         }
         fs::set_permissions(root, Permissions::from_mode(0o700))?;
+        for entry in fs::read_dir(root.join("partial"))? {
+            let entry = entry?;
+            let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+            if age > KEEP_PARTIAL {
+                fs::remove_file(entry.path())?;
+            }
+        }
         Ok(folders)
     }
 
@@ -157,10 +167,13 @@ impl Folders {
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let temporary = self.temporary(&format!("{name}.{:?}", std::thread::current().id()));
-        let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
+        let write = || -> io::Result<()> {
+            let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&temporary)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)
+        };
+        write().inspect_err(|_| drop(fs::remove_file(&temporary)))?;
         sync_parent(path)
     }
 }

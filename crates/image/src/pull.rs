@@ -9,7 +9,7 @@ use crate::credentials;
 use crate::error::{ImageError, Problem};
 use crate::flight::Wanted;
 use crate::images::{Image, Images, single};
-use crate::oci::{self, Document};
+use crate::oci::{self, Search};
 use crate::registry::Registry;
 
 impl Images {
@@ -55,7 +55,7 @@ impl Images {
         let sizes = blobs.iter().map(|blob| LayerSize { digest: blob.digest.to_string(), size: blob.size });
         progress(PullEvent::Resolved { digest: manifest.to_string(), layers: sizes.collect() });
 
-        let _pins = inner.pin(&diff_ids);
+        let pins = inner.pin(&diff_ids);
         let limit = inner.config.max_layer_bytes.min(inner.config.max_image_bytes);
         let wanted =
             blobs.into_iter().zip(&diff_ids).map(|(blob, diff_id)| Wanted { blob, diff_id: diff_id.clone(), limit });
@@ -74,17 +74,25 @@ impl Images {
             size,
             pulled_at: jiff::Timestamp::now(),
         };
-        inner.record(image, &config_bytes, &manifest_bytes).await
+        // Goes on when the caller does not: disk and memory change together.
+        let inner = inner.clone();
+        let record = tokio::spawn(async move {
+            let _pins = pins;
+            inner.record(image, &config_bytes, &manifest_bytes).await
+        });
+        record.await.unwrap_or_else(|error| Err(Problem::store("write an image", &std::io::Error::other(error))))
     }
 
-    /// The manifest of this platform, through an index where there is one.
+    /// The manifest of this platform, through indexes where there are any.
     async fn resolve(&self, registry: &Registry, reference: &ImageRef) -> Result<(Vec<u8>, Digest), Problem> {
         let digest = reference.digest();
         let name = digest.map(Digest::as_str).or(reference.tag()).unwrap_or("latest");
-        let (bytes, digest) = registry.manifest(name, digest).await?;
-        let Document::Index(entries) = oci::document(&bytes)? else { return Ok((bytes, digest)) };
-        let chosen = oci::choose(&entries, &oci::host_platform())?;
-        registry.manifest(chosen.digest.as_str(), Some(&chosen.digest)).await
+        let mut search = Search::new(oci::host_platform());
+        let (mut bytes, mut found) = registry.manifest(name, digest).await?;
+        while let Some(chosen) = search.next(&bytes)? {
+            (bytes, found) = registry.manifest(chosen.digest.as_str(), Some(&chosen.digest)).await?;
+        }
+        Ok((bytes, found))
     }
 
     async fn fetch(

@@ -2,6 +2,8 @@
 //!
 //! Protocol: OCI distribution specification 1.1 and Docker's token authentication. A registry is a stranger: every
 //! body is bounded, redirects never carry credentials to another host nor go from https to http, and no wait is endless.
+//! Credentials are shown to the registry itself and to the token service it names, and to that only by https or on a host
+//! that is trusted with plain http already: this machine, or the registry's own host.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,7 +11,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use joey_api::image::RegistryCredential;
 use joey_model::{Digest, ImageRef};
-use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderValue, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
 use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
@@ -31,6 +33,8 @@ pub(crate) struct Registry {
     credential: Option<RegistryCredential>,
     /// The `Authorization` header that worked.
     authorization: Mutex<Option<HeaderValue>>,
+    /// Layers come in parallel: when a token expires one of them fetches the next.
+    renewing: tokio::sync::Mutex<()>,
 }
 
 /// Why one try did not work.
@@ -90,13 +94,14 @@ impl Registry {
             repository: reference.repository().to_owned(),
             credential,
             authorization: Mutex::new(None),
+            renewing: tokio::sync::Mutex::new(()),
         }
     }
 
     /// The manifest or index a tag or digest names, verified when `digest` is given.
     pub(crate) async fn manifest(&self, name: &str, digest: Option<&Digest>) -> Result<(Vec<u8>, Digest), Problem> {
         let path = format!("manifests/{name}");
-        let bytes = self.retrying(|| self.document(&path, MANIFEST_TYPES, MAX_DOCUMENT)).await?;
+        let bytes = self.retrying(|| self.document(&path, MANIFEST_TYPES, "manifest")).await?;
         let actual = Digest::from_sha256(&Sha256::digest(&bytes).into());
         match digest {
             Some(expected) if *expected != actual => Err(Problem::Digest {
@@ -111,7 +116,7 @@ impl Registry {
     /// A small blob, verified.
     pub(crate) async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Problem> {
         let path = format!("blobs/{}", descriptor.digest);
-        let bytes = self.retrying(|| self.document(&path, "*/*", MAX_DOCUMENT)).await?;
+        let bytes = self.retrying(|| self.document(&path, "*/*", "configuration")).await?;
         let actual = Digest::from_sha256(&Sha256::digest(&bytes).into());
         if actual != descriptor.digest {
             let object = "configuration".to_owned();
@@ -124,8 +129,16 @@ impl Registry {
     pub(crate) async fn blob(&self, digest: &Digest, offset: u64) -> Result<(Response, u64), Failure> {
         let range = (offset > 0).then(|| format!("bytes={offset}-"));
         let response = self.get(&format!("blobs/{digest}"), "*/*", range.as_deref()).await?;
-        let start = if response.status() == StatusCode::PARTIAL_CONTENT { offset } else { 0 };
-        Ok((response, start))
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            return Ok((response, 0));
+        }
+        match first_byte(&response) {
+            Some(start) if start > offset => {
+                let detail = format!("it answered with bytes from {start} where they were asked for from {offset}");
+                Err(Failure::Final(self.unavailable(detail)))
+            }
+            start => Ok((response, start.unwrap_or(offset))),
+        }
     }
 
     pub(crate) fn unavailable(&self, detail: impl Into<String>) -> Problem {
@@ -149,37 +162,52 @@ impl Registry {
         }
     }
 
-    async fn document(&self, path: &str, accept: &str, limit: u64) -> Result<Vec<u8>, Failure> {
+    async fn document(&self, path: &str, accept: &str, object: &'static str) -> Result<Vec<u8>, Failure> {
         let response = self.get(path, accept, None).await?;
-        let bytes = bounded(response, limit).await?;
-        bytes.ok_or_else(|| {
-            Failure::Final(Problem::Malformed { object: "manifest", detail: format!("over {limit} bytes") })
-        })
+        let bytes = bounded(response, MAX_DOCUMENT).await?;
+        let detail = format!("it is larger than {MAX_DOCUMENT} bytes");
+        bytes.ok_or(Failure::Final(Problem::Malformed { object, detail }))
     }
 
     async fn get(&self, path: &str, accept: &str, range: Option<&str>) -> Result<Response, Failure> {
         let url = format!("{}/v2/{}/{path}", self.base, self.repository);
-        let mut asked = false;
+        // The first 401 may be due to a token that another layer renews meanwhile, the second to one's own.
+        let mut asked = 0;
         loop {
             let authorization = self.authorization.lock().expect("no holder panics").clone();
             let mut request = self.client.get(&url).header(ACCEPT, accept);
             if let Some(range) = range {
                 request = request.header(RANGE, range);
             }
-            if let Some(value) = authorization {
+            if let Some(value) = &authorization {
                 request = request.header(AUTHORIZATION, value);
             }
             let response = request.send().await.map_err(again)?;
             match response.status() {
                 status if status.is_success() => return Ok(response),
-                StatusCode::UNAUTHORIZED if !asked => {
-                    asked = true;
-                    let value = self.authorize(&response).await?;
-                    *self.authorization.lock().expect("no holder panics") = Some(value);
+                StatusCode::UNAUTHORIZED if asked < 2 => {
+                    asked += 1;
+                    self.renew(authorization.as_ref(), &response).await?;
                 }
                 status => return Err(self.refused(status, &response)),
             }
         }
+    }
+
+    /// Replaces the header that was answered with 401, unless that has been done since.
+    async fn renew(&self, used: Option<&HeaderValue>, response: &Response) -> Result<(), Failure> {
+        let _renewing = self.renewing.lock().await;
+        let current = self.authorization.lock().expect("no holder panics").clone();
+        if current.as_ref() != used {
+            return Ok(());
+        }
+        let value = self.authorize(response).await?;
+        // The same once more would be refused once more.
+        if used == Some(&value) {
+            return Err(self.denied());
+        }
+        *self.authorization.lock().expect("no holder panics") = Some(value);
+        Ok(())
     }
 
     fn denied(&self) -> Failure {
@@ -188,6 +216,10 @@ impl Registry {
 
     fn refused(&self, status: StatusCode, response: &Response) -> Failure {
         match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !self.is_own(response.url()) => {
+                let host = shown(response.url());
+                Failure::Final(self.unavailable(format!("{host}, to which it redirects, answered {status}")))
+            }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.denied(),
             StatusCode::NOT_FOUND => Failure::Final(Problem::NotFound { registry: self.name.clone() }),
             StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => retry_later(status, response),
@@ -198,6 +230,10 @@ impl Registry {
 
     /// Answers the challenge of a 401: Basic with the credential, or a token fetched from the realm it names.
     async fn authorize(&self, response: &Response) -> Result<HeaderValue, Failure> {
+        // Where a redirect leads is not whom the credentials are for.
+        if !self.is_own(response.url()) {
+            return Err(self.refused(response.status(), response));
+        }
         let challenges: Vec<&str> =
             response.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok()).collect();
         let find = |scheme: &str| {
@@ -215,12 +251,27 @@ impl Registry {
         }
     }
 
+    /// Whether an answer comes from the registry itself, perhaps by https where http was asked.
+    fn is_own(&self, url: &Url) -> bool {
+        let Ok(base) = Url::parse(&self.base) else { return false };
+        url.origin() == base.origin() || (url.scheme() == "https" && url.host_str() == base.host_str())
+    }
+
+    /// Whether a token may be fetched there: a stranger's registry must neither have credentials sent in the clear nor make
+    /// this host call services of its own network, whose answers it would be shown as a token.
+    fn may_ask(&self, realm: &Url) -> bool {
+        let Ok(base) = Url::parse(&self.base) else { return false };
+        let by_http = || base.scheme() == "http" && (realm.host() == base.host() || loopback(realm) && loopback(&base));
+        realm.username().is_empty() && (realm.scheme() == "https" || realm.scheme() == "http" && by_http())
+    }
+
     async fn token(&self, parameters: &str) -> Result<HeaderValue, Failure> {
         let invalid = || Failure::Final(self.unavailable("its authentication challenge cannot be read"));
         let mut url = parameter(parameters, "realm").and_then(|realm| Url::parse(&realm).ok()).ok_or_else(invalid)?;
-        // Credentials given for an https registry must not leave in the clear.
-        if self.base.starts_with("https://") && url.scheme() != "https" {
-            return Err(invalid());
+        let service = format!("token service {}", shown(&url));
+        if !self.may_ask(&url) {
+            let rule = "it must be reached by https, or be on the host of a registry that is spoken to in plain http";
+            return Err(Failure::Final(self.unavailable(format!("its {service} is not asked: {rule}"))));
         }
         let scope = format!("repository:{}:pull", self.repository);
         url.query_pairs_mut().append_pair("scope", &scope);
@@ -231,19 +282,42 @@ impl Registry {
         if let Some(value) = self.credential.as_ref().and_then(|credential| header(&basic(credential))) {
             request = request.header(AUTHORIZATION, value);
         }
-        let response = request.send().await.map_err(again)?;
+        let named = |failure| match failure {
+            Failure::Again { detail, after } => Failure::Again { detail: format!("its {service}: {detail}"), after },
+            other => other,
+        };
+        let response = request.send().await.map_err(again).map_err(named)?;
         match response.status() {
             status if status.is_success() => {}
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => return Err(self.denied()),
             status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-                return Err(retry_later(status, &response));
+                return Err(named(retry_later(status, &response)));
             }
-            _ => return Err(self.denied()),
+            status => return Err(Failure::Final(self.unavailable(format!("its {service} answered {status}")))),
         }
-        let bytes = bounded(response, MAX_TOKEN).await?.ok_or_else(invalid)?;
-        let token: Token = serde_json::from_slice(&bytes).map_err(|_| invalid())?;
-        let token = token.token.or(token.access_token).ok_or_else(invalid)?;
-        header(&format!("Bearer {token}")).ok_or_else(invalid)
+        let unreadable = || Failure::Final(self.unavailable(format!("the answer of its {service} holds no token")));
+        let bytes = bounded(response, MAX_TOKEN).await.map_err(named)?.ok_or_else(unreadable)?;
+        let token: Token = serde_json::from_slice(&bytes).map_err(|_| unreadable())?;
+        let token = token.token.or(token.access_token).filter(|token| !token.is_empty()).ok_or_else(unreadable)?;
+        header(&format!("Bearer {token}")).ok_or_else(unreadable)
     }
+}
+
+/// Host and port of a stranger's address, for messages.
+fn shown(url: &Url) -> String {
+    let host: String = url.host_str().unwrap_or_default().chars().take(128).collect();
+    url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}"))
+}
+
+fn loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// The byte at which a partial answer begins (RFC 9110, section 14.4).
+fn first_byte(response: &Response) -> Option<u64> {
+    let range = response.headers().get(CONTENT_RANGE)?.to_str().ok()?;
+    range.trim().strip_prefix("bytes")?.trim_start().split('-').next()?.parse().ok()
 }
 
 /// Exponential from 200 ms, or what the registry asks for, at most 20 s.
@@ -328,5 +402,30 @@ mod tests {
         assert_eq!(parameter(text, "Service").unwrap(), "registry, of x");
         assert_eq!(parameter(text, "error"), None);
         assert_eq!(parameter("realm=\"unclosed", "realm"), None);
+    }
+
+    #[test]
+    fn tokens_are_fetched_by_https_or_where_http_is_allowed() {
+        let asks = |registry: &str, plain: bool, realm: &str| {
+            let reference = ImageRef::parse(&format!("{registry}/app")).unwrap();
+            let client = reqwest::Client::builder().tls_certs_only([]).build().unwrap();
+            Registry::new(client, &reference, plain, None).may_ask(&Url::parse(realm).unwrap())
+        };
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        for (registry, plain, realm, expected) in [
+            ("r.example", false, "https://auth.example/token", true),
+            ("r.example", false, "http://r.example/token", false),
+            ("r.example", false, "http://169.254.169.254/latest", false),
+            ("r.example", false, "https://u:p@auth.example/token", false),
+            ("r.example", false, "file:///etc/passwd", false),
+            ("r.example:5000", true, "http://r.example:5001/token", true),
+            ("r.example:5000", true, "http://127.0.0.1:5001/token", false),
+            ("r.example:5000", true, "http://auth.example/token", false),
+            ("127.0.0.1:5000", true, "http://localhost:5001/token", true),
+            ("[::1]:5000", true, "http://127.0.0.1/token", true),
+            ("127.0.0.1:5000", true, "http://10.0.0.1/token", false),
+        ] {
+            assert_eq!(asks(registry, plain, realm), expected, "{registry} names {realm}");
+        }
     }
 }

@@ -56,10 +56,16 @@ impl<R: Read> TarStream<R> {
     }
 
     fn fill(&mut self, buffer: &mut [u8]) -> io::Result<()> {
-        self.input.read_exact(buffer).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => bad("the archive ends in the middle of an entry"),
-            _ => error,
-        })?;
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match self.input.read(&mut buffer[filled..]) {
+                // Unlike an error of that kind, which is the packing's.
+                Ok(0) => return Err(bad("the archive ends in the middle of an entry")),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
         self.position += buffer.len() as u64;
         Ok(())
     }
@@ -101,7 +107,7 @@ impl<R: Read> TarStream<R> {
         if header.cksum().ok() != Some(sum) {
             return Err(bad("a header's checksum is wrong"));
         }
-        let size = header.entry_size()?;
+        let size = octal(&header.as_bytes()[124..136])?;
         self.left = size;
         self.padding =
             size.next_multiple_of(BLOCK as u64).checked_sub(size).ok_or_else(|| bad("an entry is too large"))?;
@@ -143,6 +149,10 @@ impl<R: Read> TarStream<R> {
                         entry.link = link;
                     }
                     self.apply_pax(&mut entry, &pax)?;
+                    // These have no contents whatever their size says, to every reader of archives that counts.
+                    if matches!(entry.kind, b'1'..=b'6') {
+                        (entry.size, entry.stored, self.left, self.padding) = (0, 0, 0, 0);
+                    }
                     if kind == b'S' {
                         self.gnu_sparse(&mut entry, &header)?;
                     }
@@ -153,15 +163,15 @@ impl<R: Read> TarStream<R> {
     }
 
     fn plain_entry(&self, header: &Header, kind: u8) -> io::Result<Entry> {
-        let path = header.path_bytes().into_owned();
+        let (path, bytes) = (header.path_bytes().into_owned(), header.as_bytes());
         let is_old_directory = matches!(kind, 0 | b'0') && path.ends_with(b"/");
         Ok(Entry {
             link: header.link_name_bytes().map_or_else(Vec::new, |link| link.into_owned()),
             kind: if is_old_directory { b'5' } else { kind },
-            mode: header.mode()?,
-            uid: header.uid()?,
-            gid: header.gid()?,
-            mtime: (header.mtime()? as i64, 0),
+            mode: octal(&bytes[100..108])? as u32,
+            uid: octal(&bytes[108..116])?,
+            gid: octal(&bytes[116..124])?,
+            mtime: (octal(&bytes[136..148])? as i64, 0),
             size: self.left,
             stored: self.left,
             device: (
@@ -178,6 +188,10 @@ impl<R: Read> TarStream<R> {
         let (mut sparse_major, mut real_size, mut sparse_name) = (None, None, None);
         for record in pax_records(records) {
             let (key, value) = record?;
+            // An empty value takes a record back (POSIX); an attribute's may be empty.
+            if value.is_empty() && !key.starts_with(b"SCHILY.xattr.") {
+                continue;
+            }
             match key {
                 b"path" => entry.path = value.to_vec(),
                 b"linkpath" => entry.link = value.to_vec(),
@@ -326,13 +340,19 @@ fn decimal(text: &[u8]) -> io::Result<u64> {
     std::str::from_utf8(text).ok().and_then(|text| text.trim().parse().ok()).ok_or_else(|| bad("a number is not one"))
 }
 
+/// A number of a header: octal between spaces and zero bytes, nothing for 0, or base 256 where the first bit is set.
 fn octal(field: &[u8]) -> io::Result<u64> {
     if field[0] & 0x80 != 0 {
-        return Ok(field[field.len() - 8..].iter().fold(0, |value, &byte| (value << 8) | u64::from(byte)));
+        // The first bit only marks the form; in a field of eight bytes it is one of those that count.
+        let rest = field[1..].iter().fold(u64::from(field[0] & 0x7f), |value, &byte| (value << 8) | u64::from(byte));
+        return Ok(rest);
     }
-    let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
-    let text = std::str::from_utf8(&field[..end]).unwrap_or("x").trim();
-    u64::from_str_radix(text, 8).map_err(|_| bad("an octal number is not one"))
+    let is_blank = |byte: &u8| matches!(byte, b' ' | 0);
+    let digits = field.iter().skip_while(|byte| is_blank(byte)).take_while(|byte| !is_blank(byte));
+    digits.copied().try_fold(0u64, |value, byte| match byte {
+        b'0'..=b'7' => Ok((value << 3) | u64::from(byte - b'0')),
+        _ => Err(bad("an octal number is not one")),
+    })
 }
 
 fn sparse_list<'a>(mut numbers: impl Iterator<Item = &'a [u8]>) -> io::Result<Vec<(u64, u64)>> {
@@ -388,6 +408,15 @@ fn pax_records(mut bytes: &[u8]) -> impl Iterator<Item = Record<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_of_headers() {
+        assert_eq!(octal(b"0000644\0").unwrap(), 0o644);
+        assert_eq!(octal(b"   12 \0\0").unwrap(), 0o12);
+        assert_eq!(octal(&[0; 8]).unwrap(), 0);
+        assert_eq!(octal(&[0x80, 0, 0, 0, 0, 0, 1, 2]).unwrap(), 258);
+        assert!(octal(b"0000689\0").is_err());
+    }
 
     #[test]
     fn times_before_and_after_the_epoch() {

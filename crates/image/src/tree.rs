@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 pub(crate) const MAX_ENTRIES: usize = 1_000_000;
 /// Most bytes of names, link targets, extended attributes and small contents a layer may hold in memory.
 pub(crate) const MAX_METADATA: usize = 192 << 20;
+/// Most unlisted directories that are remembered of a layer, and most bytes of their paths; further ones stay root:root 0755.
+const MAX_UNLISTED: (usize, usize) = (20_000, 8 << 20);
 /// Longest path, in bytes (`PATH_MAX`), and longest name (`NAME_MAX`).
 const MAX_PATH: usize = 4096;
 const MAX_NAME: usize = 255;
@@ -178,23 +180,35 @@ impl Tree {
         Ok(())
     }
 
-    /// The directories, the root aside, that are here only because paths lead through them.
+    /// The directories, the root aside, that are here only because paths lead through them; a bounded part of them where a
+    /// layer has uncommonly many.
     pub(crate) fn unlisted(&self) -> Vec<Vec<u8>> {
-        let mut found = Vec::new();
-        let mut waiting = vec![(ROOT, Vec::new())];
-        while let Some((node, path)) = waiting.pop() {
-            let Kind::Directory(children) = &self.nodes[node].kind else { continue };
-            for (name, &child) in children {
-                if matches!(self.nodes[child].kind, Kind::Directory(_)) {
-                    let mut below: Vec<u8> = path.clone();
-                    below.extend_from_slice(if path.is_empty() { b"" } else { b"/" });
-                    below.extend_from_slice(name);
-                    waiting.push((child, below));
+        let (mut found, mut bytes) = (Vec::new(), 0);
+        let children = |node: usize| match &self.nodes[node].kind {
+            Kind::Directory(children) => Some(children.iter()),
+            _ => None,
+        };
+        // The way down, and one path for all of it: paths are long and directories many where a layer is hostile.
+        let mut way: Vec<_> = children(ROOT).into_iter().map(|below| (below, 0)).collect();
+        let mut path: Vec<u8> = Vec::new();
+        while let Some((below, length)) = way.last_mut() {
+            let length = *length;
+            path.truncate(length);
+            let Some((name, &child)) = below.next() else {
+                way.pop();
+                continue;
+            };
+            let Some(next) = children(child) else { continue };
+            path.extend_from_slice(if length == 0 { b"" } else { b"/" });
+            path.extend_from_slice(name);
+            if self.nodes[child].unlisted {
+                bytes += path.len();
+                if found.len() == MAX_UNLISTED.0 || bytes > MAX_UNLISTED.1 {
+                    break;
                 }
+                found.push(path.clone());
             }
-            if self.nodes[node].unlisted && node != ROOT {
-                found.push(path);
-            }
+            way.push((next, path.len()));
         }
         found
     }

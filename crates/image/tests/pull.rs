@@ -228,6 +228,13 @@ async fn credentials_stay_with_their_registry() {
     assert!(matches!(error.problem, Problem::Denied { anonymous: false, .. }), "{error}");
     images.pull(&name, &[credential("p")], |_| {}).await.unwrap();
     assert_eq!(elsewhere.authorizations(), 0, "credentials followed a redirect");
+
+    // Nor does who is redirected to get them by asking.
+    let images = open(&dir.path().join("second")).await;
+    elsewhere.require("Basic dTpw");
+    let error = images.pull(&name, &[credential("p")], |_| {}).await.unwrap_err();
+    assert!(error.to_string().contains(&format!("{}, to which it redirects", elsewhere.address)), "{error}");
+    assert_eq!(elsewhere.authorizations(), 0, "credentials were given where a redirect led");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -252,7 +259,7 @@ async fn directories_a_layer_does_not_list_stay_as_they_were() {
     let images = open(dir.path()).await;
     let image = images.pull(&reference(&registry, "1"), &[], |_| {}).await.unwrap();
     let mounts = images.mount(&image).await.unwrap();
-    assert_eq!(mounts.len(), 3, "two layers and their cover");
+    assert_eq!(mounts.len(), 4, "two layers, the way around a link, and the cover");
     assert_eq!(images.mount(&image).await.unwrap(), mounts);
     let merged = dir.path().join("merged");
     std::fs::create_dir(&merged).unwrap();
@@ -266,9 +273,13 @@ async fn directories_a_layer_does_not_list_stay_as_they_were() {
         .map(|metadata| (metadata.mode() & 0o7777, metadata.uid(), metadata.gid()))
         .collect();
     let whole = merged.join("tmp/x").exists() && merged.join("home/kanga/pocket/roo").exists();
+    let link = std::fs::read_link(merged.join("out"));
+    let behind = std::fs::symlink_metadata(merged.join("etc/ward")).map(|metadata| metadata.mode() & 0o7777);
     nix::mount::umount(&merged).unwrap();
     assert_eq!(seen, [(0o1777, 0, 0), (0o751, 3, 4), (0o700, 1000, 1000), (0o755, 0, 0), (0o755, 0, 0)]);
     assert!(whole);
+    assert_eq!(link.unwrap(), Path::new("/etc"), "a link of a lower layer stays");
+    assert_eq!(behind.unwrap(), 0o600, "and is followed inside the image");
     images.remove(&image.id.to_string(), &[]).await.unwrap();
     assert_eq!(stored_files(dir.path(), "layers"), 0);
     images.unmount_all().await.unwrap();

@@ -7,12 +7,15 @@ use joey_model::InstanceId;
 
 const MOUNT: &str = "/sys/fs/cgroup";
 
-/// `root` in every hierarchy that has it: the unified one, or each of version 1.
+/// `root` in every hierarchy that has it: the unified one alone where that is what is mounted (a folder below it is another
+/// cgroup, not another hierarchy), or each of version 1.
 fn places(root: &str) -> Vec<PathBuf> {
+    let mut hierarchies = vec![PathBuf::from(MOUNT)];
+    if !Path::new(MOUNT).join("cgroup.controllers").exists() {
+        hierarchies.extend(std::fs::read_dir(MOUNT).into_iter().flatten().flatten().map(|entry| entry.path()));
+    }
     let root = root.trim_start_matches('/');
-    let children = std::fs::read_dir(MOUNT).into_iter().flatten().flatten().map(|entry| entry.path());
-    let hierarchies = std::iter::once(PathBuf::from(MOUNT)).chain(children);
-    hierarchies.map(|hierarchy| hierarchy.join(root)).filter(|place| place.is_dir()).collect()
+    hierarchies.into_iter().map(|hierarchy| hierarchy.join(root)).filter(|place| place.is_dir()).collect()
 }
 
 /// Instances that own a cgroup below `root`.

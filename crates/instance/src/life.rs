@@ -266,7 +266,16 @@ impl Life {
             self.mark("running");
         }
         self.agent_events.clone_from(&state.events);
-        self.publish();
+        if !self.is_being_started() {
+            self.publish();
+        }
+    }
+
+    /// Everybody knows already that its containers are being made; in milliseconds there is news.
+    fn is_being_started(&self) -> bool {
+        let being_made = |state: &ContainerState| matches!(state, ContainerState::Waiting { reason, .. } if reason == "ContainerCreating");
+        self.status.phase == WirePhase::Starting
+            && self.status.containers.iter().all(|container| being_made(&container.state))
     }
 
     /// The agent is gone, and with it its containers. Says the grace when the end was asked for.

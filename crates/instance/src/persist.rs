@@ -46,20 +46,30 @@ impl Record {
         }
     }
 
-    /// Durable when it returns. Makes `dir` where it is missing.
+    /// Durable when it returns. Makes `dir` where it is missing, and leaves none behind where it fails then.
     pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
         let made = match fs::DirBuilder::new().mode(0o700).create(dir) {
             Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
             Err(error) => return Err(error),
         };
-        write_private(&dir.join("record.new"), &serde_json::to_vec(self)?)?.sync_all()?;
-        fs::rename(dir.join("record.new"), dir.join(NAME))?;
-        File::open(dir)?.sync_all()?;
-        match dir.parent().filter(|_| made) {
+        let new = dir.join("record.new");
+        let written = self.write_by(&new, dir).and_then(|()| match dir.parent().filter(|_| made) {
             Some(parent) => File::open(parent)?.sync_all(),
             None => Ok(()),
+        });
+        if written.is_err() {
+            // On a full disk the room is needed.
+            let _ = fs::remove_file(&new);
+            let _ = if made { fs::remove_dir(dir) } else { Ok(()) };
         }
+        written
+    }
+
+    fn write_by(&self, new: &Path, dir: &Path) -> io::Result<()> {
+        write_private(new, &serde_json::to_vec(self)?)?.sync_all()?;
+        fs::rename(new, dir.join(NAME))?;
+        File::open(dir)?.sync_all()
     }
 }
 

@@ -5,6 +5,7 @@
 //!  (kept)    directory    release    (in dir)   destroy      undo, in the other order
 //! ```
 
+use std::io::ErrorKind as ErrorKindOfIo;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -186,12 +187,17 @@ async fn image(life: &mut Life, container: &ContainerSpec) -> Result<Arc<Image>,
             Ok(image)
         }
         Err(error) => {
+            let problem = error.problem.to_string();
             let mut fault = Fault::from(error);
             if fault.reason != "InvalidImageName" {
                 // The kubelet's word for every other reason; the message says which it is.
                 fault.reason = "ErrImagePull".to_owned();
             }
-            life.event(true, "Failed", format!("Failed to pull image \"{}\": {fault}", container.image), Some(name));
+            // An event and a container's state are one text each: the way out goes with the cause.
+            let hint = fault.hint.take().map_or_else(String::new, |hint| format!("; {hint}"));
+            let message = format!("Failed to pull image \"{}\": {problem}{hint}", container.image);
+            life.event(true, "Failed", message, Some(name));
+            fault.message.push_str(&hint);
             Err(fault)
         }
     }
@@ -247,9 +253,18 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, Fault> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(|error| host_fault(operation, &error)),
+        Ok(result) => result.map_err(|error| match error.kind() {
+            ErrorKindOfIo::StorageFull | ErrorKindOfIo::QuotaExceeded => disk_full(operation),
+            _ => host_fault(operation, &error),
+        }),
         Err(error) => Err(host_fault(operation, &error)),
     }
+}
+
+fn disk_full(operation: &'static str) -> Fault {
+    tracing::error!(operation, "the disk of instances is full");
+    Fault::new(ErrorKind::Exhausted, "DiskFull", format!("the host could not {operation}: its disk is full"))
+        .with_hint("free space on the disk that holds the data directory, or delete instances that are done")
 }
 
 /// A failure of this host; its text goes to the platform's log only.

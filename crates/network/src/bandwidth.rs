@@ -39,27 +39,60 @@ pub(crate) async fn apply(
     }
     let mut batch = String::new();
     if let Some(rate) = bandwidth.ingress {
-        batch.push_str(&format!("qdisc replace dev {interface} root {}\n", bucket(rate)));
+        batch.push_str(&queues(interface, rate));
     }
     if let Some(rate) = bandwidth.egress {
         links.add_ifb(ifb, group).await?;
+        batch.push_str(&queues(ifb, rate));
         batch.push_str(&format!(
-            "qdisc replace dev {ifb} root {}\n\
-             qdisc replace dev {interface} handle ffff: ingress\n\
-             filter add dev {interface} parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}\n",
-            bucket(rate)
+            "qdisc replace dev {interface} handle ffff: ingress\n\
+             filter add dev {interface} parent ffff: protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}\n"
         ));
     }
     run("tc", &["-batch", "-"], &batch).await
 }
 
-/// A bucket of 10 ms of the rate and a queue of 50 ms behind it, each with room for a few full packets. A longer queue costs more
-/// than it brings: with 250 ms, a sender's first overshoot takes seconds to repair and a third of the rate is lost meanwhile.
-fn bucket(bits_per_second: u64) -> String {
-    let bytes = bits_per_second / 8;
-    let burst = (bytes / 100).clamp(8_000, 64 << 20);
-    let queue = (bytes / 20).clamp(32_000, 512 << 20);
-    format!("tbf rate {bits_per_second}bit burst {burst} limit {}", burst + queue)
+/// What a cap is made of, as input of `tc -batch`; what was there before is dropped first.
+///
+/// ```text
+/// tbf (the cap) ◄── htb, for its priorities alone ◄─┬─ 2:1 mere acknowledgements of TCP
+///                                                   └─ 2:2 everything else
+/// ```
+/// Acknowledgements go first: behind a full queue of data they would hold up the other direction's transfer, which then stays
+/// below its own cap. They cannot starve the data for long, because each answers data that came through the other cap.
+fn queues(device: &str, bits_per_second: u64) -> String {
+    let Bucket { burst, queue } = Bucket::of(bits_per_second);
+    let limit = burst + queue;
+    format!(
+        "qdisc replace dev {device} root handle 9: pfifo limit 100\n\
+         qdisc replace dev {device} root handle 1: tbf rate {bits_per_second}bit burst {burst} limit {limit}\n\
+         qdisc add dev {device} parent 1:1 handle 2: htb default 2\n\
+         class add dev {device} parent 2: classid 2:1 htb rate 100gbit prio 0 quantum 65536\n\
+         class add dev {device} parent 2: classid 2:2 htb rate 100gbit prio 1 quantum 65536\n\
+         qdisc add dev {device} parent 2:1 handle 3: bfifo limit {queue}\n\
+         qdisc add dev {device} parent 2:2 handle 4: bfifo limit {queue}\n\
+         filter add dev {device} parent 2: protocol ip u32 {MERE_ACKNOWLEDGEMENT} flowid 2:1\n"
+    )
+}
+
+/// TCP, no IP options, less than 128 bytes in all, and of the six classic flags ACK alone: what ends a transfer is marked PSH.
+const MERE_ACKNOWLEDGEMENT: &str =
+    "match ip protocol 6 0xff match u8 0x05 0x0f at 0 match u16 0x0000 0xff80 at 2 match u8 0x10 0x3f at 33";
+
+#[derive(Debug, PartialEq, Eq)]
+struct Bucket {
+    burst: u64,
+    queue: u64,
+}
+
+impl Bucket {
+    /// 10 ms of the rate and a queue of 50 ms behind it, in bytes, each with room for a few full packets. A longer queue costs
+    /// more than it brings: with 250 ms, a sender's first overshoot takes seconds to repair and a third of the rate is lost
+    /// meanwhile.
+    fn of(bits_per_second: u64) -> Self {
+        let bytes = bits_per_second / 8;
+        Self { burst: (bytes / 100).clamp(8_000, 64 << 20), queue: (bytes / 20).clamp(32_000, 512 << 20) }
+    }
 }
 
 #[cfg(test)]
@@ -68,7 +101,7 @@ mod tests {
 
     #[test]
     fn buckets() {
-        assert_eq!(bucket(5_000_000), "tbf rate 5000000bit burst 8000 limit 40000");
-        assert_eq!(bucket(1_000_000_000), "tbf rate 1000000000bit burst 1250000 limit 7500000");
+        assert_eq!(Bucket::of(5_000_000), Bucket { burst: 8000, queue: 32_000 });
+        assert_eq!(Bucket::of(1_000_000_000), Bucket { burst: 1_250_000, queue: 6_250_000 });
     }
 }

@@ -4,8 +4,8 @@
 //! neighbour entries on both sides are static, so an instance has nobody to lie to. What a namespace is and how it is made is
 //! in [`namespace`], what keeps it in [`holder`], the packet rules are in [`rules`], caps in [`bandwidth`]; [`networks`] drives them.
 //!
-//! A transfer under a cap gets between 90 and 110 % of it (`tests/real_kernel/speed.rs` holds that at 5 Mbit/s, either way);
-//! packet headers count. `cost` in the same file measures what attaching, preparing and releasing take.
+//! A transfer under a cap gets between 90 and 110 % of it, also while another fills the other direction (`tests/real_kernel/speed.rs`
+//! holds that from 5 Mbit/s to 1 Gbit/s); packet headers count. `cost` in the same file measures what attaching, preparing and releasing take.
 //!
 //! Must never depend on instances' specifications, sandboxes or images: it knows ids and addresses only.
 

@@ -4,20 +4,24 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use futures::TryStreamExt;
 use ipnet::Ipv4Net;
 use nix::net::if_::if_nametoindex;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteScope};
 use rtnetlink::{Handle, LinkIfb, LinkUnspec, RouteMessageBuilder};
-use tokio::sync::oneshot;
+use tokio::sync::{OnceCell, oneshot};
 
 use crate::error::NetworkError;
+use crate::program::run;
 
 /// A netlink connection to the host's namespace, with its thread.
 pub(crate) struct Links {
     handle: Handle,
+    /// Looked for once.
+    ifb_driver: OnceCell<()>,
     /// Dropped, it ends the thread.
     _connection: oneshot::Sender<()>,
 }
@@ -46,7 +50,7 @@ impl Links {
             Ok(_) => handle.await.unwrap_or_else(|_| Err(std::io::Error::other("its thread ended"))),
             Err(error) => Err(error),
         };
-        Ok(Self { handle: answer.map_err(failed)?, _connection: connection })
+        Ok(Self { handle: answer.map_err(failed)?, ifb_driver: OnceCell::new(), _connection: connection })
     }
 
     pub(crate) fn exists(name: &str) -> bool {
@@ -65,13 +69,10 @@ impl Links {
 
     /// Makes the host's end `name` carry `address`: strict reverse path, no IPv6, static neighbour, route.
     pub(crate) async fn route(&self, name: &str, address: Ipv4Addr, mac: [u8; 6]) -> Result<(), NetworkError> {
-        let interface = name.to_owned();
-        // These wait for the kernel's lock of all links.
-        let set = move || set("ipv4", &interface, "rp_filter", "1").and(set("ipv6", &interface, "disable_ipv6", "1"));
-        tokio::task::spawn_blocking(set)
-            .await
-            .unwrap_or_else(|error| Err(NetworkError::io("set switches of", name)(error.into())))?;
+        let strict = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
+        std::fs::write(&strict, "1").map_err(NetworkError::io("write", &strict))?;
         let index = if_nametoindex(name).map_err(NetworkError::errno("find", name))?;
+        without_ipv6(&self.handle, index).await.map_err(NetworkError::netlink("keep IPv6 off", name))?;
         let up = LinkUnspec::new_with_index(index).up().build();
         self.handle.link().set(up).execute().await.map_err(NetworkError::netlink("start", name))?;
         self.handle
@@ -91,6 +92,7 @@ impl Links {
     }
 
     pub(crate) async fn add_ifb(&self, name: &str, group: u32) -> Result<(), NetworkError> {
+        self.ifb_driver.get_or_init(load_ifb).await;
         let message = LinkIfb::new(name).link_group(group).up().build();
         self.handle.link().add(message).execute().await.map_err(NetworkError::netlink("add", name))
     }
@@ -137,11 +139,30 @@ impl Links {
     }
 }
 
-/// Writes one of an interface's switches. A kernel without IPv6 has nothing to switch off.
-fn set(family: &str, interface: &str, switch: &str, value: &str) -> Result<(), NetworkError> {
-    let path = format!("/proc/sys/net/{family}/conf/{interface}/{switch}");
-    match std::fs::write(&path, value) {
-        Err(error) if family == "ipv6" && error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(NetworkError::io("write", path)),
+/// The kernel would load the driver by itself for the first ifb device, which then makes two more of its own that stay for ever:
+/// it is loaded without them. Where that cannot be done it is built in, or the kernel does it its way.
+async fn load_ifb() {
+    if !Path::new("/sys/module/ifb").exists()
+        && let Err(error) = run("modprobe", &["ifb", "numifbs=0"], "").await
+    {
+        tracing::debug!(%error, "the driver of ifb devices was not loaded");
     }
+}
+
+/// Keeps an interface that is still down from ever giving itself an IPv6 address; [`crate::rules`] drop what comes in all the same.
+///
+/// Not by the switch `disable_ipv6`: its writer runs in circles for as long as anybody else changes any interface.
+pub(crate) async fn without_ipv6(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
+    if !has_ipv6() {
+        return Ok(());
+    }
+    let none = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+    let message = LinkUnspec::new_with_index(index).append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![none]));
+    handle.link().set(message.build()).execute().await
+}
+
+/// Whether this kernel speaks IPv6.
+pub(crate) fn has_ipv6() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| Path::new("/proc/sys/net/ipv6").exists())
 }

@@ -397,10 +397,11 @@ impl Inner {
         self.links.delete(&outside).await?;
         self.holder.let_go(address.to_string()).await?;
         let plan = Plan { address, outside, group: self.names.group };
-        let netns = namespace::make(plan).await?;
+        let (netns, namespace) = namespace::make(plan).await?;
         self.holder.hold(netns, address.to_string()).await?;
         checkpoint::reached("network-held");
         self.links.route(&self.names.outside(address), address, namespace::inside_mac(address)).await?;
+        namespace.carries().await?;
         self.place.set_ready(address)?;
         checkpoint::reached("network-prepared");
         Ok(())

@@ -93,8 +93,7 @@ impl PoolClient {
         request: &ExecRequest,
         frames: impl Stream<Item = Bytes> + Send + 'static,
     ) -> Result<ByteStream, RpcError> {
-        let path = format!("{}/exec?{}", container_path(name, container)?, joey_rpc::query(request));
-        self.rpc.duplex(Method::POST, &path, frames).await
+        self.interact("exec", name, container, request, frames).await
     }
 
     /// As [`PoolClient::exec`], with the container's main process.
@@ -105,8 +104,7 @@ impl PoolClient {
         request: &ExecRequest,
         frames: impl Stream<Item = Bytes> + Send + 'static,
     ) -> Result<ByteStream, RpcError> {
-        let path = format!("{}/attach?{}", container_path(name, container)?, joey_rpc::query(request));
-        self.rpc.duplex(Method::POST, &path, frames).await
+        self.interact("attach", name, container, request, frames).await
     }
 
     pub async fn usage(&self, name: &str) -> Result<Usage, RpcError> {
@@ -148,6 +146,18 @@ impl PoolClient {
             .body(joey_rpc::stream(archive))
             .map_err(|error| RpcError::Request { source: error.into() })?;
         self.rpc.json(request).await
+    }
+
+    async fn interact(
+        &self,
+        verb: &str,
+        name: &str,
+        container: &str,
+        request: &ExecRequest,
+        frames: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, RpcError> {
+        let path = format!("{}/{verb}?{}", container_path(name, container)?, joey_rpc::query(request));
+        self.rpc.duplex(Method::POST, &path, frames).await
     }
 
     async fn read<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<T, RpcError> {

@@ -161,25 +161,21 @@ async fn logs(
     )
 }
 
-async fn exec(
-    State(pool): Service,
-    Path((name, container)): Path<(String, String)>,
-    RawQuery(query): RawQuery,
-    body: Incoming,
-) -> Answer {
-    answer(
-        async {
-            let request: ExecRequest = parse_query(&query.unwrap_or_default())?;
-            if request.command.is_empty() {
-                return Err(Fault::new(ErrorKind::Invalid, "InvalidExec", "exec needs a command"));
-            }
-            Ok(stream_answer(pool.host.exec(&pool.id(&name)?, &container, request, frames(body)).await?))
-        }
-        .await,
-    )
+async fn exec(service: Service, path: Path<(String, String)>, query: RawQuery, body: Incoming) -> Answer {
+    interact(Interaction::Exec, service, path, query, body).await
 }
 
-async fn attach(
+async fn attach(service: Service, path: Path<(String, String)>, query: RawQuery, body: Incoming) -> Answer {
+    interact(Interaction::Attach, service, path, query, body).await
+}
+
+enum Interaction {
+    Exec,
+    Attach,
+}
+
+async fn interact(
+    kind: Interaction,
     State(pool): Service,
     Path((name, container)): Path<(String, String)>,
     RawQuery(query): RawQuery,
@@ -188,7 +184,15 @@ async fn attach(
     answer(
         async {
             let request: ExecRequest = parse_query(&query.unwrap_or_default())?;
-            Ok(stream_answer(pool.host.attach(&pool.id(&name)?, &container, request, frames(body)).await?))
+            let (id, input) = (pool.id(&name)?, frames(body));
+            let output = match kind {
+                Interaction::Exec if request.command.is_empty() => {
+                    return Err(Fault::new(ErrorKind::Invalid, "InvalidExec", "exec needs a command"));
+                }
+                Interaction::Exec => pool.host.exec(&id, &container, request, input).await?,
+                Interaction::Attach => pool.host.attach(&id, &container, request, input).await?,
+            };
+            Ok(stream_answer(output))
         }
         .await,
     )

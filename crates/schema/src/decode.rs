@@ -1,7 +1,8 @@
-//! Reading an object by its schema: types, required fields, enums, duplicate keys; unknown fields are pruned.
+//! Reading an object by its schema: types, required fields, enums, amounts; unknown fields are pruned.
 
 use serde_json::{Map, Value};
 
+use super::quantity;
 use super::types::{Field, Schemas, Shape, Type, TypeId};
 
 /// What becomes of fields that the schema does not know; they are never stored.
@@ -19,7 +20,6 @@ pub enum FieldReason {
     Required,
     Invalid,
     NotSupported,
-    Duplicate,
     TypeInvalid,
     Unknown,
 }
@@ -33,6 +33,15 @@ pub struct FieldError {
     pub detail: String,
 }
 
+/// An object as far as it could be read.
+#[derive(Debug)]
+pub struct Decoded {
+    /// Without unknown fields and nulls; amounts are canonical.
+    pub value: Value,
+    pub warnings: Vec<String>,
+    pub errors: Vec<FieldError>,
+}
+
 struct Decoder<'a> {
     schemas: &'a Schemas,
     unknown: UnknownFields,
@@ -41,16 +50,11 @@ struct Decoder<'a> {
 }
 
 impl Schemas {
-    /// The object without unknown fields and nulls, and the warnings; or all its faults.
-    pub fn decode(
-        &self,
-        id: TypeId,
-        value: &Value,
-        unknown: UnknownFields,
-    ) -> Result<(Value, Vec<String>), Vec<FieldError>> {
+    /// Reads an object; all its faults are told, and what can be read is there beside them.
+    pub fn decode(&self, id: TypeId, value: &Value, unknown: UnknownFields) -> Decoded {
         let mut decoder = Decoder { schemas: self, unknown, warnings: Vec::new(), errors: Vec::new() };
         let value = decoder.typed(&self.types[id.0], value, "");
-        if decoder.errors.is_empty() { Ok((value, decoder.warnings)) } else { Err(decoder.errors) }
+        Decoded { value, warnings: decoder.warnings, errors: decoder.errors }
     }
 }
 
@@ -128,7 +132,7 @@ impl Decoder<'_> {
             self.fail(path, FieldReason::NotSupported, detail);
         }
         match (&field.shape, value) {
-            (Shape::Quantity, Value::Number(number)) => Value::String(number.to_string()),
+            (Shape::Quantity, value) => self.quantity(value, path),
             (Shape::Map(item), Value::Object(map)) => {
                 let entries = map.iter().filter(|(_, value)| !value.is_null());
                 entries.map(|(key, value)| (key.clone(), self.field(item, value, &format!("{path}[{key}]")))).collect()
@@ -138,24 +142,33 @@ impl Decoder<'_> {
         }
     }
 
+    fn quantity(&mut self, value: &Value, path: &str) -> Value {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        match quantity::canonical(&text) {
+            Ok(canonical) => canonical.into(),
+            Err(why) => {
+                self.fail(path, FieldReason::Invalid, format!("Invalid value: {:?}: {why}", shortened(&text)));
+                value.clone()
+            }
+        }
+    }
+
     fn list(&mut self, field: &Field, item: &Field, list: &[Value], path: &str) -> Value {
         let items: Vec<Value> = list
             .iter()
             .enumerate()
             .map(|(index, value)| self.field(item, value, &format!("{path}[{index}]")))
             .collect();
-        if !field.map_keys.is_empty() || field.set {
+        if !field.map_keys.is_empty() {
             let mut seen = std::collections::HashSet::new();
             for (index, value) in items.iter().enumerate() {
-                let key = if field.set {
-                    value.to_string()
-                } else {
-                    let parts: Vec<String> = field.map_keys.iter().map(|key| self.key_of(item, value, key)).collect();
-                    parts.join(",")
-                };
-                if !seen.insert(key.clone()) {
-                    let detail = format!("Duplicate value: {key}");
-                    self.fail(&format!("{path}[{index}]"), FieldReason::Duplicate, detail);
+                let keys: Vec<String> = field.map_keys.iter().map(|key| self.key_of(item, value, key)).collect();
+                let keys = keys.join(",");
+                // Kubernetes takes such lists; what may not repeat is the kind's own rule.
+                if !seen.insert(keys.clone()) {
+                    let why = "hides previous definition of";
+                    let told = format!("{path}[{index}]: {why} {keys}, which may be dropped when using apply");
+                    self.warnings.push(told);
                 }
             }
         }
@@ -167,6 +180,11 @@ impl Decoder<'_> {
         let default = || self.schemas.object(item).and_then(|ty| ty.fields.get(key)?.default.as_ref());
         value.get(key).or_else(default).unwrap_or(&Value::Null).to_string()
     }
+}
+
+/// What is shown of a text that somebody sent.
+fn shortened(text: &str) -> String {
+    text.chars().take(64).collect()
 }
 
 fn join(path: &str, key: &str) -> String {

@@ -39,6 +39,8 @@ pub(super) struct Field {
     pub(super) set: bool,
     pub(super) merge: bool,
     pub(super) merge_key: Option<String>,
+    /// Whether a list or object is owned and replaced as a whole, where the facts say either.
+    pub(super) atomic: Option<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -48,6 +50,7 @@ pub(super) struct Type {
     pub(super) alias: Option<Field>,
     pub(super) fields: BTreeMap<String, Field>,
     pub(super) required: Vec<String>,
+    pub(super) atomic: bool,
 }
 
 /// Every known type, and which kinds they are.
@@ -92,6 +95,7 @@ impl Schemas {
                 alias,
                 fields: fields.map(|(name, schema)| (name.clone(), field(schema, &ids))).collect(),
                 required: texts(&schema["required"]),
+                atomic: schema["x-kubernetes-map-type"] == "atomic",
             });
         }
         let defaults = serde_json::from_str(defaults).expect("the embedded defaults are JSON");
@@ -131,6 +135,7 @@ fn field(schema: &Value, ids: &HashMap<&str, TypeId>) -> Field {
     };
     let strategy = schema["x-kubernetes-patch-strategy"].as_str().unwrap_or_default();
     let is_map = schema["x-kubernetes-list-type"] == "map";
+    let kind = schema["x-kubernetes-list-type"].as_str().or_else(|| schema["x-kubernetes-map-type"].as_str());
     Field {
         shape,
         default: schema.get("default").cloned(),
@@ -139,5 +144,6 @@ fn field(schema: &Value, ids: &HashMap<&str, TypeId>) -> Field {
         set: schema["x-kubernetes-list-type"] == "set",
         merge: strategy.split(',').any(|word| word == "merge"),
         merge_key: schema["x-kubernetes-patch-merge-key"].as_str().map(str::to_owned),
+        atomic: kind.map(|kind| kind == "atomic"),
     }
 }

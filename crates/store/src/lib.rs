@@ -11,6 +11,7 @@
 
 mod engine;
 mod journal;
+mod log;
 mod redb_journal;
 mod state;
 mod watch;
@@ -140,6 +141,8 @@ pub enum StoreError {
     InUse { path: PathBuf },
     #[error("store {path} has format {found}, this program reads {wanted}")]
     Format { path: PathBuf, found: u64, wanted: u64 },
+    #[error("store could not {operation}: its disk is full")]
+    Full { operation: &'static str },
     #[error("store could not {operation}: {message}")]
     Engine { operation: &'static str, message: String },
 }
@@ -152,6 +155,7 @@ impl StoreError {
             Self::NoLease(_) => ErrorKind::NotFound,
             Self::Invalid { .. } => ErrorKind::Invalid,
             Self::InUse { .. } => ErrorKind::Conflict,
+            Self::Full { .. } => ErrorKind::Exhausted,
             Self::Format { .. } | Self::Engine { .. } => ErrorKind::Internal,
         }
     }
@@ -160,6 +164,10 @@ impl StoreError {
 impl From<StoreError> for Fault {
     fn from(error: StoreError) -> Self {
         let message = match &error {
+            StoreError::Full { .. } => {
+                return Fault::new(error.kind(), "DiskFull", "state could not be written: the platform's disk is full")
+                    .with_hint("free space on the disk that holds the data directory; the same call works then");
+            }
             // Paths and engine messages are for the platform's own log.
             StoreError::InUse { .. } | StoreError::Format { .. } | StoreError::Engine { .. } => {
                 "state could not be read or written".to_owned()
@@ -207,7 +215,10 @@ pub fn memory() -> Arc<dyn Store> {
     }
 }
 
-/// The embedded engine: one file, made (mode 0600) when it is not there. One process at a time.
+/// The embedded engine: a database at `path` and its log beside it (`.log`), made (mode 0600) when they are not there. They belong
+/// together: neither is whole without the other. One process at a time.
 pub fn redb(path: &Path) -> Result<Arc<dyn Store>, StoreError> {
-    Ok(Arc::new(engine::Engine::open(Box::new(redb_journal::RedbJournal::open(path)?))?))
+    let database = redb_journal::RedbJournal::open(path)?;
+    let journal = log::LoggedJournal::open(database, &path.with_extension("log"))?;
+    Ok(Arc::new(engine::Engine::open(Box::new(journal))?))
 }

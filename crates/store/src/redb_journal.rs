@@ -1,5 +1,6 @@
 //! The journal on redb: the live keys and the leases as they are after the last step.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -26,8 +27,13 @@ pub(crate) struct RedbJournal {
     kept: (u64, u64),
 }
 
-fn failed<E: std::fmt::Display>(operation: &'static str) -> impl Fn(E) -> StoreError {
-    move |error| StoreError::Engine { operation, message: error.to_string() }
+pub(crate) fn failed<E: Into<redb::Error>>(operation: &'static str) -> impl Fn(E) -> StoreError {
+    move |error| match error.into() {
+        redb::Error::Io(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+            StoreError::Full { operation }
+        }
+        other => StoreError::Engine { operation, message: other.to_string() },
+    }
 }
 
 impl RedbJournal {

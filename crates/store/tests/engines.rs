@@ -1,10 +1,14 @@
 //! One suite for every engine: what etcd's semantics promise, and what durable means.
 
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
+use joey_model::{ErrorKind, Fault};
 use joey_store::{Condition, Event, Op, Store, StoreError, TxnOutcome, Watch, WatchBatch};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -229,4 +233,68 @@ async fn what_was_acknowledged_is_there_after_a_reopen() {
     store.revoke(lease).await.unwrap();
     assert!(store.get("/c").await.unwrap().0.is_none());
     assert_ne!(store.grant(Duration::from_secs(1)).await.unwrap(), lease, "ids are not used again");
+}
+
+/// A disk that is small and of the test's own, taken away at the end.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mounted() -> Self {
+        let disk = Self(tempfile::tempdir().unwrap());
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=32m", "small"]).arg(disk.0.path()).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "root mounts a tmpfs");
+        disk
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn fill(&self) {
+        let mut ballast = std::fs::File::create(self.path("ballast")).unwrap();
+        while ballast.write_all(&[1; 4096]).is_ok() {}
+    }
+
+    fn make_room(&self) {
+        std::fs::remove_file(self.path("ballast")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_is_told_and_what_was_acknowledged_stays() {
+    let disk = SmallDisk::mounted();
+    let path = disk.path("store");
+    let store = joey_store::redb(&path).unwrap();
+    commit(&*store, vec![put("/kept", "before")]).await;
+    disk.fill();
+    let (mut acknowledged, value) = (store.revision(), "x".repeat(100_000));
+    let refused = loop {
+        // The file may have room for a few yet.
+        match store.transact(Vec::new(), vec![put(&format!("/more/{acknowledged}"), &value)]).await {
+            Ok(TxnOutcome::Committed { revision }) => acknowledged = revision,
+            Ok(refused) => panic!("{refused:?}"),
+            Err(error) => break error,
+        }
+    };
+    for error in [refused, store.transact(Vec::new(), vec![put("/again", &value)]).await.unwrap_err()] {
+        assert!(matches!(error, StoreError::Full { .. }), "{error}");
+        let fault = Fault::from(error);
+        assert_eq!((fault.kind, fault.reason.as_str()), (ErrorKind::Exhausted, "DiskFull"));
+    }
+    let (kept, revision) = store.get("/kept").await.unwrap();
+    assert_eq!((&kept.unwrap().value[..], revision), (&b"before"[..], acknowledged), "it is read all the same");
+    assert_eq!(store.get(&format!("/more/{acknowledged}")).await.unwrap().0, None, "what was refused is not there");
+    disk.make_room();
+    assert_eq!(commit(&*store, vec![put("/kept", "after")]).await, acknowledged + 1, "it works again by itself");
+    drop(store);
+    let store = reopen(&path).await;
+    assert_eq!(&store.get("/kept").await.unwrap().0.unwrap().value[..], b"after");
+    assert_eq!((store.revision(), store.get("/again").await.unwrap().0), (acknowledged + 1, None));
 }

@@ -35,6 +35,17 @@ pub enum Refusal {
     /// An object it names is not there yet.
     #[error(transparent)]
     Missing(Missing),
+    /// Images are named by what is no reference; a Pod's images may be changed, so it waits.
+    #[error("{}", .0.iter().map(InvalidImage::to_string).collect::<Vec<_>>().join("; "))]
+    InvalidImages(Vec<InvalidImage>),
+}
+
+/// A container whose image's name cannot be read. The message begins as the kubelet's does.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("Failed to apply default image tag \"{}\": couldn't parse image name: {}", .reason.text, .reason.why)]
+pub struct InvalidImage {
+    pub container: String,
+    pub reason: joey_model::image_ref::InvalidReference,
 }
 
 impl From<Missing> for Refusal {
@@ -55,6 +66,7 @@ pub struct Converted {
 pub(crate) struct Notes {
     faults: Vec<String>,
     without_effect: Vec<String>,
+    invalid_images: Vec<InvalidImage>,
 }
 
 impl Notes {
@@ -94,6 +106,9 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
     let network = network(pod, &spec, &namespace, config, &mut notes);
     if !notes.faults.is_empty() {
         return Err(Refusal::Unsupported(notes.faults));
+    }
+    if !notes.invalid_images.is_empty() {
+        return Err(Refusal::InvalidImages(notes.invalid_images));
     }
     let hostname = hostname(&spec, &name);
     let instance = InstanceSpec {
@@ -257,6 +272,11 @@ fn container(
     check_container(&at, container, notes);
     let image = container.image.clone().unwrap_or_default();
     notes.refuse_if(image.is_empty(), format!("{at}an empty image"), "name one");
+    let reference = joey_model::ImageRef::parse(&image);
+    let latest = reference.as_ref().is_ok_and(joey_model::ImageRef::is_latest);
+    if let Err(reason) = reference {
+        notes.invalid_images.push(InvalidImage { container: container.name.clone(), reason });
+    }
     Ok(ContainerSpec {
         name: container.name.clone(),
         role: Role::Main,
@@ -267,7 +287,7 @@ fn container(
             Some("Always") => PullPolicy::Always,
             Some("Never") => PullPolicy::Never,
             Some(_) => PullPolicy::IfNotPresent,
-            None if joey_model::ImageRef::parse(&image).is_ok_and(|image| image.is_latest()) => PullPolicy::Always,
+            None if latest => PullPolicy::Always,
             None => PullPolicy::IfNotPresent,
         },
         image,

@@ -9,8 +9,9 @@ use http::{Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use jiff::{SignedDuration, Timestamp};
-use joey_api::instance::{ExecRequest, Instance, LogOptions};
+use joey_api::instance::{ContainerState, ExecRequest, Instance, LogOptions};
 use joey_rpc::{Body, full};
+use k8s_openapi::api::core::v1::Pod;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -162,7 +163,8 @@ impl Kubelet {
         joey_rpc::json_answer(&list)
     }
 
-    fn instance(&self, namespace: &str, pod: &str, container: &str) -> Result<Arc<Instance>, Refusal> {
+    /// A Pod of this node that has the container, and its instance when there is one.
+    fn find(&self, namespace: &str, pod: &str, container: &str) -> Result<(Arc<Pod>, Option<Arc<Instance>>), Refusal> {
         let missing = |message: String| (StatusCode::NOT_FOUND, message);
         let (found, instance) = self
             .registry
@@ -171,19 +173,24 @@ impl Kubelet {
         if !found.spec.iter().flat_map(all_containers).any(|(_, known)| known.name == container) {
             return Err(missing(format!("container \"{container}\" is not in pod \"{namespace}/{pod}\"")));
         }
-        let starting = || {
-            let message = format!("container \"{container}\" in pod \"{pod}\" is waiting to start");
-            (StatusCode::BAD_REQUEST, message)
-        };
-        instance.ok_or_else(starting)
+        Ok((found, instance))
     }
 
     async fn logs(&self, namespace: &str, pod: &str, container: &str, request: &Request<Incoming>) -> Answer {
-        let instance = match self.instance(namespace, pod, container) {
-            Ok(instance) => instance,
+        let options = log_options(request.uri().query().unwrap_or_default(), Timestamp::now());
+        let (found, instance) = match self.find(namespace, pod, container) {
+            Ok(found) => found,
             Err((status, message)) => return text(status, message),
         };
-        let options = log_options(request.uri().query().unwrap_or_default(), Timestamp::now());
+        if let Some(message) = no_log(&found, instance.as_deref(), container, options.previous) {
+            return text(StatusCode::BAD_REQUEST, message);
+        }
+        let Some(instance) = instance else {
+            return text(
+                StatusCode::BAD_REQUEST,
+                format!("container \"{container}\" in pod \"{pod}\" is not available"),
+            );
+        };
         match self.provider.logs(&instance.id, container, &options).await {
             Ok(bytes) => {
                 let mut answer = Response::new(joey_rpc::stream(bytes));
@@ -196,8 +203,10 @@ impl Kubelet {
     }
 
     async fn interact(&self, attach: bool, at: (&str, &str, &str), request: Request<Incoming>) -> Answer {
-        let instance = match self.instance(at.0, at.1, at.2) {
-            Ok(instance) => instance,
+        let instance = match self.find(at.0, at.1, at.2) {
+            Ok((_, Some(instance))) => instance,
+            // In the kubelet's words.
+            Ok((_, None)) => return text(StatusCode::NOT_FOUND, format!("container not found (\"{}\")", at.2)),
             Err((status, message)) => return text(status, message),
         };
         let wanted = exec_request(request.uri().query().unwrap_or_default());
@@ -233,6 +242,32 @@ impl Call {
             false => self.provider.exec(&self.id, &self.container, &self.wanted, input).await,
         }
     }
+}
+
+/// Why a container has no log, in the kubelet's words; `None`: it may have one.
+fn no_log(pod: &Pod, instance: Option<&Instance>, container: &str, previous: bool) -> Option<String> {
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let known = instance.and_then(|instance| instance.status.containers.iter().find(|known| known.name == container));
+    let ran_before = known.is_some_and(|known| known.last_termination.is_some());
+    if previous {
+        return (!ran_before)
+            .then(|| format!("previous terminated container \"{container}\" in pod \"{name}\" not found"));
+    }
+    let reason = match known.map(|known| &known.state) {
+        _ if ran_before => return None,
+        Some(ContainerState::Waiting { reason, .. }) => reason,
+        Some(_) => return None,
+        None => pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()).find_map(|known| {
+            let waiting = known.state.as_ref()?.waiting.as_ref()?;
+            waiting.reason.as_ref().filter(|_| known.name == container)
+        })?,
+    };
+    let why = match reason.as_str() {
+        "ErrImagePull" => "image can't be pulled",
+        "ImagePullBackOff" => "trying and failing to pull image",
+        reason => reason,
+    };
+    Some(format!("container \"{container}\" in pod \"{name}\" is waiting to start: {why}"))
 }
 
 fn refused(fault: &joey_model::Fault) -> Answer {

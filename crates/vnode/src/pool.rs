@@ -21,6 +21,18 @@ impl PoolProvider {
     pub fn new(service: joey_rpc::Client) -> Self {
         Self { service }
     }
+
+    async fn interact(
+        &self,
+        verb: &str,
+        id: &str,
+        container: &str,
+        request: &ExecRequest,
+        input: Frames,
+    ) -> Result<ByteStream, Fault> {
+        let path = format!("{}/containers/{}/{verb}?{}", path(id)?, plain(container)?, joey_rpc::query(request));
+        Ok(self.service.duplex(Method::POST, &path, input).await?)
+    }
 }
 
 /// Ids, instance names and container names are of `a-z 0-9 - .`: checked where they are made, so none needs escaping. What is
@@ -81,8 +93,7 @@ impl Provider for PoolProvider {
     }
 
     async fn exec(&self, id: &str, container: &str, request: &ExecRequest, input: Frames) -> Result<ByteStream, Fault> {
-        let path = format!("{}/containers/{}/exec?{}", path(id)?, plain(container)?, joey_rpc::query(request));
-        Ok(self.service.duplex(Method::POST, &path, input).await?)
+        self.interact("exec", id, container, request, input).await
     }
 
     async fn attach(
@@ -92,8 +103,7 @@ impl Provider for PoolProvider {
         request: &ExecRequest,
         input: Frames,
     ) -> Result<ByteStream, Fault> {
-        let path = format!("{}/containers/{}/attach?{}", path(id)?, plain(container)?, joey_rpc::query(request));
-        Ok(self.service.duplex(Method::POST, &path, input).await?)
+        self.interact("attach", id, container, request, input).await
     }
 
     async fn usage(&self, id: &str) -> Result<Usage, Fault> {

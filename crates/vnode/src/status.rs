@@ -9,6 +9,16 @@ use k8s_openapi::api::core::v1::{
     ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodSpec, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde_json::{Value, json};
+
+use crate::convert::InvalidImage;
+
+/// Conditions that are ours; all others are somebody else's and stay as they are.
+pub const OWN_CONDITIONS: [&str; 5] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+
+/// The kubelet's word for an image whose name cannot be read.
+pub const INVALID_IMAGE_NAME: &str = "InvalidImageName";
 
 /// Whether the Pod has ended for good: it is never run again.
 pub fn is_terminal(status: &PodStatus) -> bool {
@@ -90,8 +100,29 @@ pub fn failed(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: T
 
 /// The status of a Pod whose containers wait, all for the same reason.
 pub fn waits(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: Timestamp) -> PodStatus {
+    containers_wait(pod, before, now, |_| (reason, message.to_owned()))
+}
+
+/// The status of a Pod of which images are named by what is no reference. The containers beside them wait for those.
+pub fn invalid_images(pod: &Pod, before: &PodStatus, invalid: &[InvalidImage], now: Timestamp) -> PodStatus {
+    containers_wait(pod, before, now, |name| match invalid.iter().find(|image| image.container == name) {
+        Some(image) => (INVALID_IMAGE_NAME, image.to_string()),
+        None => ("ContainerCreating", String::new()),
+    })
+}
+
+fn containers_wait<'a>(
+    pod: &Pod,
+    before: &PodStatus,
+    now: Timestamp,
+    why: impl Fn(&str) -> (&'a str, String),
+) -> PodStatus {
+    let wait = |name: &str, image: &str| {
+        let (reason, message) = why(name);
+        waiting(name, image, reason, &message)
+    };
     let spec = pod.spec.clone().unwrap_or_default();
-    let (inits, containers) = of_containers(&spec, |name, image| waiting(name, image, reason, message));
+    let (inits, containers) = of_containers(&spec, wait);
     PodStatus {
         phase: Some("Pending".into()),
         conditions: Some(conditions(pod, before, (&inits, &containers), "Pending", false, now)),
@@ -237,10 +268,41 @@ fn conditions(
     ]
 }
 
+/// A status as a strategic merge patch onto one that may be `known`: what it no longer says is taken away.
+pub fn patch(known: &PodStatus, status: &PodStatus) -> Value {
+    let mut patch = json!(status);
+    let null_unless = |object: &mut Value, fields: &[&str]| {
+        for &field in fields {
+            if object.get(field).is_none() {
+                object[field] = Value::Null;
+            }
+        }
+    };
+    null_unless(&mut patch, &["reason", "message"]);
+    // Merged by type: a reason left out would stay.
+    for condition in patch["conditions"].as_array_mut().into_iter().flatten() {
+        null_unless(condition, &["reason", "message"]);
+    }
+    // Merged by address: another address would come beside the old one.
+    let mut replaced = |field: &str, before: Vec<&str>, now: Vec<&str>| {
+        if let Some(list) = patch[field].as_array_mut() {
+            let old = before.into_iter().filter(|ip| !now.contains(ip));
+            list.extend(old.map(|ip| json!({ "ip": ip, "$patch": "delete" })));
+        }
+    };
+    fn pod_ips(status: &PodStatus) -> Vec<&str> {
+        status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str()).collect()
+    }
+    fn host_ips(status: &PodStatus) -> Vec<&str> {
+        status.host_ips.iter().flatten().map(|ip| ip.ip.as_str()).collect()
+    }
+    replaced("podIPs", pod_ips(known), pod_ips(status));
+    replaced("hostIPs", host_ips(known), host_ips(status));
+    patch
+}
+
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
-
     use super::*;
 
     fn at(text: &str) -> Timestamp {
@@ -399,5 +461,36 @@ mod tests {
         assert_eq!(waiting.phase.as_deref(), Some("Pending"));
         assert_eq!(condition(&waiting, "Ready").reason.as_deref(), Some("ContainersNotReady"));
         assert_eq!(waiting.container_statuses.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn only_the_container_with_the_invalid_image_is_blamed() {
+        let reason = joey_model::ImageRef::parse("Bad//Ref:::").unwrap_err();
+        let invalid = [InvalidImage { container: "b".into(), reason }];
+        let made = invalid_images(&pod(json!({})), &PodStatus::default(), &invalid, at("2024-01-01T00:00:00Z"));
+        assert_eq!(made.phase.as_deref(), Some("Pending"));
+        let waiting: Vec<_> =
+            made.container_statuses.unwrap().into_iter().map(|c| c.state.unwrap().waiting.unwrap()).collect();
+        let reasons: Vec<_> = waiting.iter().map(|state| state.reason.as_deref().unwrap()).collect();
+        assert_eq!(reasons, ["ContainerCreating", "InvalidImageName"]);
+        let message = waiting[1].message.as_deref().unwrap();
+        assert!(message.starts_with("Failed to apply default image tag \"Bad//Ref:::\": couldn't parse image name"));
+    }
+
+    #[test]
+    fn a_patch_takes_away_what_is_no_longer_said() {
+        let pod = pod(json!({}));
+        let both = |state: Value| instance("Running", &[("a", running()), ("b", state)]);
+        let unready = status(&pod, &PodStatus::default(), &both(waits("CrashLoopBackOff")));
+        let ready = status(&pod, &unready, &both(running()));
+        let patch = patch(&unready, &ready);
+        let own = patch["conditions"].as_array().unwrap().iter().find(|c| c["type"] == "Ready").unwrap();
+        assert_eq!((&own["status"], &own["reason"], &own["message"]), (&json!("True"), &Value::Null, &Value::Null));
+        assert!(own.as_object().unwrap().contains_key("reason") && own.as_object().unwrap().contains_key("message"));
+        assert_eq!(patch["podIPs"], json!([{ "ip": "10.0.0.9" }]));
+        let mut moved = ready.clone();
+        moved.pod_ips = Some(vec![PodIP { ip: "10.0.0.10".into() }]);
+        let wanted = json!([{ "ip": "10.0.0.10" }, { "ip": "10.0.0.9", "$patch": "delete" }]);
+        assert_eq!(super::patch(&ready, &moved)["podIPs"], wanted);
     }
 }

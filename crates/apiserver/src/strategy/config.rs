@@ -46,15 +46,17 @@ impl Strategy for ConfigMap {
 pub struct Secret;
 
 impl Strategy for Secret {
-    fn prepare_create(&self, value: &mut Value) {
+    fn fold(&self, value: &mut Value) {
         fold_string_data(value);
+    }
+
+    fn prepare_create(&self, value: &mut Value) {
         if text(value, "/type").is_empty() {
             value["type"] = "Opaque".into();
         }
     }
 
     fn prepare_update(&self, value: &mut Value, old: &Value) {
-        fold_string_data(value);
         if text(value, "/type").is_empty() {
             value["type"] = old.get("type").cloned().unwrap_or_else(|| "Opaque".into());
         }
@@ -124,8 +126,8 @@ fn entries<'a>(value: &'a Value, field: &str) -> impl Iterator<Item = (&'a Strin
 fn check_key(field: &str, key: &str, faults: &mut Vec<FieldFault>) {
     let plain = key.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_.".contains(&c));
     if key.is_empty() || key.len() > 253 || !plain || matches!(key, "." | "..") || key.starts_with("..") {
-        let why = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name', or \
-            'KEY_NAME', or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
+        let why = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or \
+            'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
         faults.push(FieldFault::invalid(format!("{field}[{key}]"), &key.into(), why));
     }
 }
@@ -158,6 +160,7 @@ mod tests {
     #[test]
     fn string_data_is_folded_and_checked() {
         let mut value = json!({"stringData": {"a": "b"}, "data": {"c": "!"}});
+        Secret.fold(&mut value);
         Secret.prepare_create(&mut value);
         assert_eq!(value, json!({"type": "Opaque", "data": {"a": "Yg==", "c": "!"}}));
         let mut faults = Vec::new();

@@ -176,10 +176,17 @@ fn check_resources(container: &Value, field: &str, faults: &mut Vec<FieldFault>)
     let resources = container.get("resources").unwrap_or(&Value::Null);
     for kind in ["limits", "requests"] {
         for (name, amount) in resources.get(kind).and_then(Value::as_object).into_iter().flatten() {
-            let at = format!("{field}.{kind}.{name}");
-            let amount_text = amount.as_str().unwrap_or_default();
-            match parse_milli(amount_text) {
-                Err(error) => faults.push(FieldFault::invalid(at, amount, error.why)),
+            let at = format!("{field}.{kind}[{name}]");
+            let text = amount.as_str().unwrap_or_default();
+            match parse_milli(text) {
+                Err(_) if text.starts_with('-') => {
+                    faults.push(FieldFault::invalid(at, amount, "must be greater than or equal to 0"));
+                }
+                // Texts that are no amounts are the schema's matter.
+                Err(error) if error.why.contains("too large") => {
+                    faults.push(FieldFault::invalid(at, amount, error.why));
+                }
+                Err(_) => {}
                 Ok(request) if kind == "requests" => {
                     let limit = resources["limits"].get(name).and_then(Value::as_str);
                     let above = limit.and_then(|limit| parse_milli(limit).ok()).is_some_and(|limit| request > limit);

@@ -18,6 +18,13 @@ const LABEL: &str = "a lowercase RFC 1123 label must consist of lower case alpha
     start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is \
     '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
 
+const NAME_PART: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an \
+    alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is \
+    '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
+const LABEL_VALUE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and \
+    must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for \
+    validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
+
 /// Why a text is no DNS subdomain, in Kubernetes' words.
 pub fn subdomain_fault(name: &str) -> Option<String> {
     if name.len() > 253 {
@@ -44,13 +51,11 @@ pub fn check(resource: &Resource, value: &Value, faults: &mut Vec<FieldFault>) {
     }
     for (key, label) in value.pointer("/metadata/labels").and_then(Value::as_object).into_iter().flatten() {
         if !key_is_valid(key) {
-            let why = "a qualified name must consist of alphanumeric characters, '-', '_' or '.', with an optional DNS \
-                subdomain prefix and '/' (e.g. 'example.com/MyName')";
-            faults.push(FieldFault::invalid("metadata.labels", &key.as_str().into(), why));
+            faults.push(FieldFault::invalid("metadata.labels", &key.as_str().into(), NAME_PART));
         }
         if !label.as_str().is_some_and(value_is_valid) {
-            let why = "a valid label must be an empty string or consist of at most 63 alphanumeric characters, '-', '_' \
-                or '.', and must start and end with an alphanumeric character";
+            let long = label.as_str().is_some_and(|label| label.len() > 63);
+            let why = if long { "must be no more than 63 characters" } else { LABEL_VALUE };
             faults.push(FieldFault::invalid("metadata.labels", label, why));
         }
     }
@@ -58,22 +63,28 @@ pub fn check(resource: &Resource, value: &Value, faults: &mut Vec<FieldFault>) {
     for (key, note) in value.pointer("/metadata/annotations").and_then(Value::as_object).into_iter().flatten() {
         bytes += key.len() + note.as_str().map_or(0, str::len);
         if !key_is_valid(&key.to_ascii_lowercase()) {
-            let why = "a qualified name must consist of alphanumeric characters, '-', '_' or '.'";
-            faults.push(FieldFault::invalid("metadata.annotations", &key.as_str().into(), why));
+            faults.push(FieldFault::invalid("metadata.annotations", &key.as_str().into(), NAME_PART));
         }
     }
     if bytes > MAX_ANNOTATIONS {
         faults.push(FieldFault::too_long("metadata.annotations", MAX_ANNOTATIONS));
     }
     for (index, finalizer) in list(value, "/metadata/finalizers").iter().enumerate() {
-        if !finalizer.as_str().is_some_and(key_is_valid) {
-            let field = format!("metadata.finalizers[{index}]");
-            faults.push(FieldFault::invalid(
-                field,
-                finalizer,
-                "name is neither a standard finalizer name nor qualified",
-            ));
+        let word = finalizer.as_str().unwrap_or_default();
+        let field = format!("metadata.finalizers[{index}]");
+        if !key_is_valid(word) {
+            faults.push(FieldFault::invalid(field, finalizer, NAME_PART));
+        } else if !word.contains('/') && !["orphan", "foregroundDeletion", "kubernetes"].contains(&word) {
+            let why = "name is neither a standard finalizer name nor is it fully qualified";
+            faults.push(FieldFault::invalid(field, finalizer, why));
         }
+    }
+    let base = text(value, "/metadata/generateName");
+    // What is generated ends with a letter or digit, so the base may end with a dash.
+    if !base.is_empty()
+        && let Some(why) = resource.strategy.name_fault(&format!("{}a", base.trim_end_matches('-')))
+    {
+        faults.push(FieldFault::invalid("metadata.generateName", &base.into(), &why));
     }
 }
 

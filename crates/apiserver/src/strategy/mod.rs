@@ -18,6 +18,9 @@ use serde_json::Value;
 use crate::status::FieldFault;
 
 pub trait Strategy: Sync {
+    /// Brings what may be written in two ways into the one that is stored.
+    fn fold(&self, _value: &mut Value) {}
+
     /// Fills in what depends on several fields, before checks.
     fn prepare_create(&self, _value: &mut Value) {}
 

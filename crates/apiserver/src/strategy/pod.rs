@@ -38,7 +38,8 @@ impl Strategy for Pod {
         }
         tolerate_bad_nodes(spec.entry("tolerations").or_insert_with(|| json!([])));
         for field in ["containers", "initContainers"] {
-            for container in value["spec"][field].as_array_mut().into_iter().flatten() {
+            let all = value.pointer_mut(&format!("/spec/{field}")).and_then(Value::as_array_mut);
+            for container in all.into_iter().flatten() {
                 containers::fill_in(container);
             }
         }
@@ -69,6 +70,7 @@ impl Strategy for Pod {
                 spec.entry(key).or_insert_with(|| part.clone());
             }
         }
+        tolerate_bad_nodes(spec.entry("tolerations").or_insert_with(|| json!([])));
         for field in ["containers", "initContainers"] {
             for container in spec.get_mut(field).and_then(Value::as_array_mut).into_iter().flatten() {
                 containers::fill_in(container);
@@ -109,6 +111,17 @@ impl Strategy for Pod {
 
     fn validate_update(&self, value: &Value, old: &Value, faults: &mut Vec<FieldFault>) {
         let (Some(new), Some(before)) = (value.get("spec"), old.get("spec")) else { return };
+        for field in ["containers", "initContainers"] {
+            let count = |spec: &Value| list(spec, &format!("/{field}")).len();
+            if count(new) != count(before) {
+                let why = match field {
+                    "containers" => "pod updates may not add or remove containers",
+                    _ => "pod updates may not add or remove initContainers",
+                };
+                return faults.push(FieldFault::forbidden(format!("spec.{field}"), why));
+            }
+        }
+        deadline_only_shrinks(new, before, faults);
         if new == before || changeable_removed(new, before) == changeable_removed(before, before) {
             tolerations_only_grow(new, before, faults);
             return;
@@ -152,10 +165,32 @@ fn changeable_removed(spec: &Value, base: &Value) -> Value {
             spec[field] = base[field].clone();
         }
     }
-    for key in ["activeDeadlineSeconds", "tolerations", "terminationGracePeriodSeconds", "schedulingGates"] {
+    for key in ["activeDeadlineSeconds", "tolerations", "schedulingGates"] {
         spec[key] = Value::Null;
     }
+    let grace = |spec: &Value| spec["terminationGracePeriodSeconds"].as_i64();
+    if grace(&spec) == Some(1) && grace(base).is_some_and(|before| before < 0) {
+        spec["terminationGracePeriodSeconds"] = base["terminationGracePeriodSeconds"].clone();
+    }
     spec
+}
+
+fn deadline_only_shrinks(new: &Value, before: &Value, faults: &mut Vec<FieldFault>) {
+    let seconds = |spec: &Value| spec.get("activeDeadlineSeconds").and_then(Value::as_i64);
+    let field = "spec.activeDeadlineSeconds";
+    match (seconds(new), seconds(before)) {
+        (Some(after), Some(before)) if after > before => {
+            faults.push(FieldFault::invalid(field, &after.into(), "must be less than or equal to previous value"));
+        }
+        (None, Some(_)) => {
+            faults.push(FieldFault::invalid(
+                field,
+                &Value::Null,
+                "must not update from a positive integer to nil value",
+            ));
+        }
+        _ => {}
+    }
 }
 
 fn tolerations_only_grow(new: &Value, before: &Value, faults: &mut Vec<FieldFault>) {

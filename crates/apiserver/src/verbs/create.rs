@@ -8,35 +8,42 @@ use super::{Answer, Call, with_revision};
 use crate::convert;
 use crate::kinds::{self, Resource};
 use crate::object::{self, metadata, text};
-use crate::status::{ApiError, ApiResult, FieldFault};
+use crate::status::{self, ApiError, ApiResult, FieldFault};
 use crate::strategy;
-use crate::typing::UnknownFields;
+use crate::typing::{Admitted, UnknownFields};
 
 /// Attempts at a generated name before the caller is asked to come again.
 const NAME_ATTEMPTS: usize = 8;
 
 pub async fn create(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
-    let value = call.object(body)?;
-    create_value(call, value).await
+    let resource = call.target.resource;
+    let mut sent = call.sent(body)?;
+    check_type(resource, &mut sent.value)?;
+    let unknown = UnknownFields::of(call)?;
+    let mut admitted = call.state.types.admit(resource, &sent, unknown)?;
+    admitted.value = convert::incoming(resource, admitted.value);
+    insert(call, admitted).await
 }
 
-/// Creates an object that is parsed already.
-pub async fn create_value(call: &Call<'_>, value: Value) -> ApiResult<Answer> {
+/// Puts a new object in its stored form into the store.
+pub async fn insert(call: &Call<'_>, admitted: Admitted) -> ApiResult<Answer> {
     let resource = call.target.resource;
-    check_type(resource, &value)?;
-    let dry_run = call.query.dry_run()?;
-    let unknown = UnknownFields::parse(call.query.get("fieldValidation"))?;
-    let (value, warnings) = call.state.types.admit(resource, text(&value, "/metadata/name"), &value, unknown)?;
-    let mut value = convert::incoming(resource, value);
+    let dry_run = call.query.dry_run(call.target.verb)?;
+    let writer = call.writer()?;
+    let Admitted { mut value, warnings, mut faults, owned } = admitted;
     place(resource, &call.target.namespace, &mut value)?;
     let generated = begin(resource, &mut value)?;
+    resource.strategy.fold(&mut value);
+    if !owned {
+        call.state.types.own(resource, None, &mut value, &writer);
+    }
     resource.strategy.prepare_create(&mut value);
     for attempt in 0..NAME_ATTEMPTS {
         if generated {
             name_anew(&mut value);
         }
         if attempt == 0 {
-            judge(call, &value).await?;
+            judge(call, &value, std::mem::take(&mut faults)).await?;
         }
         let name = text(&value, "/metadata/name").to_owned();
         let key = resource.key(&call.target.namespace, &name);
@@ -53,19 +60,25 @@ pub async fn create_value(call: &Call<'_>, value: Value) -> ApiResult<Answer> {
             return Ok(Answer::created(value).with_warnings(warnings));
         }
         if !generated {
-            return Err(ApiError::already_exists(resource, &name));
+            let there = call.state.read(&key).await?;
+            let mut error = ApiError::already_exists(resource, &name);
+            if there.is_some_and(|(value, _)| object::is_deleting(&value)) {
+                error.message = format!("object is being deleted: {}", error.message);
+            }
+            return Err(error);
         }
     }
     Err(ApiError::already_exists(resource, text(&value, "/metadata/name")))
 }
 
-/// Whether the body is of the kind the path is about.
-pub fn check_type(resource: &Resource, value: &Value) -> ApiResult<()> {
-    let (version, kind) = (text(value, "/apiVersion"), text(value, "/kind"));
-    if kind.is_empty() || version.is_empty() {
-        let missing = if kind.is_empty() { "Kind" } else { "apiVersion" };
-        return Err(ApiError::bad_request(format!("Object '{missing}' is missing in the body of the request")));
+/// Whether the body is of the kind the path is about; a body that does not say is.
+pub fn check_type(resource: &Resource, value: &mut Value) -> ApiResult<()> {
+    for (key, own) in [("apiVersion", resource.api_version()), ("kind", resource.kind.to_owned())] {
+        if value.get(key).is_none_or(|said| said.is_null() || said == "") {
+            value[key] = own.into();
+        }
     }
+    let (version, kind) = (text(value, "/apiVersion"), text(value, "/kind"));
     if version != resource.api_version() {
         return Err(ApiError::bad_request(format!(
             "the API version in the data ({version}) does not match the expected API version ({})",
@@ -134,7 +147,7 @@ fn name_anew(value: &mut Value) {
 }
 
 /// Everything that may be wrong with a new object.
-async fn judge(call: &Call<'_>, value: &Value) -> ApiResult<()> {
+async fn judge(call: &Call<'_>, value: &Value, of_schema: Vec<FieldFault>) -> ApiResult<()> {
     let resource = call.target.resource;
     let name = text(value, "/metadata/name");
     let mut faults = Vec::new();
@@ -143,6 +156,7 @@ async fn judge(call: &Call<'_>, value: &Value) -> ApiResult<()> {
     }
     strategy::metadata::check(resource, value, &mut faults);
     resource.strategy.validate(value, &mut faults);
+    let faults = status::together(faults, of_schema);
     if !faults.is_empty() {
         return Err(ApiError::invalid(resource, name, &faults));
     }

@@ -6,7 +6,7 @@
 //!     │                                                    ▲
 //!     └─► marked (deletionTimestamp) ── last finalizer taken off and grace 0, or deleted with grace 0
 //! ```
-//! There is no garbage collector of dependents yet: every propagation policy acts as `Background`.
+//! Dependents are the garbage collector's matter; for the policies `Foreground` and `Orphan` a finalizer has the object wait for it.
 
 use bytes::Bytes;
 use http::Response;
@@ -19,7 +19,7 @@ use super::{Answer, Call, Current, list, protobuf_body, with_revision, yaml_body
 use crate::convert;
 use crate::object::{self, is_deleting, metadata, text};
 use crate::request::Target;
-use crate::status::{self, ApiError, ApiResult, json_response};
+use crate::status::{self, ApiError, ApiResult, FieldFault, json_response};
 use crate::{Body, table};
 
 /// What a DeleteOptions says, from the body or the query.
@@ -29,6 +29,30 @@ pub struct Options {
     uid: Option<String>,
     version: Option<String>,
     dry_run: bool,
+    policy: Propagation,
+}
+
+/// What becomes of the objects that name the deleted one as their owner.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Propagation {
+    /// They go after it.
+    #[default]
+    Background,
+    /// It goes after them.
+    Foreground,
+    /// They stay.
+    Orphan,
+}
+
+impl Propagation {
+    /// The finalizer by which the object waits for the collector of dependents.
+    fn finalizer(self) -> Option<&'static str> {
+        match self {
+            Self::Background => None,
+            Self::Foreground => Some("foregroundDeletion"),
+            Self::Orphan => Some("orphan"),
+        }
+    }
 }
 
 impl Options {
@@ -47,26 +71,39 @@ impl Options {
             Some(grace) => Some(grace),
             None => call.query.number("gracePeriodSeconds")?,
         };
-        if grace.is_some_and(|grace| grace < 0) {
-            return Err(ApiError::bad_request("gracePeriodSeconds: Invalid value: must be greater than or equal to 0"));
-        }
+        // Less than nothing is as little as can be, as kube-apiserver has it.
+        let grace = grace.map(|grace| if grace < 0 { 1 } else { grace });
         let policy = match text(value, "/propagationPolicy") {
             "" => call.query.get("propagationPolicy").unwrap_or_default(),
             policy => policy,
         };
+        let orphan =
+            value.get("orphanDependents").and_then(Value::as_bool).or_else(|| call.query.bool("orphanDependents"));
+        let mut faults = Vec::new();
         if !matches!(policy, "" | "Background" | "Foreground" | "Orphan") {
-            return Err(ApiError::bad_request(format!(
-                "propagationPolicy: Unsupported value: \"{policy}\": supported values: \"Background\", \"Foreground\", \
-                 \"Orphan\""
-            )));
+            let known = ["Foreground", "Background", "Orphan", "nil"];
+            faults.push(FieldFault::unsupported("propagationPolicy", policy, &known));
         }
+        if orphan.is_some() && !policy.is_empty() {
+            let why = "orphanDependents and deletionPropagation cannot be both set";
+            faults.push(FieldFault::invalid("propagationPolicy", &policy.into(), why));
+        }
+        if !faults.is_empty() {
+            return Err(ApiError::invalid_options("delete", &faults));
+        }
+        let policy = match (policy, orphan) {
+            ("Foreground", _) => Propagation::Foreground,
+            ("Orphan", _) | (_, Some(true)) => Propagation::Orphan,
+            _ => Propagation::Background,
+        };
         let dry = value.get("dryRun").and_then(Value::as_array).is_some_and(|words| words.iter().any(|w| w == "All"));
         let some = |pointer: &str| Some(text(value, pointer).to_owned()).filter(|text| !text.is_empty());
         Ok(Self {
             grace,
             uid: some("/preconditions/uid"),
             version: some("/preconditions/resourceVersion"),
-            dry_run: dry || call.query.dry_run()?,
+            policy,
+            dry_run: dry || call.query.dry_run(call.target.verb)?,
         })
     }
 }
@@ -94,6 +131,7 @@ async fn attempt(call: &Call<'_>, options: &Options, current: Current) -> ApiRes
     let mut value = current.value.clone();
     resource.strategy.prepare_delete(&mut value);
     mark(&mut value, grace, resource.strategy.counts_generations());
+    hold(&mut value, options.policy);
     let finished = is_finished(resource, &value);
     if options.dry_run || (!finished && value == current.value) {
         return Ok(Some(answer(call, value, finished)));
@@ -124,12 +162,16 @@ fn check(call: &Call<'_>, options: &Options, current: &Current) -> ApiResult<()>
     let (resource, name) = (call.target.resource, &call.target.name);
     let uid = text(&current.value, "/metadata/uid");
     if let Some(wanted) = options.uid.as_deref().filter(|wanted| *wanted != uid) {
-        let why = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}");
+        let why = format!(
+            "the UID in the precondition ({wanted}) does not match the UID in record ({uid}). The object might have been \
+             deleted and then recreated"
+        );
         return Err(ApiError::conflict(resource, name, &why));
     }
     if let Some(wanted) = options.version.as_deref().filter(|wanted| *wanted != current.revision.to_string()) {
         let why = format!(
-            "Precondition failed: ResourceVersion in precondition: {wanted}, ResourceVersion in object meta: {}",
+            "the ResourceVersion in the precondition ({wanted}) does not match the ResourceVersion in record ({}). The \
+             object might have been modified",
             current.revision
         );
         return Err(ApiError::conflict(resource, name, &why));
@@ -150,6 +192,25 @@ fn mark(value: &mut Value, grace: i64, counts: bool) {
     metadata.insert("deletionGracePeriodSeconds".into(), grace.into());
     if counts {
         metadata.insert("generation".into(), (generation + 1).into());
+    }
+}
+
+/// Has the object wait for the collector of dependents, if the policy says so.
+fn hold(value: &mut Value, policy: Propagation) {
+    let own = policy.finalizer();
+    let metadata = metadata(value);
+    let mut finalizers = metadata.get("finalizers").and_then(Value::as_array).cloned().unwrap_or_default();
+    // The last word counts: the other policies' finalizers go.
+    finalizers.retain(|finalizer| {
+        let word = finalizer.as_str();
+        word == own || ![Propagation::Foreground, Propagation::Orphan].iter().any(|other| other.finalizer() == word)
+    });
+    if let Some(own) = own.filter(|own| !finalizers.iter().any(|finalizer| finalizer == own)) {
+        finalizers.push(own.into());
+    }
+    match finalizers.is_empty() {
+        true => drop(metadata.remove("finalizers")),
+        false => drop(metadata.insert("finalizers".into(), finalizers.into())),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::cache::Snapshot;
 use crate::kinds::Resource;
 use crate::object::Object;
 use crate::selector::Selector;
-use crate::status::{ApiError, ApiResult, bytes_response};
+use crate::status::{ApiError, ApiResult, FieldFault, bytes_response};
 use crate::table::{self, Form};
 
 /// One page and what is needed to ask for the next.
@@ -111,7 +111,7 @@ pub async fn snapshot(call: &Call<'_>, selector: &Selector, at_least: u64) -> Ap
 
 async fn page(call: &Call<'_>) -> ApiResult<Page> {
     let selector = selector(call)?;
-    let limit = call.query.number::<usize>("limit")?.unwrap_or(0);
+    let limit = call.query.number::<i64>("limit")?.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(0);
     let (at_least, exact) = version(call)?;
     let token = call.query.get("continue").filter(|token| !token.is_empty());
     let token = token.map(Continue::read).transpose()?;
@@ -146,23 +146,38 @@ async fn page(call: &Call<'_>) -> ApiResult<Page> {
 fn version(call: &Call<'_>) -> ApiResult<(u64, bool)> {
     let version = call.query.get("resourceVersion").unwrap_or_default();
     let rule = call.query.get("resourceVersionMatch").unwrap_or_default();
-    let forbidden = |why: &str| Err(ApiError::bad_request(format!("resourceVersionMatch is forbidden {why}")));
-    let number = match version {
-        "" => 0,
-        text => text
-            .parse()
-            .map_err(|_| ApiError::bad_request(format!("resourceVersion: Invalid value: \"{text}\": not a number")))?,
-    };
-    match rule {
-        "" => Ok((number, false)),
-        _ if version.is_empty() => forbidden("unless resourceVersion is provided"),
-        "NotOlderThan" => Ok((number, false)),
-        "Exact" if number == 0 => forbidden("\"Exact\" for resourceVersion \"0\""),
-        "Exact" => Ok((number, true)),
-        other => Err(ApiError::bad_request(format!(
-            "resourceVersionMatch: Unsupported value: \"{other}\": supported values: \"Exact\", \"NotOlderThan\""
-        ))),
+    let mut faults = Vec::new();
+    let mut forbid = |why: &str| faults.push(FieldFault::forbidden("resourceVersionMatch", why));
+    if !rule.is_empty() {
+        if version.is_empty() {
+            forbid("resourceVersionMatch is forbidden unless resourceVersion is provided");
+        }
+        if call.query.get("continue").is_some_and(|token| !token.is_empty()) {
+            forbid("resourceVersionMatch is forbidden when continue is provided");
+        }
+        if rule == "Exact" && version == "0" {
+            forbid("resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"");
+        }
+        if !matches!(rule, "Exact" | "NotOlderThan") {
+            faults.push(FieldFault::unsupported("resourceVersionMatch", rule, &["Exact", "NotOlderThan", ""]));
+        }
     }
+    if call.query.get("sendInitialEvents").is_some() {
+        faults.push(FieldFault::forbidden("sendInitialEvents", "sendInitialEvents is forbidden for list"));
+    }
+    match faults.is_empty() {
+        true => Ok((number(version)?, rule == "Exact")),
+        false => Err(ApiError::invalid_options("list", &faults)),
+    }
+}
+
+/// A resource version; none is 0.
+pub fn number(version: &str) -> ApiResult<u64> {
+    if version.is_empty() {
+        return Ok(0);
+    }
+    let wrong = || format!("invalid resource version: resourceVersion: Invalid value: \"{version}\": not a number");
+    version.parse().map_err(|_| ApiError::bad_request(wrong()))
 }
 
 /// Where the next page begins.

@@ -18,9 +18,14 @@ use serde_json::Value;
 use crate::State;
 use crate::auth::Identity;
 use crate::object;
-use crate::protobuf::Refused;
 use crate::request::{Query, Target};
-use crate::status::{ApiError, ApiResult};
+use crate::status::{ApiError, ApiResult, FieldFault};
+use crate::typing::protobuf::{self, Refused};
+use crate::typing::{FieldSet, Sent, Writer, read_json};
+use update::Part;
+
+/// Bytes of a field manager's name.
+const MAX_WRITER: usize = 128;
 
 /// A request that is allowed, about to be carried out.
 pub struct Call<'a> {
@@ -70,6 +75,42 @@ impl Call<'_> {
         }
     }
 
+    /// Who will own the fields that the request changes: the name it gives, or its program's.
+    pub fn writer(&self) -> ApiResult<Writer> {
+        let given = self.query.get("fieldManager").unwrap_or_default();
+        let mut faults = Vec::new();
+        if given.len() > MAX_WRITER {
+            faults.push(FieldFault::too_long("fieldManager", MAX_WRITER));
+        }
+        if let Some((place, letter)) = given.char_indices().find(|(_, letter)| letter.is_control()) {
+            let why = format!("invalid character U+{:04X} (at position {place})", u32::from(letter));
+            faults.push(FieldFault::invalid("fieldManager", &given.into(), &why));
+        }
+        if !faults.is_empty() {
+            return Err(ApiError::invalid_options(self.target.verb, &faults));
+        }
+        let agent = || {
+            let agent = self.headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+            // Callers inside this process have no agent, but a name.
+            if agent.is_empty() { self.who.user.rsplit(':').next() } else { agent.split('/').next() }
+        };
+        let name = if given.is_empty() { agent().unwrap_or_default() } else { given };
+        let resource = self.target.resource;
+        let ignored: &[&[&str]] = match Part::of(self.target.subresource_name()) {
+            Part::Main if resource.has_status() => &[&["status"]],
+            Part::Main => &[],
+            Part::Status => &[&["spec"], &["metadata", "deletionTimestamp"], &["metadata", "ownerReferences"]],
+            Part::Finalize => &[&["status"]],
+        };
+        Ok(Writer {
+            name: name.chars().filter(|letter| !letter.is_control()).take(MAX_WRITER).collect(),
+            api_version: resource.storage().api_version(),
+            subresource: self.target.subresource_name().to_owned(),
+            now: object::now(),
+            ignored: FieldSet::of_fields(ignored),
+        })
+    }
+
     /// The media type of the body, without parameters.
     pub fn media_type(&self) -> String {
         let value = self.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
@@ -78,30 +119,36 @@ impl Call<'_> {
 
     /// The body as an object, JSON or YAML.
     pub fn object(&self, body: &Bytes) -> ApiResult<Value> {
-        let value = match self.media_type().as_str() {
-            "" | "application/json" => json_body(body)?,
-            "application/yaml" | "text/yaml" => yaml_body(body)?,
-            "application/vnd.kubernetes.protobuf" => protobuf_body(body)?,
+        self.sent(body).map(|sent| sent.value)
+    }
+
+    /// The same, with what was written twice in it.
+    pub fn sent(&self, body: &Bytes) -> ApiResult<Sent> {
+        let sent = match self.media_type().as_str() {
+            "" | "application/json" => {
+                let (value, repeated) = read_json(body).map_err(not_json)?;
+                Sent { value, repeated }
+            }
+            "application/yaml" | "text/yaml" => yaml_body(body)?.into(),
+            "application/vnd.kubernetes.protobuf" => protobuf_body(body)?.into(),
             _ => return Err(ApiError::unsupported_media_type(ACCEPTED)),
         };
-        match value.is_object() {
-            true => Ok(value),
+        match sent.value.is_object() {
+            true => Ok(sent),
             false => Err(ApiError::bad_request("the body of the request is not an object")),
         }
     }
 }
 
-/// Parses JSON, or refuses in a way that says where it is wrong.
-pub fn json_body(body: &Bytes) -> ApiResult<Value> {
-    serde_json::from_slice(body)
-        .map_err(|error| ApiError::bad_request(format!("the body of the request is not JSON: {error}")))
+fn not_json(error: serde_json::Error) -> ApiError {
+    ApiError::bad_request(format!("the body of the request is not JSON: {error}"))
 }
 
 const ACCEPTED: &str = "application/json, application/yaml";
 
 /// Reads Kubernetes' protobuf, for the kinds that Go clients send that way.
 pub fn protobuf_body(body: &Bytes) -> ApiResult<Value> {
-    crate::protobuf::decode(body).map_err(|refused| match refused {
+    protobuf::decode(body).map_err(|refused| match refused {
         Refused::Malformed => ApiError::bad_request("the body of the request is not Kubernetes protobuf"),
         Refused::Kind(_) => ApiError::unsupported_media_type(ACCEPTED),
     })

@@ -3,11 +3,12 @@
 use bytes::Bytes;
 use serde_json::Value;
 
+use super::create::check_type;
 use super::update::{ATTEMPTS, replace};
-use super::{Answer, Call, apply, json_body};
+use super::{Answer, Call, apply};
 use crate::convert;
 use crate::object::{metadata, text};
-use crate::status::{ApiError, ApiResult};
+use crate::status::{ApiError, ApiResult, FieldFault};
 use crate::typing::UnknownFields;
 
 const ACCEPTED: &str = "application/json-patch+json, application/merge-patch+json, \
@@ -25,28 +26,39 @@ pub async fn patch(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
     let resource = call.target.resource;
     let patch = match call.media_type().as_str() {
         "application/json-patch+json" => Patch::Json(json_operations(body)?),
-        "application/merge-patch+json" => Patch::Merge(json_body(body)?),
-        "application/strategic-merge-patch+json" => Patch::Strategic(json_body(body)?),
+        "application/merge-patch+json" => Patch::Merge(object_of(body)?),
+        "application/strategic-merge-patch+json" => Patch::Strategic(object_of(body)?),
         "application/apply-patch+yaml" => return apply::apply(call, body).await,
         _ => return Err(ApiError::unsupported_media_type(ACCEPTED)),
     };
-    let unknown = UnknownFields::parse(call.query.get("fieldValidation"))?;
+    if call.query.get("force").is_some() {
+        let fault = FieldFault::forbidden("force", "may not be specified for non-apply patch");
+        return Err(ApiError::invalid_options("patch", &[fault]));
+    }
+    let unknown = UnknownFields::of(call)?;
     for _ in 0..ATTEMPTS {
         let current = call.current().await?;
         let shown = convert::outgoing(resource, current.value.clone());
-        let patched = patched(call, &patch, shown)?;
+        let mut patched = patched(call, &patch, shown)?;
+        check_type(resource, &mut patched)?;
         let version_given = text(&patched, "/metadata/resourceVersion") != current.revision.to_string();
-        let (patched, warnings) = call.state.types.admit(resource, &call.target.name, &patched, unknown)?;
-        let mut patched = convert::incoming(resource, patched);
-        keep_name(call, &mut patched)?;
-        if let Some(answer) = replace(call, &current, patched).await? {
-            return Ok(answer.with_warnings(warnings));
+        let mut admitted = call.state.types.admit(resource, &patched.into(), unknown)?;
+        admitted.value = convert::incoming(resource, admitted.value);
+        keep_name(call, &mut admitted.value)?;
+        if let Some(answer) = replace(call, &current, &admitted).await? {
+            return Ok(answer.with_warnings(admitted.warnings));
         }
         if version_given {
             break;
         }
     }
     Err(ApiError::modified(resource, &call.target.name))
+}
+
+fn object_of(body: &Bytes) -> ApiResult<Value> {
+    let patch: serde_json::Map<String, Value> = serde_json::from_slice(body)
+        .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}")))?;
+    Ok(Value::Object(patch))
 }
 
 fn json_operations(body: &Bytes) -> ApiResult<json_patch::Patch> {
@@ -77,7 +89,7 @@ fn patched(call: &Call<'_>, patch: &Patch, mut value: Value) -> ApiResult<Value>
     }
 }
 
-fn keep_name(call: &Call<'_>, value: &mut Value) -> ApiResult<()> {
+pub fn keep_name(call: &Call<'_>, value: &mut Value) -> ApiResult<()> {
     let name = text(value, "/metadata/name");
     if !name.is_empty() && name != call.target.name {
         return Err(ApiError::bad_request(format!(

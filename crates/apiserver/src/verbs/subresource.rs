@@ -78,7 +78,9 @@ async fn bind(call: &Call<'_>, binding: &Value) -> ApiResult<Answer> {
         }
         scheduled(&mut value);
         let op = Op::Put { key: current.key.clone(), value: object::encode(resource, &value), lease: None };
-        if call.query.dry_run()? || call.state.commit(&current.key, current.revision, op).await?.is_some() {
+        if call.query.dry_run(call.target.verb)?
+            || call.state.commit(&current.key, current.revision, op).await?.is_some()
+        {
             let done = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
             return Ok(Answer::created(done));
         }
@@ -111,9 +113,12 @@ async fn token(call: &Call<'_>, request: &Value) -> ApiResult<Answer> {
     let spec = request.get("spec").cloned().unwrap_or_else(|| json!({}));
     let life = spec.get("expirationSeconds").and_then(Value::as_i64).unwrap_or(3600);
     if !LIFE.contains(&life) {
-        let what = format!("may not specify a duration less than 10 minutes or more than {} seconds", LIFE.end());
-        let fault = FieldFault::invalid("spec.expirationSeconds", &life.into(), &what);
-        return Err(ApiError::invalid(call.target.resource, &call.target.name, &[fault]));
+        let what = match life < *LIFE.start() {
+            true => "may not specify a duration less than 10 minutes",
+            false => "may not specify a duration larger than 2^32 seconds",
+        };
+        let fault = FieldFault::invalid("spec.expirationSeconds", &life.into(), what);
+        return Err(ApiError::invalid_kind(("authentication.k8s.io", "TokenRequest"), "", &[fault]));
     }
     let mut audiences: Vec<String> =
         list(&spec, "/audiences").iter().filter_map(Value::as_str).map(str::to_owned).collect();

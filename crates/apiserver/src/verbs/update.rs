@@ -9,9 +9,9 @@ use super::{Answer, Call, Current, with_revision};
 use crate::convert;
 use crate::kinds::Resource;
 use crate::object::{self, is_deleting, list, metadata, text};
-use crate::status::{ApiError, ApiResult};
+use crate::status::{self, ApiError, ApiResult};
 use crate::strategy;
-use crate::typing::UnknownFields;
+use crate::typing::{Admitted, UnknownFields};
 
 /// Attempts when others write the same object at the same time and the caller named no version.
 pub const ATTEMPTS: usize = 16;
@@ -38,24 +38,24 @@ impl Part {
 
 pub async fn update(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
     let resource = call.target.resource;
-    let value = call.object(body)?;
-    check_type(resource, &value)?;
-    let unknown = UnknownFields::parse(call.query.get("fieldValidation"))?;
-    let (value, warnings) = call.state.types.admit(resource, &call.target.name, &value, unknown)?;
-    let mut value = convert::incoming(resource, value);
-    place(resource, &call.target.namespace, &mut value)?;
-    let name = text(&value, "/metadata/name");
+    let mut sent = call.sent(body)?;
+    check_type(resource, &mut sent.value)?;
+    let unknown = UnknownFields::of(call)?;
+    let mut admitted = call.state.types.admit(resource, &sent, unknown)?;
+    admitted.value = convert::incoming(resource, admitted.value);
+    place(resource, &call.target.namespace, &mut admitted.value)?;
+    let name = text(&admitted.value, "/metadata/name");
     if name != call.target.name {
         return Err(ApiError::bad_request(format!(
             "the name of the object ({name}) does not match the name on the URL ({})",
             call.target.name
         )));
     }
-    let version_given = !matches!(text(&value, "/metadata/resourceVersion"), "" | "0");
+    let version_given = !matches!(text(&admitted.value, "/metadata/resourceVersion"), "" | "0");
     for _ in 0..ATTEMPTS {
         let current = call.current().await?;
-        if let Some(answer) = replace(call, &current, value.clone()).await? {
-            return Ok(answer.with_warnings(warnings));
+        if let Some(answer) = replace(call, &current, &admitted).await? {
+            return Ok(answer.with_warnings(admitted.warnings));
         }
         if version_given {
             break;
@@ -65,24 +65,25 @@ pub async fn update(call: &Call<'_>, body: &Bytes) -> ApiResult<Answer> {
 }
 
 /// Replaces `current` by `wanted` as far as the request's part goes. Nothing when another write came first.
-pub async fn replace(call: &Call<'_>, current: &Current, wanted: Value) -> ApiResult<Option<Answer>> {
+pub async fn replace(call: &Call<'_>, current: &Current, wanted: &Admitted) -> ApiResult<Option<Answer>> {
     let resource = call.target.resource;
     let name = &call.target.name;
     let part = Part::of(call.target.subresource_name());
-    check_preconditions(resource, name, &wanted, current)?;
+    check_preconditions(resource, name, &wanted.value, current)?;
     let mut value = merge(resource, part, wanted, &current.value);
     let mut faults = Vec::new();
     strategy::metadata::check_update(resource, &value, &current.value, &mut faults);
     match part {
         Part::Main => {
+            resource.strategy.fold(&mut value);
             resource.strategy.prepare_update(&mut value, &current.value);
             resource.strategy.validate(&value, &mut faults);
             resource.strategy.validate_update(&value, &current.value, &mut faults);
         }
         Part::Status | Part::Finalize => {}
     }
+    let faults = status::together(faults, wanted.faults.clone());
     if !faults.is_empty() {
-        faults.dedup();
         return Err(ApiError::invalid(resource, name, &faults));
     }
     if part == Part::Main
@@ -90,11 +91,14 @@ pub async fn replace(call: &Call<'_>, current: &Current, wanted: Value) -> ApiRe
     {
         return Err(ApiError::forbidden(resource, name, &why));
     }
+    if !wanted.owned {
+        call.state.types.own(resource, Some(&current.value), &mut value, &call.writer()?);
+    }
     if resource.strategy.counts_generations() && value.get("spec") != current.value.get("spec") {
         let generation = current.value.pointer("/metadata/generation").and_then(Value::as_i64).unwrap_or(0) + 1;
         metadata(&mut value).insert("generation".into(), generation.into());
     }
-    if call.query.dry_run()? || value == current.value {
+    if call.query.dry_run(call.target.verb)? || value == current.value {
         return Ok(Some(Answer::ok(convert::outgoing(resource, value))));
     }
     write(call, current, value).await
@@ -137,7 +141,8 @@ fn check_preconditions(resource: &Resource, name: &str, wanted: &Value, current:
 }
 
 /// Takes from `wanted` what the part may change and the rest from `old`.
-fn merge(resource: &Resource, part: Part, mut wanted: Value, old: &Value) -> Value {
+fn merge(resource: &Resource, part: Part, admitted: &Admitted, old: &Value) -> Value {
+    let mut wanted = admitted.value.clone();
     let keep = |value: &mut Value, key: &str| {
         let Some(map) = value.as_object_mut() else { return };
         match old.get(key) {
@@ -155,7 +160,8 @@ fn merge(resource: &Resource, part: Part, mut wanted: Value, old: &Value) -> Val
         Part::Status => {
             let mut value = old.clone();
             let map = object::object_at(&mut value, "metadata");
-            for own in ["labels", "annotations"] {
+            let owners = admitted.owned.then_some("managedFields");
+            for own in ["labels", "annotations"].into_iter().chain(owners) {
                 match wanted["metadata"].get(own) {
                     Some(part) => drop(map.insert(own.to_owned(), part.clone())),
                     None => drop(map.remove(own)),

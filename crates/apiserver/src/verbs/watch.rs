@@ -25,7 +25,7 @@ use crate::cache::{Cache, Change};
 use crate::kinds::Resource;
 use crate::object::Object;
 use crate::selector::Selector;
-use crate::status::{ApiError, ApiResult, bytes_response};
+use crate::status::{ApiError, ApiResult, FieldFault, bytes_response};
 use crate::table::{self, Form};
 use crate::{Body, State};
 
@@ -61,13 +61,7 @@ pub async fn watch(state: &State, call: &Call<'_>, draining: CancellationToken) 
     let selector = list::selector(call)?;
     let resource = call.target.resource;
     let bookmarks = call.query.flag("allowWatchBookmarks");
-    let version = call.query.get("resourceVersion").unwrap_or_default();
-    let number: u64 = match version {
-        "" => 0,
-        text => text
-            .parse()
-            .map_err(|_| ApiError::bad_request(format!("resourceVersion: Invalid value: \"{text}\": not a number")))?,
-    };
+    let number = list::number(call.query.get("resourceVersion").unwrap_or_default())?;
     let send_initial = initial_events(call)?;
     let (initial, after) = if send_initial.unwrap_or(number == 0) {
         let snapshot = list::snapshot(call, &selector, number).await?;
@@ -117,11 +111,25 @@ pub async fn watch(state: &State, call: &Call<'_>, draining: CancellationToken) 
 
 /// `sendInitialEvents`, with the rules that Kubernetes puts on it.
 fn initial_events(call: &Call<'_>) -> ApiResult<Option<bool>> {
-    let Some(text) = call.query.get("sendInitialEvents") else { return Ok(None) };
-    if call.query.get("resourceVersionMatch") != Some("NotOlderThan") {
-        return Err(ApiError::bad_request("sendInitialEvents requires setting resourceVersionMatch to NotOlderThan"));
+    let asked = call.query.get("sendInitialEvents");
+    let rule = call.query.get("resourceVersionMatch").unwrap_or_default();
+    let field = "resourceVersionMatch";
+    let mut faults = Vec::new();
+    if asked.is_none() && !rule.is_empty() {
+        let why = "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided";
+        faults.push(FieldFault::forbidden(field, why));
     }
-    Ok(Some(text.is_empty() || !matches!(text, "false" | "0")))
+    if asked.is_some() && rule != "NotOlderThan" {
+        let why = "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan";
+        faults.push(FieldFault::forbidden(field, why));
+        if !rule.is_empty() {
+            faults.push(FieldFault::unsupported(field, rule, &["NotOlderThan"]));
+        }
+    }
+    match faults.is_empty() {
+        true => Ok(asked.map(|text| !matches!(text, "false" | "0"))),
+        false => Err(ApiError::invalid_options("watch", &faults)),
+    }
 }
 
 impl Watcher {
@@ -225,7 +233,7 @@ impl Watcher {
     }
 
     fn bookmark(&mut self, out: &mut Vec<u8>, initial_end: bool) {
-        let mut metadata = json!({"resourceVersion": self.after.to_string(), "creationTimestamp": null});
+        let mut metadata = json!({"resourceVersion": self.after.to_string()});
         if initial_end {
             metadata["annotations"] = json!({"k8s.io/initial-events-end": "true"});
         }

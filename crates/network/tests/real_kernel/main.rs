@@ -4,9 +4,10 @@ mod killed;
 mod scene;
 mod speed;
 
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
+use futures::StreamExt;
 use joey_model::{ErrorKind, Fault, InstanceId};
 use joey_network::{Bandwidth, Config, Networks};
 use scene::{Outside, PATIENCE, SILENCE, config, greet, heard, inside, is_greeted, run, send_from, traces};
@@ -74,12 +75,8 @@ async fn a_false_source_is_dropped() {
     let socket = inside(&b.netns, || UdpSocket::bind("0.0.0.0:0").unwrap());
     let to = (b.address, socket.local_addr().unwrap().port()).into();
     let honest = a.address;
-    // A pair that was just made may lose its first packet: the kernel starts its queues in the background.
-    let arrives = (0..10).any(|_| {
-        inside(&a.netns, move || send_from(honest, to, "before"));
-        heard(&socket, SILENCE).is_some()
-    });
-    assert!(arrives, "control");
+    inside(&a.netns, move || send_from(honest, to, "before"));
+    assert_eq!(heard(&socket, PATIENCE).as_deref(), Some("before"), "control");
     for source in ["10.99.99.99".parse().unwrap(), victim.address, "192.0.2.77".parse().unwrap()] {
         inside(&a.netns, move || {
             run(&format!("ip addr add {source}/32 dev lo"));
@@ -89,6 +86,48 @@ async fn a_false_source_is_dropped() {
     }
     inside(&a.netns, move || send_from(honest, to, "after"));
     assert_eq!(heard(&socket, PATIENCE).as_deref(), Some("after"), "control");
+    networks.down().await.unwrap();
+}
+
+/// Each instance is made while others are, and says its first word as soon as it is attached; each word is sent once.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_first_packet_is_lost() {
+    let networks = Networks::open(Config { prepared: 0, ..config("f", 10, 24) }).await.unwrap();
+    let other = networks.attach(&id(0), UNLIMITED).await.unwrap();
+    let host = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let listener = inside(&other.netns, || UdpSocket::bind("0.0.0.0:0").unwrap());
+    let to = SocketAddr::new(other.address, listener.local_addr().unwrap().port());
+    let fresh = futures::stream::iter(1..=100).map(async |bits| {
+        let instance = networks.attach(&id(bits), UNLIMITED).await.unwrap();
+        let (address, netns, other) = (instance.address, instance.netns.clone(), other.netns.clone());
+        let host = host.try_clone().unwrap();
+        let exchange = move || {
+            let socket = inside(&netns, move || {
+                let socket = UdpSocket::bind((address, 0)).unwrap();
+                socket.send_to(b"out", to).unwrap();
+                socket
+            });
+            let own = socket.local_addr().unwrap();
+            host.send_to(b"host", own).unwrap();
+            inside(&other, move || UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"peer", own).unwrap());
+            [heard(&socket, PATIENCE), heard(&socket, PATIENCE)]
+        };
+        (address, tokio::task::spawn_blocking(exchange).await.unwrap())
+    });
+    let told: Vec<_> = fresh.buffer_unordered(8).collect().await;
+    for (address, words) in &told {
+        assert!(
+            words.contains(&Some("host".to_owned())) && words.contains(&Some("peer".to_owned())),
+            "into {address}: {words:?}"
+        );
+    }
+    let mut silent: std::collections::HashSet<_> = told.iter().map(|(address, _)| *address).collect();
+    let mut buffer = [0; 8];
+    listener.set_read_timeout(Some(PATIENCE)).unwrap();
+    while !silent.is_empty() {
+        let (_, from) = listener.recv_from(&mut buffer).unwrap_or_else(|_| panic!("not heard of: {silent:?}"));
+        silent.remove(&from.ip());
+    }
     networks.down().await.unwrap();
 }
 

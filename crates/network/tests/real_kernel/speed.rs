@@ -3,30 +3,36 @@
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use joey_network::{Bandwidth, Config, Networks};
+use joey_network::{Attachment, Bandwidth, Config, Networks};
 use nix::sys::resource::{UsageWho, getrusage};
 
 use crate::scene::{config, inside, pour, rate, start_inside};
 use crate::{UNLIMITED, id};
 
+/// Each way alone, then both at once: between nine and eleven tenths of the cap, headers not counted.
 #[tokio::test(flavor = "multi_thread")]
 async fn caps_let_through_what_they_say() {
-    const CAP: u64 = 5_000_000;
-    let networks = Networks::open(config("w", 8, 24)).await.unwrap();
-    let caps = Bandwidth { ingress: Some(CAP), egress: Some(CAP) };
-    let a = networks.attach(&id(1), caps).await.unwrap();
-    let b = networks.attach(&id(2), UNLIMITED).await.unwrap();
-    let period = Duration::from_secs(3);
-    let listen = |netns, address: std::net::IpAddr| inside(netns, move || TcpListener::bind((address, 0)).unwrap());
-    let (into, out_of) = (listen(&a.netns, a.address), listen(&b.netns, b.address));
-    let (sender, other) = (a.netns.clone(), b.netns.clone());
-    for (direction, listener, netns) in [("into", into, other), ("out of", out_of, sender)] {
-        let send = move |to| start_inside(&netns, move || pour(to)).join().unwrap();
-        let share = rate(listener, period, send) / CAP as f64;
-        println!("{direction} the instance: {:.1} % of the cap", share * 100.0);
-        assert!((0.9..=1.1).contains(&share), "{direction} the instance: {share}");
+    for (bits, cap) in [(1, 5_000_000), (3, 100_000_000), (5, 1_000_000_000)] {
+        let networks = Networks::open(config("w", 8, 24)).await.unwrap();
+        let caps = Bandwidth { ingress: Some(cap), egress: Some(cap) };
+        let a = networks.attach(&id(bits), caps).await.unwrap();
+        let b = networks.attach(&id(bits + 1), UNLIMITED).await.unwrap();
+        let start = |from: &Attachment, to: &Attachment| {
+            let (address, from) = (to.address, from.netns.clone());
+            let listener = inside(&to.netns, move || TcpListener::bind((address, 0)).unwrap());
+            let send = move |to| start_inside(&from, move || pour(to)).join().unwrap();
+            std::thread::spawn(move || rate(listener, Duration::from_secs(3), send) / cap as f64)
+        };
+        let alone = [start(&b, &a).join().unwrap(), start(&a, &b).join().unwrap()];
+        let both = [start(&b, &a), start(&a, &b)].map(|one| one.join().unwrap());
+        for (when, [into, out_of]) in [("alone", alone), ("both at once", both)] {
+            println!("{} Mbit/s, {when}: into {into:.3}, out of {out_of:.3} of the cap", cap / 1_000_000);
+            for share in [into, out_of] {
+                assert!((0.9..=1.1).contains(&share), "{cap} bit/s, {when}: into {into}, out of {out_of}");
+            }
+        }
+        networks.down().await.unwrap();
     }
-    networks.down().await.unwrap();
 }
 
 fn cpu() -> Duration {

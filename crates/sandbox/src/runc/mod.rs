@@ -122,24 +122,27 @@ impl SandboxClass for Runc {
 impl Runc {
     async fn start(&self, request: &CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError> {
         let instance = &request.instance;
-        let (mut child, ready) =
+        let (child, ready) =
             self.spawn(request).map_err(|source| SandboxError::Spawn { instance: instance.clone(), source })?;
         let said = match tokio::time::timeout(START_LIMIT, first_line(ready)).await {
             Ok(said) => said.unwrap_or_default(),
             Err(_) => "it did not answer in time".to_owned(),
         };
         if said != "ready" {
-            let _ = child.kill();
-            let _ = child.wait();
+            end(child);
             let message = if said.is_empty() { last_words(&request.dir.join("agent.err")) } else { said };
             return Err(SandboxError::Agent { instance: instance.clone(), message });
         }
-        let process = Process::open(child.id());
-        process.and_then(|process| watched(process, Some(child), &request.dir)).map_err(|source| SandboxError::Host {
-            instance: instance.clone(),
-            operation: "watch the agent",
-            source,
-        })
+        let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
+        // On cgroup v2 the agent is a second child, which took the first one's place.
+        match Process::recorded(&request.dir.join("agent.pid")).map_err(host("read the agent's record"))? {
+            Some(process) => watched(process, Some(child), &request.dir).map_err(host("watch the agent")),
+            None => {
+                end(child);
+                let message = last_words(&request.dir.join("agent.err"));
+                Err(SandboxError::Agent { instance: instance.clone(), message })
+            }
+        }
     }
 
     /// The path of the agent's sealed copy, made at the first use: a container that gets hold of an agent's /proc/PID/exe
@@ -169,18 +172,32 @@ impl Runc {
     }
 }
 
-/// Watches the agent until it is gone, and reaps it where it is this process's child.
+/// Ends what a failed start leaves, and takes its end: the process that was started and, on cgroup v2, the agent it made. Both
+/// are in the group that the first one leads.
+fn end(mut child: Child) {
+    let group = child.id();
+    let _ = child.kill();
+    // SAFETY: integers only. The group's number is not given away before the child's end is taken.
+    unsafe { libc::kill(-group.cast_signed(), libc::SIGKILL) };
+    tokio::task::spawn_blocking(move || {
+        let _ = child.wait();
+        // SAFETY: integers, and a null pointer for an answer that nobody wants.
+        while unsafe { libc::waitid(libc::P_PGID, group, std::ptr::null_mut(), libc::WEXITED) } == 0 {}
+    });
+}
+
+/// Watches the agent until it is gone, and reaps it where it is this process's child. `child` is what this process started.
 fn watched(process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc<dyn Sandbox>> {
+    if let Some(mut child) = child.filter(|child| child.id() != process.pid()) {
+        // It has ended, or is about to: it had nothing to do but to make the agent.
+        child.wait()?;
+    }
     let (gone, seen) = watch::channel(false);
     let pid = process.pid();
     let client = Client::unix(dir.join("agent.sock"));
     tokio::spawn(async move {
         process.ended().await;
-        if let Some(mut child) = child
-            && let Err(error) = child.wait()
-        {
-            tracing::debug!(%error, "agent was reaped by somebody else");
-        }
+        process.reap();
         gone.send_replace(true);
     });
     Ok(Arc::new(RuncSandbox { client, pid, gone: seen }))

@@ -67,6 +67,16 @@ impl Process {
         };
     }
 
+    /// Takes the end of a process that has ended, where it is a child of this one; elsewhere somebody else does.
+    pub(super) fn reap(&self) {
+        // SAFETY: the descriptor is open, and the zeroed structure lives through the call, which fills it.
+        unsafe {
+            let mut end: libc::siginfo_t = std::mem::zeroed();
+            let fd = self.fd.get_ref().as_raw_fd() as libc::id_t;
+            libc::waitid(libc::P_PIDFD, fd, &mut end, libc::WEXITED | libc::WNOHANG);
+        }
+    }
+
     /// Resolves when the process has ended (it may still be a zombie).
     pub(super) async fn ended(&self) {
         // An error would be the reactor's end, together with the runtime's.

@@ -51,6 +51,18 @@ fn a_small_pod() {
 }
 
 #[test]
+fn an_image_whose_name_cannot_be_read_is_not_a_refusal_for_good() {
+    let bad = pod(json!({}), json!({ "image": "Bad//Ref:::" }));
+    let Err(Refusal::InvalidImages(invalid)) = convert(&bad, &Objects::default(), &config()) else {
+        panic!("it was taken or refused")
+    };
+    assert_eq!(invalid.len(), 1);
+    assert_eq!((invalid[0].container.as_str(), invalid[0].reason.text.as_str()), ("main", "Bad//Ref:::"));
+    // What never can run is refused first.
+    assert_eq!(faults(&pod(json!({ "hostPID": true }), json!({ "image": "Bad//Ref:::" }))).len(), 1);
+}
+
+#[test]
 fn unsupported_fields_of_the_pod_are_named() {
     for (field, value) in [
         ("activeDeadlineSeconds", json!(5)),

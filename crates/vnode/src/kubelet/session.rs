@@ -48,16 +48,17 @@ pub(super) async fn run(call: Call, input: mpsc::Receiver<Bytes>, output: mpsc::
     let _ = output.send((ERROR, status.to_string().into_bytes())).await;
 }
 
-/// The Status object that tells how a command ended.
+/// The Status object that tells how a command ended. One that never began is an internal error, as kubelets tell it.
 fn exit(status: &ExecStatus) -> serde_json::Value {
-    match status.exit_code {
-        Some(0) => json!({ "metadata": {}, "status": "Success" }),
-        Some(code) => json!({
+    match (status.exit_code, &status.message) {
+        (_, Some(message)) => internal(message),
+        (None, None) => internal("the command could not be started"),
+        (Some(0), None) => json!({ "metadata": {}, "status": "Success" }),
+        (Some(code), None) => json!({
             "metadata": {}, "status": "Failure", "reason": "NonZeroExitCode",
             "message": format!("command terminated with non-zero exit code: exit status {code}"),
             "details": { "causes": [{ "reason": "ExitCode", "message": code.to_string() }] },
         }),
-        None => internal(status.message.as_deref().unwrap_or("the command could not be started")),
     }
 }
 

@@ -20,7 +20,7 @@ use kube::runtime::wait::await_condition;
 use serde_json::json;
 
 use super::Context;
-use crate::convert::{self, Refusal};
+use crate::convert::{self, InvalidImage, Refusal};
 use crate::resolve::{self, Kind, Missing};
 use crate::status;
 
@@ -133,6 +133,7 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
     let converted = match convert::convert(pod, &objects, &context.config) {
         Ok(converted) => converted,
         Err(Refusal::Missing(missing)) => return wait_for(context, uid, pod, known, missing).await,
+        Err(Refusal::InvalidImages(invalid)) => return blame_images(context, uid, pod, known, &invalid).await,
         Err(refusal) => return refuse(context, uid, pod, known, "UnsupportedPod", &refusal.to_string()).await,
     };
     if let Err(fault) = joey_api::validate::instance(&converted.spec) {
@@ -181,6 +182,27 @@ async fn refuse(
     let now = Timestamp::now();
     warn(context, uid, pod, reason, message, now);
     send(context, uid, pod, known, status::failed(pod, known, reason, message, now)).await
+}
+
+/// Says which images have names that cannot be read. The Pod waits: it is looked at again when its images are changed.
+async fn blame_images(
+    context: &Context,
+    uid: &str,
+    pod: &Pod,
+    known: &PodStatus,
+    invalid: &[InvalidImage],
+) -> Result<(), Fault> {
+    let now = Timestamp::now();
+    let all = invalid.iter().map(InvalidImage::to_string).collect::<Vec<_>>().join("; ");
+    if context.registry.warns(uid, status::INVALID_IMAGE_NAME, &all, now) {
+        for image in invalid {
+            let container = Some(image.container.as_str());
+            context.events.say(pod, container, true, "InspectFailed", &image.to_string(), now);
+            let failed = format!("Error: {}", status::INVALID_IMAGE_NAME);
+            context.events.say(pod, container, true, "Failed", &failed, now);
+        }
+    }
+    send(context, uid, pod, known, status::invalid_images(pod, known, invalid, now)).await
 }
 
 /// Says what is missing and looks again as soon as it is there.
@@ -269,7 +291,7 @@ async fn tell(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, instan
             if !all.iter().any(|known| known.type_ == condition.type_) {
                 all.push(condition.clone());
             } else if let Some(own) = all.iter_mut().find(|own| own.type_ == condition.type_)
-                && !OWN_CONDITIONS.contains(&own.type_.as_str())
+                && !status::OWN_CONDITIONS.contains(&own.type_.as_str())
             {
                 *own = condition.clone();
             }
@@ -279,9 +301,6 @@ async fn tell(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, instan
     send(context, uid, pod, known, status).await
 }
 
-const OWN_CONDITIONS: [&str; 5] =
-    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
-
 /// Writes a status unless it is the one last written.
 async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status: PodStatus) -> Result<(), Fault> {
     let parts = |status: &PodStatus| {
@@ -289,7 +308,7 @@ async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status
             .conditions
             .iter()
             .flatten()
-            .filter(|condition| OWN_CONDITIONS.contains(&condition.type_.as_str()))
+            .filter(|condition| status::OWN_CONDITIONS.contains(&condition.type_.as_str()))
             .map(|c| (c.type_.clone(), c.status.clone(), c.reason.clone(), c.message.clone()))
             .collect::<std::collections::BTreeSet<_>>();
         (own, status.phase.clone(), status.reason.clone(), status.message.clone(), status.pod_ip.clone())
@@ -297,7 +316,8 @@ async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status
     if parts(known) == parts(&status) && known.container_statuses == status.container_statuses {
         return Ok(());
     }
-    let patch = Patch::Strategic(json!({ "metadata": { "uid": pod.metadata.uid }, "status": status }));
+    let change = status::patch(known, &status);
+    let patch = Patch::Strategic(json!({ "metadata": { "uid": pod.metadata.uid }, "status": change }));
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     match pods(context, pod).patch_status(name, &PatchParams::default(), &patch).await {
         Ok(_) => {

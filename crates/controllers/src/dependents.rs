@@ -394,3 +394,7 @@ fn settled(done: Result<(), kube::Error>) -> Result<(), kube::Error> {
         done => done,
     }
 }
+
+#[cfg(test)]
+#[path = "dependents_tests.rs"]
+mod tests;

@@ -62,6 +62,42 @@ fn fields_have_owners() {
 }
 
 #[test]
+fn an_unchanged_configuration_writes_nothing() {
+    let joey = Joey::start();
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"nodeName": "nowhere",
+        "containers": [{"name": "c", "image": "a:1", "resources": {"limits": {"cpu": "1000m", "memory": "1024Mi"}}}]}});
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "stringData": {"a": "b"}});
+    for object in [&pod, &secret] {
+        apply(&joey, object, &[]).ok();
+        let (kind, name) =
+            (object["kind"].as_str().expect("a kind"), object["metadata"]["name"].as_str().expect("a name"));
+        let before = joey.get(kind, name)["metadata"]["resourceVersion"].clone();
+        apply(&joey, object, &[]).ok();
+        assert_eq!(joey.get(kind, name)["metadata"]["resourceVersion"], before, "{kind}");
+    }
+}
+
+#[test]
+fn a_body_made_to_be_slow_is_not() {
+    let joey = Joey::start();
+    let finalizers: Vec<String> = (0..60_000).map(|number| format!("a.b/{number}")).collect();
+    let many = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "many", "finalizers": finalizers}});
+    let fields: serde_json::Map<String, Value> = (0..60_000).map(|number| (format!("x{number}"), json!(1))).collect();
+    let container = [fields, serde_json::Map::from_iter([("name".to_owned(), json!("n".repeat(1 << 20)))])];
+    let container: serde_json::Map<String, Value> = container.into_iter().flatten().collect();
+    let wide =
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "wide"}, "spec": {"containers": [container]}});
+    for object in [many, wide] {
+        let begun = std::time::Instant::now();
+        let answer = apply(&joey, &object, &["--validate=false"]);
+        // Most of the time is kubectl's own, which reads the body several times.
+        assert!(begun.elapsed() < seconds(10), "{:?}", begun.elapsed());
+        drop(answer);
+        joey.kubectl(&["get", "--raw", "/readyz"]).ok();
+    }
+}
+
+#[test]
 fn a_pod_has_owners_and_its_status_another() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();

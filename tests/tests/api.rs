@@ -62,6 +62,42 @@ fn fields_have_owners() {
 }
 
 #[test]
+fn an_unchanged_configuration_writes_nothing() {
+    let joey = Joey::start();
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"nodeName": "nowhere",
+        "containers": [{"name": "c", "image": "a:1", "resources": {"limits": {"cpu": "1000m", "memory": "1024Mi"}}}]}});
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "stringData": {"a": "b"}});
+    for object in [&pod, &secret] {
+        apply(&joey, object, &[]).ok();
+        let (kind, name) =
+            (object["kind"].as_str().expect("a kind"), object["metadata"]["name"].as_str().expect("a name"));
+        let before = joey.get(kind, name)["metadata"]["resourceVersion"].clone();
+        apply(&joey, object, &[]).ok();
+        assert_eq!(joey.get(kind, name)["metadata"]["resourceVersion"], before, "{kind}");
+    }
+}
+
+#[test]
+fn a_body_made_to_be_slow_is_not() {
+    let joey = Joey::start();
+    let finalizers: Vec<String> = (0..60_000).map(|number| format!("a.b/{number}")).collect();
+    let many = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "many", "finalizers": finalizers}});
+    let fields: serde_json::Map<String, Value> = (0..60_000).map(|number| (format!("x{number}"), json!(1))).collect();
+    let container = [fields, serde_json::Map::from_iter([("name".to_owned(), json!("n".repeat(1 << 20)))])];
+    let container: serde_json::Map<String, Value> = container.into_iter().flatten().collect();
+    let wide =
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "wide"}, "spec": {"containers": [container]}});
+    for object in [many, wide] {
+        let begun = std::time::Instant::now();
+        let answer = apply(&joey, &object, &["--validate=false"]);
+        // Most of the time is kubectl's own, which reads the body several times.
+        assert!(begun.elapsed() < seconds(10), "{:?}", begun.elapsed());
+        drop(answer);
+        joey.kubectl(&["get", "--raw", "/readyz"]).ok();
+    }
+}
+
+#[test]
 fn a_pod_has_owners_and_its_status_another() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();
@@ -196,6 +232,123 @@ fn dependents_go_with_their_owners() {
     wait_until("what names an owner that never was is collected", seconds(20), || {
         holds(joey.get("configmap", "stray").is_null(), "it is there")
     });
+}
+
+/// The reference by which a dependent names its owner.
+fn reference(owner: &Value) -> Value {
+    json!({"apiVersion": owner["apiVersion"], "kind": owner["kind"], "name": owner["metadata"]["name"],
+        "uid": owner["metadata"]["uid"], "blockOwnerDeletion": true})
+}
+
+fn secret(name: &str, owners: &[&Value]) -> Value {
+    let owners: Vec<_> = owners.iter().map(|owner| reference(owner)).collect();
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "ownerReferences": owners}})
+}
+
+fn gone(joey: &Joey, kind: &str, name: &str) {
+    wait_until("it is gone", seconds(20), || {
+        let left = joey.get(kind, name);
+        holds(left.is_null(), format!("{kind} {name}: {}", left["metadata"]))
+    });
+}
+
+#[test]
+fn orphans_of_another_kind_stay() {
+    let mut joey = Joey::start();
+    let names: Vec<_> = (0..8).map(|number| format!("orphan{number}")).collect();
+    for restarts in [false, false, false, true, true] {
+        joey.apply(&map("owner", json!({})));
+        let owner = joey.get("configmap", "owner");
+        let children: Vec<_> = names.iter().map(|name| secret(name, &[&owner])).collect();
+        joey.apply(&json!({"apiVersion": "v1", "kind": "List", "items": children}));
+        joey.kubectl(&["delete", "configmap", "owner", "--cascade=orphan", "--wait=false"]).ok();
+        if restarts {
+            joey.kill();
+            joey.up();
+        }
+        gone(&joey, "configmap", "owner");
+        for name in &names {
+            let child = wait_until("the child is free", seconds(20), || {
+                let child = joey.get("secret", name);
+                let free = child.is_null() || child["metadata"].get("ownerReferences").is_none();
+                if free { Ok(child) } else { Err(child["metadata"].to_string()) }
+            });
+            assert!(child.is_object() && child["metadata"].get("deletionTimestamp").is_none(), "{name}: {child}");
+        }
+        // What comes after them is collected: the collector has done with them.
+        joey.apply(&secret("stray", &[&owner]));
+        gone(&joey, "secret", "stray");
+        for name in &names {
+            assert!(joey.get("secret", name).is_object(), "{name} stays");
+        }
+        joey.kubectl(&[&["delete", "secret"][..], &names.iter().map(String::as_str).collect::<Vec<_>>()].concat()).ok();
+    }
+}
+
+#[test]
+fn a_dependent_of_two_goes_with_the_last() {
+    let joey = Joey::start();
+    let begin = |child: &str| {
+        joey.apply(&map("one", json!({})));
+        joey.apply(&map("two", json!({})));
+        let (one, two) = (joey.get("configmap", "one"), joey.get("configmap", "two"));
+        joey.apply(&secret(child, &[&one, &two]));
+        two
+    };
+    let two = begin("shared");
+    joey.kubectl(&["delete", "configmap", "one", "--cascade=foreground", "--timeout=20s"]).ok();
+    assert_eq!(joey.get("secret", "shared")["metadata"]["ownerReferences"], json!([reference(&two)]));
+    joey.kubectl(&["delete", "configmap", "two", "--cascade=foreground", "--timeout=20s"]).ok();
+    assert_eq!(joey.get("secret", "shared"), Value::Null, "it went before its last owner");
+    begin("both");
+    joey.kubectl(&["delete", "configmap", "one", "two", "--cascade=foreground", "--timeout=20s"]).ok();
+    assert_eq!(joey.get("secret", "both"), Value::Null);
+}
+
+#[test]
+fn a_delete_without_a_policy_keeps_the_one_before() {
+    let joey = Joey::start();
+    joey.apply(&map("owner", json!({})));
+    let mut child = secret("child", &[&joey.get("configmap", "owner")]);
+    child["metadata"]["finalizers"] = json!(["test.joey/hold"]);
+    joey.apply(&child);
+    joey.kubectl(&["delete", "configmap", "owner", "--cascade=foreground", "--wait=false"]).ok();
+    let path = "/api/v1/namespaces/default/configmaps/owner";
+    joey.kubectl(&["delete", "--raw", path]).ok();
+    let owner = joey.get("configmap", "owner");
+    assert_eq!(owner["metadata"]["finalizers"], json!(["foregroundDeletion"]), "it waits for its child");
+    joey.kubectl(&["patch", "secret", "child", "--type=merge", "-p", r#"{"metadata":{"finalizers":null}}"#]).ok();
+    gone(&joey, "configmap", "owner");
+    assert_eq!(joey.get("secret", "child"), Value::Null);
+
+    // One that is named counts.
+    joey.apply(&map("owner", json!({})));
+    child["metadata"]["ownerReferences"] = json!([reference(&joey.get("configmap", "owner"))]);
+    joey.apply(&child);
+    joey.kubectl(&["delete", "configmap", "owner", "--cascade=foreground", "--wait=false"]).ok();
+    joey.kubectl(&["delete", "--raw", &format!("{path}?propagationPolicy=Background")]).ok();
+    assert_eq!(joey.get("configmap", "owner"), Value::Null, "nothing holds it");
+    joey.kubectl(&["patch", "secret", "child", "--type=merge", "-p", r#"{"metadata":{"finalizers":null}}"#]).ok();
+    gone(&joey, "secret", "child");
+}
+
+#[test]
+fn an_owner_in_a_namespace_does_not_take_what_has_none() {
+    let joey = Joey::start();
+    joey.apply(&map("owner", json!({})));
+    let owner = joey.get("configmap", "owner");
+    joey.apply(&json!({"apiVersion": "v1", "kind": "Namespace",
+        "metadata": {"name": "burrow", "ownerReferences": [reference(&owner)]}}));
+    wait_until("it is warned of", seconds(20), || {
+        let told = joey.output();
+        holds(told.contains("an object without namespace names an owner that has one"), told)
+    });
+    joey.kubectl(&["delete", "configmap", "owner"]).ok();
+    joey.apply(&secret("stray", &[&owner]));
+    gone(&joey, "secret", "stray");
+    let namespace = joey.get("namespace", "burrow");
+    assert!(namespace.is_object() && namespace["metadata"].get("deletionTimestamp").is_none(), "{namespace}");
+    joey.kubectl(&["delete", "namespace", "burrow", "--timeout=30s"]).ok();
 }
 
 #[test]

@@ -299,9 +299,8 @@ impl Agent {
                     Failure::Config(message) => Outcome::NotMade { reason: "CreateContainerConfigError", message },
                     Failure::Create(message) => Outcome::NotMade { reason: "CreateContainerError", message },
                     Failure::Start(message) | Failure::Program { message, .. } => {
-                        let mut log = lock(&life.log);
-                        log.begin(run);
-                        log.end();
+                        self.begin_log(container, life, run);
+                        lock(&life.log).end();
                         Outcome::Ended { end: not_started("StartError", message), asked: false }
                     }
                 }
@@ -342,6 +341,14 @@ impl Agent {
         launch::container(&self.config, &program, &self.dir, upper, cgroup).await
     }
 
+    /// Shows the log of this run. It and that of the run before are kept, as under the kubelet.
+    fn begin_log(&self, container: &AgentContainer, life: &Life, run: u32) {
+        lock(&life.log).begin(run);
+        if let Some(old) = run.checked_sub(2) {
+            log_write::remove(&self.dir, &container.name, old);
+        }
+    }
+
     /// Tells that it runs: at once as ready where nobody has to be asked first.
     fn tell_running(&self, container: &AgentContainer, life: &Life, pid: u32, at: Timestamp) -> Health {
         let lifecycle = &container.lifecycle;
@@ -376,11 +383,7 @@ impl Agent {
         life.pid.store(pid, Ordering::Relaxed);
         *lock(&life.terminal) = streams.terminal.take();
         *lock(&life.input) = streams.stdin.take().and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
-        lock(&life.log).begin(run);
-        // This run's log and that of the one before it are kept, as under the kubelet.
-        if let Some(old) = run.checked_sub(2) {
-            log_write::remove(&self.dir, &container.name, old);
-        }
+        self.begin_log(container, life, run);
         let mut carried = tokio::spawn(carry(
             self.dir.clone(),
             container.name.clone(),

@@ -56,8 +56,10 @@ impl LogWriter {
 
     fn rotate(&mut self) -> io::Result<()> {
         let part = |number| path(&self.dir, &self.container, self.run, number);
-        let _ = std::fs::remove_file(part(self.max_files.max(1)));
-        for number in (0..self.max_files.max(1)).rev() {
+        // The file being written counts among them.
+        let rotated = self.max_files.max(2) - 1;
+        let _ = std::fs::remove_file(part(rotated));
+        for number in (0..rotated).rev() {
             let _ = std::fs::rename(part(number), part(number + 1));
         }
         self.file = append(&part(0))?;

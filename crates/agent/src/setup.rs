@@ -85,7 +85,12 @@ fn enter_cgroup(config: &AgentConfig) -> io::Result<()> {
     let own = all.child("agent");
     own.make()?;
     // A container that names no limit counts as a core, the kernel's default.
-    all.weigh(config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(1000)).sum())?;
+    let weighed =
+        all.weigh(config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(1000)).sum());
+    // A host without the controller runs what asks for no limit.
+    if config.containers.iter().any(|container| container.resources.cpu_milli.is_some()) {
+        weighed?;
+    }
     match own.entrance()? {
         None => own.join(),
         Some(place) => match sys::clone(libc::CLONE_PARENT as u64, Some(place.as_fd()))? {

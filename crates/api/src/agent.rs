@@ -51,7 +51,7 @@ pub struct AgentConfig {
     pub hosts: String,
     /// Cgroup below each controller's root (v1) or the unified root (v2): `/joey/i-…`. Containers get children of it.
     pub cgroup: String,
-    /// Largest log file before rotation, bytes, and how many rotated ones are kept.
+    /// Largest log file before rotation in bytes, and how many files a run has, the one being written among them.
     pub log_max_bytes: u64,
     pub log_max_files: u32,
 }

@@ -11,7 +11,7 @@ use joey_schema::{
     ApplyError, Conflict, Documents, FieldError, FieldReason, Schemas, ServedResource, ServedSubresource, TypeId,
     UnknownFields as Unknown,
 };
-pub use joey_schema::{FieldSet, Writer, protobuf, read_json};
+pub use joey_schema::{FieldSet, Writer, protobuf, read_json, same_but_for_times};
 
 /// What to do with fields that the schema does not know (`fieldValidation`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +102,14 @@ impl Types {
     /// Where an applied configuration has fields that its kind has not.
     pub fn misfits(&self, resource: &Resource, config: &Value) -> Vec<String> {
         self.id(resource).map(|id| self.0.misfits_of(id, config)).unwrap_or_default()
+    }
+
+    /// Refuses a configuration whose values are of other types, and makes its amounts canonical, as they are stored.
+    pub fn canonical(&self, resource: &Resource, config: &mut Value) -> ApiResult<()> {
+        let Some(id) = self.id(resource) else { return Ok(()) };
+        check_form(resource, &self.0.decode(id, config, Unknown::Ignore).errors, &[])?;
+        self.0.canonical_amounts(id, config);
+        Ok(())
     }
 
     /// What server-side apply makes of an object in its stored form.

@@ -67,7 +67,7 @@ async fn empty(client: &kube::Client, name: &str) -> Result<usize, kube::Error> 
             Err(error) => return Err(error),
         };
         for object in listed.iter().filter(|object| object.metadata.deletion_timestamp.is_none()) {
-            match objects.delete(&object.name_any(), &DeleteParams::default()).await {
+            match objects.delete(&object.name_any(), &DeleteParams::background()).await {
                 Err(kube::Error::Api(status)) if status.code == 404 => {}
                 result => drop(result?),
             }

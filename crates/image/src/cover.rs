@@ -15,6 +15,7 @@ use joey_model::Digest;
 use sha2::{Digest as _, Sha256};
 
 use crate::erofs::{self, Blocks};
+use crate::looks::Looks;
 use crate::persist::Folders;
 use crate::stack::{Below, Layer, Says, ask, parents};
 use crate::tree::{Kind, Meta, Tree, Xattrs};
@@ -35,21 +36,27 @@ pub(crate) fn name(folders: &Folders, layers: &[Digest]) -> Option<Digest> {
 
 /// Writes the cover for mounted layers (name and folder, topmost first) into `target`, which stays empty when nothing needs
 /// covering.
-pub(crate) fn write(folders: &Folders, layers: &[(Digest, PathBuf)], target: &Path) -> io::Result<()> {
+pub(crate) fn write(folders: &Folders, layers: &[(Digest, PathBuf)], looks: &Looks, target: &Path) -> io::Result<()> {
     let stack: Vec<_> =
         layers.iter().map(|(layer, folder)| Layer::read(folders, layer, folder)).collect::<io::Result<_>>()?;
     let mut found = BTreeMap::new();
     let paths: HashSet<&Vec<u8>> = stack.iter().flat_map(|layer| &layer.unlisted).take(MAX_PATHS).collect();
     for path in paths {
-        if let Some(shown) = covered(&stack, path)? {
+        if let Some(shown) = covered(looks, &stack, path)? {
             found.insert(path.clone(), shown);
         }
     }
     // The way to a covered directory is covered as well, with what shows there now.
-    let ways: HashSet<Vec<u8>> = found.keys().flat_map(|path| parents(path)).map(<[u8]>::to_vec).collect();
+    let mut ways: HashSet<Vec<u8>> = HashSet::new();
+    for way in found.keys().flat_map(|path| parents(path)) {
+        looks.count(way)?;
+        if !ways.contains(way) {
+            ways.insert(way.to_vec());
+        }
+    }
     for way in ways {
         if let Entry::Vacant(place) = found.entry(way) {
-            let shown = merged(&stack, place.key())?.map_or_else(default, |(shown, _)| shown);
+            let shown = merged(looks, &stack, place.key())?.map_or_else(default, |(shown, _)| shown);
             place.insert(shown);
         }
     }
@@ -70,15 +77,15 @@ fn default() -> (Meta, Xattrs) {
 }
 
 /// What a directory is to show where the topmost layer that has it does not list it, and a lower one does.
-fn covered(stack: &[Layer], path: &[u8]) -> io::Result<Option<(Meta, Xattrs)>> {
-    Ok(merged(stack, path)?.filter(|(_, unlisted_above)| *unlisted_above).map(|(shown, _)| shown))
+fn covered(looks: &Looks, stack: &[Layer], path: &[u8]) -> io::Result<Option<(Meta, Xattrs)>> {
+    Ok(merged(looks, stack, path)?.filter(|(_, unlisted_above)| *unlisted_above).map(|(shown, _)| shown))
 }
 
 /// The attributes of the highest layer that lists `path`, and whether a layer above it has the directory unlisted.
-fn merged(stack: &[Layer], path: &[u8]) -> io::Result<Option<((Meta, Xattrs), bool)>> {
+fn merged(looks: &Looks, stack: &[Layer], path: &[u8]) -> io::Result<Option<((Meta, Xattrs), bool)>> {
     let mut unlisted = false;
     for layer in stack {
-        let below = match ask(layer, path)? {
+        let below = match ask(looks, layer, path)? {
             Says::Listed(shown) => return Ok(Some((*shown, unlisted))),
             Says::Unlisted(below) => {
                 unlisted = true;

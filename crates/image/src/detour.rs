@@ -5,7 +5,7 @@
 //! further one right above it, its detour, which shows the link again and holds what the layer has behind it where the link
 //! leads. It is made for the layers of one image up to that one, while the layers themselves stay shared.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -17,6 +17,7 @@ use joey_model::Digest;
 use sha2::{Digest as _, Sha256};
 
 use crate::erofs::{self, Blocks, INLINE_MAX};
+use crate::looks::{self, Looks, Refused};
 use crate::persist::Folders;
 use crate::stack::{self, Layer, Shown};
 use crate::tree::{Kind, OPAQUE, Tree};
@@ -34,30 +35,40 @@ pub(crate) fn name(folders: &Folders, layers: &[Digest]) -> Option<Digest> {
 }
 
 /// Writes the detour of the first of mounted layers (name and folder, topmost first) into `target`, which stays empty where
-/// there is no link in the way. Returns the directories the detour does not list.
-pub(crate) fn write(folders: &Folders, layers: &[(Digest, PathBuf)], target: &Path) -> io::Result<Vec<Vec<u8>>> {
+/// there is no link in the way, with files of `room` bytes at most. Returns the directories the detour does not list.
+pub(crate) fn write(
+    folders: &Folders,
+    layers: &[(Digest, PathBuf)],
+    looks: &Looks,
+    room: u64,
+    target: &Path,
+) -> io::Result<Vec<Vec<u8>>> {
     let stack: Vec<_> =
         layers.iter().map(|(layer, folder)| Layer::read(folders, layer, folder)).collect::<io::Result<_>>()?;
     let file = File::create(target)?;
     let Some((top, below)) = stack.split_first() else { return Ok(Vec::new()) };
     let mut paths: Vec<&Vec<u8>> = top.unlisted.iter().collect();
     paths.sort();
-    let mut copy = Copy { top, tree: Tree::new(), blocks: Blocks::new(file), files: HashMap::new() };
-    let mut moved: Vec<&Vec<u8>> = Vec::new();
+    let mut copy = Copy { top, looks, room, tree: Tree::new(), blocks: Blocks::new(file), files: HashMap::new() };
+    let mut moved: HashSet<&[u8]> = HashSet::new();
+    let mut lost: Vec<&Vec<u8>> = Vec::new();
     for path in paths {
+        looks.count(path)?;
         // What lies behind a link has gone with it.
-        let is_behind = |link: &&Vec<u8>| path.strip_prefix(&link[..]).is_some_and(|rest| rest.starts_with(b"/"));
-        if moved.iter().any(is_behind) || is_hidden(top, path)? {
+        if stack::parents(path).any(|parent| moved.contains(parent)) || top.hides(looks, stack::parent(path))? {
             continue;
         }
-        let Shown::Link(link, meta) = stack::look(below, path)? else { continue };
-        let Some(goal) = stack::resolve(&stack, path)? else {
-            tracing::warn!(path = %crate::tree::shown(path), "a link in an image leads nowhere and is replaced");
+        let Shown::Link(link, meta) = stack::look(looks, below, path)? else { continue };
+        let Some(goal) = stack::resolve(looks, &stack, path)? else {
+            lost.push(path);
             continue;
         };
         copy.directory(path, &goal)?;
         copy.tree.add(path, meta, Kind::Symlink(link.into()), Default::default()).map_err(io::Error::other)?;
-        moved.push(path);
+        moved.insert(path);
+    }
+    if let Some(first) = lost.first() {
+        tracing::warn!(path = %crate::tree::shown(first), links = lost.len(), "links in an image lead nowhere and are replaced");
     }
     if moved.is_empty() {
         return Ok(Vec::new());
@@ -66,19 +77,12 @@ pub(crate) fn write(folders: &Folders, layers: &[(Digest, PathBuf)], target: &Pa
     Ok(copy.tree.unlisted())
 }
 
-/// Whether the layer itself hides what the layers below have at `path`.
-fn is_hidden(top: &Layer, path: &[u8]) -> io::Result<bool> {
-    for parent in stack::parents(path) {
-        if stack::attribute(&top.folder.join(OsStr::from_bytes(parent)), OPAQUE.0)?.is_some() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
 /// Copies parts of a layer to other paths, whiteouts and opaque directories included.
 struct Copy<'a> {
     top: &'a Layer,
+    looks: &'a Looks,
+    /// Bytes of files it may still take.
+    room: u64,
     tree: Tree,
     blocks: Blocks,
     /// Files of several names by their inodes: where they have gone.
@@ -91,18 +95,20 @@ impl Copy<'_> {
         let mut waiting = vec![(from.to_vec(), to.to_vec())];
         while let Some((from, to)) = waiting.pop() {
             let folder = self.top.folder.join(OsStr::from_bytes(&from));
+            self.looks.count(&from)?;
             let metadata = fs::symlink_metadata(&folder)?;
             if !self.top.unlisted.contains(&from) {
-                let xattrs = stack::attributes(&folder)?;
+                let xattrs = self.looks.attributes(&folder)?;
                 self.add(&to, &metadata, Kind::Directory(Default::default()), xattrs)?;
             }
-            if stack::attribute(&folder, OPAQUE.0)?.is_some() {
+            if looks::has_attribute(&folder, OPAQUE.0)? {
                 self.whiteout(&to, b".wh..wh..opq")?;
             }
             for entry in fs::read_dir(&folder)? {
                 let entry = entry?;
                 let name = entry.file_name();
                 let (from, target) = (join(&from, name.as_bytes()), join(&to, name.as_bytes()));
+                self.looks.count(&from)?;
                 let metadata = fs::symlink_metadata(entry.path())?;
                 if metadata.is_dir() {
                     waiting.push((from, target));
@@ -127,13 +133,17 @@ impl Copy<'_> {
         let (major, minor) = (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
         let (major, minor) = (u32::try_from(major).unwrap_or(0), u32::try_from(minor).unwrap_or(0));
         let kind = match kind {
-            _ if kind.is_symlink() => Kind::Symlink(fs::read_link(path)?.as_os_str().as_bytes().into()),
+            _ if kind.is_symlink() => {
+                let target = fs::read_link(path)?;
+                self.tree.charge(target.as_os_str().len()).map_err(io::Error::other)?;
+                Kind::Symlink(target.as_os_str().as_bytes().into())
+            }
             _ if kind.is_char_device() => Kind::Character { major, minor },
             _ if kind.is_block_device() => Kind::Block { major, minor },
             _ if kind.is_fifo() => Kind::Fifo,
             _ => self.contents(path, metadata.len())?,
         };
-        self.add(&to, metadata, kind, stack::attributes(path)?)
+        self.add(&to, metadata, kind, self.looks.attributes(path)?)
     }
 
     fn contents(&mut self, path: &Path, size: u64) -> io::Result<Kind> {
@@ -141,8 +151,11 @@ impl Copy<'_> {
         if size <= INLINE_MAX {
             let mut bytes = Vec::new();
             file.take(INLINE_MAX).read_to_end(&mut bytes)?;
+            self.tree.charge(bytes.len()).map_err(io::Error::other)?;
             return Ok(Kind::Inline(bytes.into()));
         }
+        // Told before the bytes are copied.
+        self.room = self.room.checked_sub(size.next_multiple_of(4096)).ok_or(Refused::TooLarge)?;
         let block = self.blocks.next()?;
         let mut buffer = vec![0; 64 << 10];
         let mut written = 0;
@@ -152,6 +165,7 @@ impl Copy<'_> {
                 self.blocks.pad();
                 return Ok(Kind::Blocks { block, size: written });
             }
+            self.looks.count(&[])?;
             self.blocks.write(&buffer[..count])?;
             written += count as u64;
         }

@@ -38,6 +38,8 @@ pub enum Problem {
     LayerTooLarge { layer: Digest, limit: u64 },
     #[error("its layers are larger than {limit} bytes together")]
     ImageTooLarge { limit: u64 },
+    #[error("its layers cannot be put on each other: {detail}")]
+    Tangled { detail: String },
     #[error("it is in use by a running instance")]
     InUse,
     #[error("the image store failed to {operation}: {detail}")]
@@ -74,7 +76,8 @@ impl Problem {
             | Self::Malformed { .. }
             | Self::Layer { .. }
             | Self::LayerTooLarge { .. }
-            | Self::ImageTooLarge { .. } => (ErrorKind::Invalid, "ErrImagePull"),
+            | Self::ImageTooLarge { .. }
+            | Self::Tangled { .. } => (ErrorKind::Invalid, "ErrImagePull"),
         }
     }
 
@@ -98,6 +101,7 @@ impl Problem {
             Self::LayerTooLarge { .. } | Self::ImageTooLarge { .. } => {
                 "make the image smaller, or have the operator raise the image size limit"
             }
+            Self::Tangled { .. } => "build the image so that each layer lists the directories of its files",
             Self::InUse => "delete the instances that run it first",
             Self::Full { .. } => {
                 "remove images that are not needed (joey image rm), or give the disk more room, and pull again"

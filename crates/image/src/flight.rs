@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::convert::{Expected, SourceFailed, WriteFailed, convert};
 use crate::error::Problem;
+use crate::locks::{Held, Locks};
 use crate::oci::Descriptor;
 use crate::persist::Folders;
 use crate::registry::{Failure, Registry, TRIES, backoff, broken};
@@ -37,6 +38,8 @@ pub(crate) struct Layers {
     /// Senders, not receivers: whoever receives is somebody who waits.
     flights: Mutex<HashMap<Digest, Arc<watch::Sender<Flight>>>>,
     slots: Semaphore,
+    /// By the digests of compressed blobs: one writer of each partial file, also one whose pull was given up.
+    writers: Locks,
     serial: AtomicU64,
 }
 
@@ -50,7 +53,8 @@ pub(crate) struct Wanted {
 
 impl Layers {
     pub(crate) fn new(folders: Folders, parallel: usize) -> Self {
-        Self { folders, flights: Mutex::default(), slots: Semaphore::new(parallel.max(1)), serial: AtomicU64::new(0) }
+        let slots = Semaphore::new(parallel.max(1));
+        Self { folders, flights: Mutex::default(), slots, writers: Locks::default(), serial: AtomicU64::new(0) }
     }
 
     pub(crate) fn in_flight(&self, layer: &Digest) -> bool {
@@ -122,17 +126,23 @@ impl Layers {
     }
 
     async fn run(&self, registry: &Registry, wanted: &Wanted, report: &watch::Sender<Flight>) -> Result<(), Problem> {
+        let writer = Arc::new(self.writers.lock(&wanted.blob.digest).await);
         let _slot = self.slots.acquire().await.map_err(|_| gone())?;
         let partial = self.folders.partial(&wanted.blob.digest);
+        // A pull that was given up may have had all it needed.
+        if self.folders.layer(&wanted.diff_id).exists() {
+            let _ = fs::remove_file(&partial);
+            return Ok(());
+        }
         let had = fs::metadata(&partial).map_or(0, |metadata| metadata.len());
-        let result = self.download(registry, wanted, report, &partial).await;
+        let result = self.download(registry, wanted, report, (&partial, &writer)).await;
         let is_wrong = matches!(result, Err(Problem::Digest { .. } | Problem::Layer { .. }));
         if is_wrong {
             let _ = fs::remove_file(&partial);
         }
         // Wrong bytes may be those of an earlier, disturbed download: once more from the start.
         if is_wrong && had > 0 {
-            return self.download(registry, wanted, report, &partial).await.inspect_err(|_| {
+            return self.download(registry, wanted, report, (&partial, &writer)).await.inspect_err(|_| {
                 let _ = fs::remove_file(&partial);
             });
         }
@@ -148,7 +158,7 @@ impl Layers {
         registry: &Registry,
         wanted: &Wanted,
         report: &watch::Sender<Flight>,
-        partial: &PathBuf,
+        (partial, writer): (&PathBuf, &Arc<Held>),
     ) -> Result<(), Problem> {
         let failed = |error: io::Error| Problem::store("write a download", &error);
         let mut have = fs::metadata(partial).map_or(0, |metadata| metadata.len());
@@ -159,7 +169,7 @@ impl Layers {
         let copy = OpenOptions::new().create(true).append(true).open(partial).map_err(failed)?;
         let before = File::open(partial).map_err(failed)?.take(have);
         let (sender, receiver) = mpsc::channel(32);
-        let reader = before.chain(Incoming { receiver, current: Bytes::new(), copy });
+        let reader = before.chain(Incoming { receiver, current: Bytes::new(), copy, _writer: writer.clone() });
         let stored = self.store(reader, Some(&wanted.blob), &wanted.diff_id, wanted.limit);
         let fed = async move {
             let result = feed(registry, &wanted.blob, have, &sender, report).await;
@@ -270,6 +280,7 @@ struct Incoming {
     receiver: mpsc::Receiver<Result<Bytes, String>>,
     current: Bytes,
     copy: File,
+    _writer: Arc<Held>,
 }
 
 impl Read for Incoming {

@@ -15,9 +15,11 @@ use joey_model::{Digest, ImageRef};
 
 use crate::error::{ImageError, Problem};
 use crate::flight::Layers;
+use crate::locks::Locks;
 use crate::mount::Mounts;
 use crate::oci::{self, Document, ImageConfig};
 use crate::persist::{Folders, Record};
+use crate::supplement;
 
 /// How images are kept and fetched.
 #[derive(Debug, Clone)]
@@ -30,7 +32,7 @@ pub struct Config {
     pub plain_http_registries: Vec<String>,
     /// Most bytes of one layer, uncompressed.
     pub max_layer_bytes: u64,
-    /// Most bytes of all layers of an image, as stored.
+    /// Most bytes of all layers of an image, as stored, and of what is made to stack them.
     pub max_image_bytes: u64,
     /// Layers downloaded at the same time, over all pulls.
     pub parallel_downloads: usize,
@@ -87,6 +89,8 @@ pub(crate) struct Inner {
     pub folders: Folders,
     pub layers: Arc<Layers>,
     pub mounts: Mounts,
+    /// By the names of supplements, while they are made.
+    pub making: Locks,
     client: OnceLock<reqwest::Client>,
     state: Mutex<State>,
     /// Held while the index on disk and the state change together, and while layers are collected.
@@ -134,7 +138,7 @@ impl Images {
                 restore(&folders, &mut state, &record);
             }
             let (client, state, changing) = (OnceLock::new(), Mutex::new(state), tokio::sync::Mutex::new(()));
-            Ok(Inner { config, folders, layers, mounts, client, state, changing })
+            Ok(Inner { config, folders, layers, mounts, making: Locks::default(), client, state, changing })
         };
         let inner = tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
         let inner = inner.map_err(|error| Problem::store("open", &error).of("store"))?;
@@ -148,13 +152,22 @@ impl Images {
 
     /// Every image, by id.
     pub fn list(&self) -> Vec<ImageSummary> {
-        let state = self.inner.state.lock().expect("no holder panics");
-        state.images.values().map(|image| summary(&state, image)).collect()
+        let images: Vec<_> = self.inner.state.lock().expect("no holder panics").images.values().cloned().collect();
+        images.iter().map(|image| self.summary(image)).collect()
     }
 
-    /// `image` as it is listed.
+    /// `image` as it is listed: its size is that of its layers and of what was made to stack them.
     pub fn summary(&self, image: &Image) -> ImageSummary {
-        summary(&self.inner.state.lock().expect("no holder panics"), image)
+        let supplements = supplement::size(&self.inner.folders, &image.layers);
+        let references = references(&self.inner.state.lock().expect("no holder panics"), image);
+        ImageSummary {
+            id: image.id.to_string(),
+            references,
+            manifest_digest: image.manifest.to_string(),
+            size: image.size.saturating_add(supplements),
+            layers: image.layers.len(),
+            pulled_at: image.pulled_at,
+        }
     }
 
     /// Removes a reference, or an image by its id (`sha256:…` or at least 12 digits of it) with all its references.
@@ -201,7 +214,11 @@ impl Images {
         let mounted = inner.mounts.mount(layers).await;
         mounted.map_err(|error| Problem::store("mount a layer", &error).of(&image.reference))?;
         let supplements = inner.supplement(&image.layers).await;
-        supplements.map_err(|error| Problem::store("stack the layers", &error).of(&image.reference))
+        // One that was being made while the image was removed has nobody who would remove it later.
+        if !inner.knows(&image.id) {
+            inner.collect().await;
+        }
+        supplements.map_err(|problem| problem.of(&image.reference))
     }
 
     /// Takes every mount of layers away, in use or not; what stands on them keeps working until it ends.
@@ -227,6 +244,16 @@ impl Inner {
             *state.pins.entry(layer.clone()).or_default() += 1;
         }
         Pins { inner: self.clone(), layers: layers.to_vec() }
+    }
+
+    /// As [`Self::pin`], and no collection that began before is still under way.
+    pub(crate) async fn pin_stored(self: &Arc<Self>, layers: &[Digest]) -> Pins {
+        let _changing = self.changing.lock().await;
+        self.pin(layers)
+    }
+
+    fn knows(&self, image: &Digest) -> bool {
+        self.state.lock().expect("no holder panics").images.contains_key(image)
     }
 
     /// Bytes of stored layers.
@@ -270,7 +297,7 @@ impl Inner {
         let record = |image: &Arc<Image>| Record {
             id: image.id.to_string(),
             manifest: image.manifest.to_string(),
-            references: summary(&state, image).references,
+            references: references(&state, image),
             pulled_at: image.pulled_at,
         };
         state.images.values().map(record).collect()
@@ -292,63 +319,6 @@ impl Inner {
         Ok(())
     }
 
-    /// The folders that make up an image whose layers are mounted, topmost first: the layers, and the supplements that
-    /// make them look on each other as if they had been unpacked onto each other. These are made at first use.
-    async fn supplement(&self, layers: &[Digest]) -> std::io::Result<Vec<PathBuf>> {
-        let mut stack: Vec<(Digest, PathBuf)> = Vec::new();
-        for (at, layer) in layers.iter().enumerate() {
-            // A layer that comes twice: overlayfs takes each folder once, and the upper one hides the lower.
-            stack.retain(|(other, _)| other != layer);
-            stack.insert(0, (layer.clone(), self.mounts.path(layer)));
-            if let Some(name) = crate::detour::name(&self.folders, &layers[..=at]) {
-                stack.splice(0..0, self.made(name, &stack, crate::detour::write).await?);
-            }
-        }
-        if let Some(name) = crate::cover::name(&self.folders, layers) {
-            let write = |folders: &Folders, stack: &[_], target: &std::path::Path| {
-                crate::cover::write(folders, stack, target).map(|()| Vec::new())
-            };
-            stack.splice(0..0, self.made(name, &stack, write).await?);
-        }
-        Ok(stack.into_iter().map(|(_, folder)| folder).collect())
-    }
-
-    /// A supplement for `stack`, made at first use and mounted; `None` where none is needed. `write` writes it and says which
-    /// directories it does not list.
-    async fn made(
-        &self,
-        name: Digest,
-        stack: &[(Digest, PathBuf)],
-        write: impl FnOnce(&Folders, &[(Digest, PathBuf)], &std::path::Path) -> std::io::Result<Vec<Vec<u8>>>
-        + Send
-        + 'static,
-    ) -> std::io::Result<Option<(Digest, PathBuf)>> {
-        let file = self.folders.layer(&name);
-        if !file.exists() {
-            let _changing = self.changing.lock().await;
-            let (folders, stack, file, name) = (self.folders.clone(), stack.to_vec(), file.clone(), name.clone());
-            let make = move || {
-                if file.exists() {
-                    return Ok(());
-                }
-                let temporary = folders.temporary(&format!("{}.supplement", name.hex()));
-                let unlisted = write(&folders, &stack, &temporary);
-                let named = unlisted.and_then(|unlisted| {
-                    folders.write_unlisted(&name, &unlisted)?;
-                    std::fs::rename(&temporary, &file)
-                });
-                named.inspect_err(|_| drop(std::fs::remove_file(&temporary)))
-            };
-            tokio::task::spawn_blocking(make).await.map_err(std::io::Error::other)??;
-        }
-        if std::fs::metadata(&file)?.len() == 0 {
-            return Ok(None);
-        }
-        self.mounts.mount(vec![(name.clone(), file)]).await?;
-        let folder = self.mounts.path(&name);
-        Ok(Some((name, folder)))
-    }
-
     /// Removes layers that no image has and no pull needs.
     pub(crate) async fn collect(&self) {
         let _changing = self.changing.lock().await;
@@ -361,7 +331,7 @@ impl Inner {
         }
         let supplements: HashSet<Digest> = {
             let state = self.state.lock().expect("no holder panics");
-            state.images.values().flat_map(|image| supplements(&self.folders, &image.layers)).collect()
+            state.images.values().flat_map(|image| supplement::names(&self.folders, &image.layers)).collect()
         };
         for layer in self.folders.layers().unwrap_or_default() {
             let needed = supplements.contains(&layer) || {
@@ -379,24 +349,11 @@ impl Inner {
     }
 }
 
-/// The names of what layers may be supplemented with.
-fn supplements(folders: &Folders, layers: &[Digest]) -> Vec<Digest> {
-    let detours = (0..layers.len()).filter_map(|at| crate::detour::name(folders, &layers[..=at]));
-    detours.chain(crate::cover::name(folders, layers)).collect()
-}
-
-fn summary(state: &State, image: &Image) -> ImageSummary {
+fn references(state: &State, image: &Image) -> Vec<String> {
     let named = state.references.iter().filter(|(_, other)| other.id == image.id);
     let mut references: Vec<String> = named.map(|(reference, _)| reference.clone()).collect();
     references.sort();
-    ImageSummary {
-        id: image.id.to_string(),
-        references,
-        manifest_digest: image.manifest.to_string(),
-        size: image.size,
-        layers: image.layers.len(),
-        pulled_at: image.pulled_at,
-    }
+    references
 }
 
 /// Brings one record of the index into memory; one whose files are gone is forgotten.

@@ -15,12 +15,15 @@ mod error;
 mod flight;
 mod images;
 mod import;
+mod locks;
+mod looks;
 mod mount;
 mod oci;
 mod persist;
 mod pull;
 mod registry;
 mod stack;
+mod supplement;
 mod tar_stream;
 mod tree;
 

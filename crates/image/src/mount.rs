@@ -34,7 +34,7 @@ impl Mounts {
         self.root.join(layer.hex())
     }
 
-    fn is_mounted(&self, layer: &Digest) -> bool {
+    pub(crate) fn is_mounted(&self, layer: &Digest) -> bool {
         self.mounted.lock().expect("no holder panics").contains(layer)
     }
 

@@ -3,8 +3,9 @@
 //! The host's kernel could merge them, but what is asked here is also which layer says it and whether that layer lists it. No
 //! link is ever followed by the host: a link in an image leads within that image.
 
-use std::collections::{HashSet, VecDeque};
-use std::ffi::{CString, OsStr};
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ffi::OsStr;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use joey_model::Digest;
 
-use crate::erofs;
+use crate::looks::{Looks, has_attribute};
 use crate::persist::Folders;
 use crate::tree::{Meta, OPAQUE, Xattrs};
 
@@ -24,6 +25,7 @@ const MAX_LINKS: usize = 40;
 pub(crate) struct Layer {
     pub folder: PathBuf,
     pub unlisted: HashSet<Vec<u8>>,
+    known: RefCell<HashMap<Vec<u8>, Way>>,
 }
 
 /// What one layer says of a directory.
@@ -47,22 +49,22 @@ pub(crate) enum Shown {
 
 impl Layer {
     pub(crate) fn read(folders: &Folders, layer: &Digest, folder: &Path) -> io::Result<Self> {
-        Ok(Self { folder: folder.to_owned(), unlisted: folders.read_unlisted(layer)? })
+        Ok(Self { folder: folder.to_owned(), unlisted: folders.read_unlisted(layer)?, known: RefCell::default() })
     }
 }
 
 /// What shows at `path`, whose parents must be directories, in layers given topmost first. A directory that a layer does not
 /// list counts as what the layers below it say.
-pub(crate) fn look(stack: &[Layer], path: &[u8]) -> io::Result<Shown> {
+pub(crate) fn look(looks: &Looks, stack: &[Layer], path: &[u8]) -> io::Result<Shown> {
     let mut otherwise = Shown::Nothing;
     for layer in stack {
-        let below = match ask(layer, path)? {
+        let below = match ask(looks, layer, path)? {
             Says::Listed(_) => return Ok(Shown::Directory),
             Says::Unlisted(below) => {
                 otherwise = Shown::Directory;
                 below
             }
-            Says::Nothing(Below::Hidden) => return other(layer, path, otherwise),
+            Says::Nothing(Below::Hidden) => return other(looks, layer, path, otherwise),
             Says::Nothing(below) => below,
         };
         if below == Below::Hidden {
@@ -73,10 +75,11 @@ pub(crate) fn look(stack: &[Layer], path: &[u8]) -> io::Result<Shown> {
 }
 
 /// What is no directory at `path` of a layer that hides what lies below.
-fn other(layer: &Layer, path: &[u8], otherwise: Shown) -> io::Result<Shown> {
-    if !parents(path).all(|parent| is_directory(layer, parent)) {
+fn other(looks: &Looks, layer: &Layer, path: &[u8], otherwise: Shown) -> io::Result<Shown> {
+    if !matches!(layer.way(looks, parent(path))?, Way::Directory(_)) {
         return Ok(otherwise);
     }
+    looks.count(path)?;
     let file = layer.folder.join(OsStr::from_bytes(path));
     match fs::symlink_metadata(&file) {
         Ok(metadata) if metadata.is_symlink() => {
@@ -89,21 +92,18 @@ fn other(layer: &Layer, path: &[u8], otherwise: Shown) -> io::Result<Shown> {
     }
 }
 
-fn is_directory(layer: &Layer, path: &[u8]) -> bool {
-    fs::symlink_metadata(layer.folder.join(OsStr::from_bytes(path))).is_ok_and(|metadata| metadata.is_dir())
-}
-
 pub(crate) fn is_whiteout(metadata: &Metadata) -> bool {
     metadata.file_type().is_char_device() && metadata.rdev() == 0
 }
 
 /// The path that `path` leads to when the links on its way are followed, as a process inside would: an absolute target starts
 /// at the image's root, and nothing is above that. `None`: it leads through a file, or through links without end.
-pub(crate) fn resolve(stack: &[Layer], path: &[u8]) -> io::Result<Option<Vec<u8>>> {
+pub(crate) fn resolve(looks: &Looks, stack: &[Layer], path: &[u8]) -> io::Result<Option<Vec<u8>>> {
     let mut links = 0;
     let mut done: Vec<Vec<u8>> = Vec::new();
     let mut todo: VecDeque<Vec<u8>> = path.split(|&byte| byte == b'/').map(<[u8]>::to_vec).collect();
     while let Some(part) = todo.pop_front() {
+        looks.count(&[])?;
         match &part[..] {
             b"" | b"." => continue,
             b".." => {
@@ -112,7 +112,7 @@ pub(crate) fn resolve(stack: &[Layer], path: &[u8]) -> io::Result<Option<Vec<u8>
             }
             _ => done.push(part),
         }
-        match look(stack, &done.join(&b'/'))? {
+        match look(looks, stack, &done.join(&b'/'))? {
             Shown::Nothing | Shown::Directory => {}
             Shown::Other => return Ok(None),
             Shown::Link(target, _) => {
@@ -136,6 +136,11 @@ pub(crate) fn parents(path: &[u8]) -> impl Iterator<Item = &[u8]> {
     path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| &path[..at])
 }
 
+/// `a/b` of `a/b/c`.
+pub(crate) fn parent(path: &[u8]) -> &[u8] {
+    path.iter().rposition(|&byte| byte == b'/').map_or(&[], |at| &path[..at])
+}
+
 pub(crate) fn meta(metadata: &Metadata) -> Meta {
     Meta {
         mode: (metadata.mode() & 0o7777) as u16,
@@ -151,20 +156,67 @@ pub(crate) enum Below {
     Hidden,
 }
 
-/// What `layer` says of a directory at `path`.
-pub(crate) fn ask(layer: &Layer, path: &[u8]) -> io::Result<Says> {
-    let mut below = Below::Shows;
-    for parent in parents(path) {
-        let folder = layer.folder.join(OsStr::from_bytes(parent));
+/// Where the way to something in a layer ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Directory(Below),
+    Missing(Below),
+    /// A file is in the way, also a whiteout; a link is never followed, it would lead to the host's files.
+    Blocked,
+}
+
+impl Layer {
+    /// Where the way through the directories of `path` leads in this layer; each is looked at once.
+    fn way(&self, looks: &Looks, path: &[u8]) -> io::Result<Way> {
+        if path.is_empty() {
+            return Ok(Way::Directory(Below::Shows));
+        }
+        let ends: Vec<usize> = parents(path).map(<[u8]>::len).chain([path.len()]).collect();
+        let mut known = self.known.borrow_mut();
+        let (mut way, mut from) = (Way::Directory(Below::Shows), 0);
+        for (at, &end) in ends.iter().enumerate().rev() {
+            looks.count(&path[..end])?;
+            if let Some(found) = known.get(&path[..end]) {
+                (way, from) = (*found, at + 1);
+                break;
+            }
+        }
+        for &end in &ends[from..] {
+            let Way::Directory(below) = way else { break };
+            way = self.step(looks, &path[..end], below)?;
+            if looks.may_keep(end) {
+                known.insert(path[..end].to_vec(), way);
+            }
+        }
+        Ok(way)
+    }
+
+    fn step(&self, looks: &Looks, path: &[u8], below: Below) -> io::Result<Way> {
+        looks.count(path)?;
+        let folder = self.folder.join(OsStr::from_bytes(path));
         match fs::symlink_metadata(&folder) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Says::Nothing(below)),
-            Err(error) => return Err(error),
-            // Also a whiteout; and a link is never followed, it would lead to the host's files.
-            Ok(metadata) if !metadata.is_dir() => return Ok(Says::Nothing(Below::Hidden)),
-            Ok(_) if attribute(&folder, OPAQUE.0)?.is_some() => below = Below::Hidden,
-            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Way::Missing(below)),
+            Err(error) => Err(error),
+            Ok(metadata) if !metadata.is_dir() => Ok(Way::Blocked),
+            Ok(_) if has_attribute(&folder, OPAQUE.0)? => Ok(Way::Directory(Below::Hidden)),
+            Ok(_) => Ok(Way::Directory(below)),
         }
     }
+
+    /// Whether the layer itself hides what the layers below have in the directory `path`.
+    pub(crate) fn hides(&self, looks: &Looks, path: &[u8]) -> io::Result<bool> {
+        Ok(self.way(looks, path)? == Way::Directory(Below::Hidden))
+    }
+}
+
+/// What `layer` says of a directory at `path`.
+pub(crate) fn ask(looks: &Looks, layer: &Layer, path: &[u8]) -> io::Result<Says> {
+    let below = match layer.way(looks, parent(path))? {
+        Way::Directory(below) => below,
+        Way::Missing(below) => return Ok(Says::Nothing(below)),
+        Way::Blocked => return Ok(Says::Nothing(Below::Hidden)),
+    };
+    looks.count(path)?;
     let folder = layer.folder.join(OsStr::from_bytes(path));
     let metadata = match fs::symlink_metadata(&folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Says::Nothing(below)),
@@ -176,51 +228,5 @@ pub(crate) fn ask(layer: &Layer, path: &[u8]) -> io::Result<Says> {
     if layer.unlisted.contains(path) {
         return Ok(Says::Unlisted(below));
     }
-    Ok(Says::Listed(Box::new((meta(&metadata), attributes(&folder)?))))
-}
-
-/// The extended attributes of a file without overlayfs' own.
-pub(crate) fn attributes(path: &Path) -> io::Result<Xattrs> {
-    let name = c_path(path)?;
-    // Both calls give at most 64 KiB (XATTR_LIST_MAX, XATTR_SIZE_MAX).
-    let mut names = vec![0u8; 64 << 10];
-    // SAFETY: the path ends in a zero byte and the buffer is as long as said; both live through the call.
-    let length = unsafe { libc::llistxattr(name.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
-    let length = match usize::try_from(length) {
-        Ok(length) => length,
-        Err(_) => return unsupported_is(Xattrs::new()),
-    };
-    let mut found = Xattrs::new();
-    for name in names[..length].split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
-        if name.starts_with(b"trusted.overlay.") || erofs::split_xattr(name).is_none() {
-            continue;
-        }
-        if let Some(value) = attribute(path, name)? {
-            found.insert(name.into(), value.into());
-        }
-    }
-    Ok(found)
-}
-
-pub(crate) fn attribute(path: &Path, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
-    let (path, name) = (c_path(path)?, CString::new(name)?);
-    let mut value = vec![0u8; 64 << 10];
-    // SAFETY: both names end in zero bytes and the buffer is as long as said; all live through the call.
-    let length = unsafe { libc::lgetxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-    let Ok(length) = usize::try_from(length) else { return unsupported_is(None) };
-    value.truncate(length);
-    Ok(Some(value))
-}
-
-/// The last call's error, or `value` where it only says that there are no attributes.
-fn unsupported_is<T>(value: T) -> io::Result<T> {
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::ENODATA | libc::EOPNOTSUPP) => Ok(value),
-        _ => Err(error),
-    }
-}
-
-fn c_path(path: &Path) -> io::Result<CString> {
-    Ok(CString::new(path.as_os_str().as_bytes())?)
+    Ok(Says::Listed(Box::new((meta(&metadata), looks.attributes(&folder)?))))
 }

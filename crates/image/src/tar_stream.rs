@@ -107,7 +107,7 @@ impl<R: Read> TarStream<R> {
         if header.cksum().ok() != Some(sum) {
             return Err(bad("a header's checksum is wrong"));
         }
-        let size = octal(&header.as_bytes()[124..136])?;
+        let size = natural(&header.as_bytes()[124..136])?;
         self.left = size;
         self.padding =
             size.next_multiple_of(BLOCK as u64).checked_sub(size).ok_or_else(|| bad("an entry is too large"))?;
@@ -164,20 +164,20 @@ impl<R: Read> TarStream<R> {
 
     fn plain_entry(&self, header: &Header, kind: u8) -> io::Result<Entry> {
         let (path, bytes) = (header.path_bytes().into_owned(), header.as_bytes());
+        // Other fields of the oldest form, and of entries that are no devices, may hold anything.
+        let has_device = matches!(kind, b'3' | b'4') && bytes[257..].starts_with(b"ustar");
+        let device = if has_device { (natural(&bytes[329..337])?, natural(&bytes[337..345])?) } else { (0, 0) };
         let is_old_directory = matches!(kind, 0 | b'0') && path.ends_with(b"/");
         Ok(Entry {
             link: header.link_name_bytes().map_or_else(Vec::new, |link| link.into_owned()),
             kind: if is_old_directory { b'5' } else { kind },
-            mode: octal(&bytes[100..108])? as u32,
-            uid: octal(&bytes[108..116])?,
-            gid: octal(&bytes[116..124])?,
-            mtime: (octal(&bytes[136..148])? as i64, 0),
+            mode: natural(&bytes[100..108])?,
+            uid: natural(&bytes[108..116])?,
+            gid: natural(&bytes[116..124])?,
+            mtime: (number(&bytes[136..148])?, 0),
             size: self.left,
             stored: self.left,
-            device: (
-                header.device_major().ok().flatten().unwrap_or(0),
-                header.device_minor().ok().flatten().unwrap_or(0),
-            ),
+            device,
             path,
             ..Entry::default()
         })
@@ -260,7 +260,7 @@ impl<R: Read> TarStream<R> {
         let mut map = Vec::new();
         let mut take = |slots: &[u8]| -> io::Result<()> {
             for slot in slots.chunks_exact(24).take_while(|slot| slot[0] != 0) {
-                map.push((octal(&slot[..12])?, octal(&slot[12..])?));
+                map.push((natural(&slot[..12])?, natural(&slot[12..])?));
             }
             if map.len() > MAX_SPARSE { Err(bad("a sparse file has too many pieces")) } else { Ok(()) }
         };
@@ -273,7 +273,7 @@ impl<R: Read> TarStream<R> {
             more = block[504] != 0;
         }
         entry.kind = b'0';
-        entry.size = octal(&bytes[483..495])?;
+        entry.size = natural(&bytes[483..495])?;
         entry.set_sparse(map)
     }
 
@@ -341,18 +341,25 @@ fn decimal(text: &[u8]) -> io::Result<u64> {
 }
 
 /// A number of a header: octal between spaces and zero bytes, nothing for 0, or base 256 where the first bit is set.
-fn octal(field: &[u8]) -> io::Result<u64> {
+fn number(field: &[u8]) -> io::Result<i64> {
+    let too_large = || bad("a number is too large");
     if field[0] & 0x80 != 0 {
-        // The first bit only marks the form; in a field of eight bytes it is one of those that count.
-        let rest = field[1..].iter().fold(u64::from(field[0] & 0x7f), |value, &byte| (value << 8) | u64::from(byte));
-        return Ok(rest);
+        // The first bit only marks the form, the second is the sign; numbers have twelve bytes at most.
+        let first = i128::from(field[0] & 0x3f) - i128::from(field[0] & 0x40);
+        let value = field[1..].iter().fold(first, |value, &byte| (value << 8) | i128::from(byte));
+        return i64::try_from(value).map_err(|_| too_large());
     }
     let is_blank = |byte: &u8| matches!(byte, b' ' | 0);
     let digits = field.iter().skip_while(|byte| is_blank(byte)).take_while(|byte| !is_blank(byte));
-    digits.copied().try_fold(0u64, |value, byte| match byte {
-        b'0'..=b'7' => Ok((value << 3) | u64::from(byte - b'0')),
+    digits.copied().try_fold(0i64, |value, byte| match byte {
+        b'0'..=b'7' => Ok((value << 3) | i64::from(byte - b'0')),
         _ => Err(bad("an octal number is not one")),
     })
+}
+
+/// A number that is none of those below 0, nor larger than its use allows.
+fn natural<T: TryFrom<i64>>(field: &[u8]) -> io::Result<T> {
+    T::try_from(number(field)?).map_err(|_| bad("a number is negative or too large"))
 }
 
 fn sparse_list<'a>(mut numbers: impl Iterator<Item = &'a [u8]>) -> io::Result<Vec<(u64, u64)>> {
@@ -411,11 +418,20 @@ mod tests {
 
     #[test]
     fn numbers_of_headers() {
+        let octal = |field: &[u8]| natural::<u64>(field);
         assert_eq!(octal(b"0000644\0").unwrap(), 0o644);
         assert_eq!(octal(b"   12 \0\0").unwrap(), 0o12);
         assert_eq!(octal(&[0; 8]).unwrap(), 0);
         assert_eq!(octal(&[0x80, 0, 0, 0, 0, 0, 1, 2]).unwrap(), 258);
         assert!(octal(b"0000689\0").is_err());
+        assert_eq!(natural::<u32>(&[0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xfe]).unwrap(), u32::MAX - 1);
+        assert!(natural::<u32>(&[0x80, 0, 0, 1, 0, 0, 0, 0]).is_err());
+        // 2⁶⁴ and 2⁶³ in the twelve bytes of a size, not 0 and less; -1 as a size; -1 and -2⁶⁴ as times.
+        assert!(octal(&[0x80, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]).is_err());
+        assert!(octal(&[0x80, 0, 0, 0, 0x80, 0, 0, 0, 0, 0, 0, 0]).is_err());
+        assert!(octal(&[0xff; 12]).is_err());
+        assert_eq!(number(&[0xff; 12]).unwrap(), -1);
+        assert!(number(&[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0]).is_err());
     }
 
     #[test]

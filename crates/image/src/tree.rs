@@ -74,6 +74,8 @@ pub(crate) enum TreeError {
     Escapes(String),
     #[error("path \"{0}\" leads through a symbolic link or a file")]
     NotADirectory(String),
+    #[error("path \"{0}\" leads through a mark that hides files")]
+    ThroughWhiteout(String),
     #[error("path \"{0}\" is longer than 4096 bytes, or a name in it longer than 255, or it holds a zero byte")]
     BadPath(String),
     #[error("hard link \"{path}\" names \"{target}\", which is not a file of this layer")]
@@ -145,6 +147,9 @@ impl Tree {
 
     /// The directory that `parts` name, made where it is missing (root:root 0755).
     fn directory(&mut self, parts: &[&[u8]], path: &[u8]) -> Result<usize, TreeError> {
+        if parts.iter().any(|part| part.starts_with(b".wh.")) {
+            return Err(TreeError::ThroughWhiteout(shown(path)));
+        }
         let mut at = ROOT;
         for part in parts {
             let children = self.children(at).ok_or_else(|| TreeError::NotADirectory(shown(path)))?;
@@ -219,6 +224,9 @@ impl Tree {
         let Some((name, parents)) = parts.split_last() else {
             return self.set_root(meta, kind, xattrs);
         };
+        if parents.iter().any(|part| is_leftover(part)) {
+            return Ok(());
+        }
         if let Some(hidden) = name.strip_prefix(b".wh.") {
             return self.hide(parents, hidden, path);
         }
@@ -265,7 +273,6 @@ impl Tree {
                 self.nodes[directory].make_opaque();
                 return self.charge(64);
             }
-            // Leftovers of aufs (`.wh..wh.plnk`, `.wh..wh.aufs`) say nothing about the image.
             other if other.starts_with(b".wh.") => return Ok(()),
             b"" | b"." | b".." => return Err(TreeError::Escapes(shown(path))),
             _ => {}
@@ -303,6 +310,11 @@ impl Tree {
         let parent = self.directory(parents, path)?;
         self.name(parent, name, node)
     }
+}
+
+/// Leftovers of aufs (`.wh..wh.plnk`, `.wh..wh.aufs`) say nothing about the image.
+fn is_leftover(name: &[u8]) -> bool {
+    name.starts_with(b".wh..wh.") && name != b".wh..wh..opq"
 }
 
 impl Node {
@@ -379,5 +391,11 @@ mod tests {
         file(&mut tree, ".wh.kept").unwrap();
         assert!(!at(&tree, "kept").unwrap().whiteout);
         assert!(file(&mut tree, ".wh...").is_err());
+        // Nothing is named like a mark, least of all a folder: copied elsewhere it would hide what is there.
+        for through in ["d/.wh..wh..opq/x", ".wh.gone/x"] {
+            assert!(matches!(file(&mut tree, through), Err(TreeError::ThroughWhiteout(_))), "{through}");
+        }
+        file(&mut tree, ".wh..wh.plnk/7.8").unwrap();
+        assert!(at(&tree, ".wh..wh.plnk").is_none());
     }
 }

@@ -39,7 +39,7 @@ pub struct Config {
     pub cgroup_root: String,
     /// The host's resolver configuration.
     pub resolv_conf: PathBuf,
-    /// Largest log file of a container before rotation, in bytes, and how many rotated ones are kept.
+    /// Largest log file of a container before rotation in bytes, and how many files a run has, the one being written among them.
     pub log_max_bytes: u64,
     pub log_max_files: u32,
     /// Sandboxes made at the same time.

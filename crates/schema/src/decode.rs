@@ -58,6 +58,43 @@ impl Schemas {
     }
 }
 
+impl Schemas {
+    /// Makes amounts canonical where they stand; what is no amount is left for [`Schemas::decode`] to tell.
+    pub fn canonical_amounts(&self, id: TypeId, value: &mut Value) {
+        self.canonical_type(&self.types[id.0], value);
+    }
+
+    fn canonical_type(&self, ty: &Type, value: &mut Value) {
+        if let Some(alias) = &ty.alias {
+            return self.canonical_field(alias, value);
+        }
+        for (name, value) in value.as_object_mut().into_iter().flatten() {
+            if let Some(field) = ty.fields.get(name) {
+                self.canonical_field(field, value);
+            }
+        }
+    }
+
+    fn canonical_field(&self, field: &Field, value: &mut Value) {
+        match (&field.shape, value) {
+            (Shape::Ref(id), value) => self.canonical_type(&self.types[id.0], value),
+            (Shape::List(item), Value::Array(list)) => list.iter_mut().for_each(|v| self.canonical_field(item, v)),
+            (Shape::Map(item), Value::Object(map)) => map.values_mut().for_each(|v| self.canonical_field(item, v)),
+            (Shape::Quantity, value) => {
+                let canonical = match &*value {
+                    Value::String(text) => quantity::canonical(text).ok(),
+                    Value::Number(number) => quantity::canonical(&number.to_string()).ok(),
+                    _ => None,
+                };
+                if let Some(canonical) = canonical {
+                    *value = canonical.into();
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Decoder<'_> {
     fn fail(&mut self, path: &str, reason: FieldReason, detail: impl Into<String>) {
         self.errors.push(FieldError { path: path.to_owned(), reason, detail: detail.into() });

@@ -15,6 +15,6 @@ mod types;
 pub use decode::{Decoded, FieldError, FieldReason, UnknownFields};
 pub use merge::{MergeError, json_merge, json_patch};
 pub use openapi::{Documents, ServedResource, ServedSubresource};
-pub use ownership::{ApplyError, Conflict, FieldSet, Writer};
+pub use ownership::{ApplyError, Conflict, FieldSet, Writer, same_but_for_times};
 pub use reading::read_json;
 pub use types::{Schemas, TypeId};

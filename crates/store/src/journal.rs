@@ -23,6 +23,8 @@ pub(crate) struct Step {
     /// Leases with their seconds; `None`: ended.
     pub(crate) leases: BTreeMap<LeaseId, Option<u64>>,
     pub(crate) last_lease: LeaseId,
+    /// It is durable elsewhere and was told as kept: to keep it twice, or again with what came after it, does no harm.
+    pub(crate) acknowledged: bool,
 }
 
 impl Step {

@@ -73,6 +73,8 @@ impl<J: Journal> Journal for LoggedJournal<J> {
         if self.log.is_broken || self.log.at + record.len() > SIZE {
             self.hand_on()?;
             if record.len() > SIZE {
+                // What the log held, also a record that failed half way, must not be read on top of this step.
+                self.log.erase().map_err(failed("empty its log"))?;
                 return self.behind.keep(step);
             }
             // Under the new mark.
@@ -91,6 +93,7 @@ fn merge(into: &mut Step, step: &Step) {
     (into.revision, into.last_lease) = (step.revision, step.last_lease);
     into.keys.extend(step.keys.iter().map(|(key, entry)| (key.clone(), entry.clone())));
     into.leases.extend(&step.leases);
+    into.acknowledged = true;
 }
 
 struct Log {
@@ -115,6 +118,15 @@ impl Log {
 
     fn begin_anew(&mut self) {
         (self.mark, self.at, self.is_broken) = (fresh_mark(), 0, false);
+    }
+
+    /// Nothing in it is a record any more.
+    fn erase(&mut self) -> io::Result<()> {
+        self.is_broken = true;
+        self.file.write_all_at(&[0; HEAD], 0)?;
+        self.file.sync_data()?;
+        self.begin_anew();
+        Ok(())
     }
 
     /// Every whole record of the last round. What comes next begins anew.
@@ -278,7 +290,7 @@ mod tests {
             lease: revision.is_multiple_of(2).then_some(7),
         });
         let leases = [(7, Some(5)), (revision, None)].into();
-        Step { revision, keys: [(key.to_owned(), entry)].into(), leases, last_lease: 9 }
+        Step { revision, keys: [(key.to_owned(), entry)].into(), leases, last_lease: 9, acknowledged: false }
     }
 
     fn found(kept: &Kept) -> Vec<(String, usize, u64)> {
@@ -356,5 +368,23 @@ mod tests {
         drop(journal);
         let kept = LoggedJournal::open(behind, &path).unwrap().load().unwrap();
         assert_eq!(found(&kept).last(), Some(&("3".to_owned(), SIZE, 4)), "the log is older than what went past it");
+    }
+
+    #[test]
+    fn a_step_that_passes_by_is_not_overlaid_by_one_that_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let behind = Behind::default();
+        let mut journal = LoggedJournal::open(behind.clone(), &path).unwrap();
+        journal.load().unwrap();
+        journal.keep(&step(1, "a", Some(b"first"))).unwrap();
+        // As after a sync that failed although the record is on the disk.
+        let record = journal.log.record(&step(2, "a", Some(b"told as failed")));
+        journal.log.append(&record).unwrap();
+        journal.log.is_broken = true;
+        journal.keep(&step(2, "a", Some(&vec![1; SIZE]))).unwrap();
+        drop(journal);
+        let kept = LoggedJournal::open(behind, &path).unwrap().load().unwrap();
+        assert_eq!(found(&kept), [("a".to_owned(), SIZE, 2)]);
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct RedbJournal {
     database: Option<Database>,
     /// Revision and last lease of the last step that is known to be kept.
     kept: (u64, u64),
+    /// The same of an acknowledged step whose commit failed: it may be kept or not.
+    perhaps_kept: Option<(u64, u64)>,
 }
 
 pub(crate) fn failed<E: Into<redb::Error>>(operation: &'static str) -> impl Fn(E) -> StoreError {
@@ -38,7 +40,7 @@ pub(crate) fn failed<E: Into<redb::Error>>(operation: &'static str) -> impl Fn(E
 
 impl RedbJournal {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
-        Ok(Self { path: path.to_owned(), database: Some(Self::open_file(path)?), kept: (0, 0) })
+        Ok(Self { path: path.to_owned(), database: Some(Self::open_file(path)?), kept: (0, 0), perhaps_kept: None })
     }
 
     fn open_file(path: &Path) -> Result<Database, StoreError> {
@@ -56,15 +58,16 @@ impl RedbJournal {
         })
     }
 
-    /// The database, opened again after a failure. A step whose commit failed may be on disk all the same: memory does not have
-    /// it then, and nothing more is written over it; the next start reads what is there.
+    /// The database, opened again after a failure. A step whose commit failed may be on disk all the same. Unless it was
+    /// acknowledged, memory does not have it then, and nothing more is written over it; the next start reads what is there.
     fn database(&mut self) -> Result<&Database, StoreError> {
         let database = match self.database.take() {
             Some(database) => database,
             None => {
                 let database = Self::open_file(&self.path)?;
                 let found = Self::read(&database).map_err(failed("read its tables"))?.1;
-                if (found.revision, found.last_lease) != self.kept {
+                let found = Some((found.revision, found.last_lease));
+                if found != Some(self.kept) && found != self.perhaps_kept {
                     let message = "a change that was told as failed is on disk; restart to read it".to_owned();
                     return Err(StoreError::Engine { operation: "go on after a failure", message });
                 }
@@ -150,8 +153,11 @@ impl Journal for RedbJournal {
     fn keep(&mut self, step: &Step) -> Result<(), StoreError> {
         let written = Self::write(self.database()?, step).map_err(failed("commit"));
         match written {
-            Ok(()) => self.kept = (step.revision, step.last_lease),
-            Err(_) => self.database = None,
+            Ok(()) => (self.kept, self.perhaps_kept) = ((step.revision, step.last_lease), None),
+            Err(_) => {
+                self.database = None;
+                self.perhaps_kept = step.acknowledged.then_some((step.revision, step.last_lease));
+            }
         }
         written
     }

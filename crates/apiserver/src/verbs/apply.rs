@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::update::{ATTEMPTS, replace};
+use super::update::{ATTEMPTS, Part, replace};
 use super::{Answer, Call, Current, create, patch, yaml_body};
 use crate::convert;
 use crate::object::{metadata, text};
@@ -68,7 +68,13 @@ fn config(call: &Call<'_>, body: &Bytes) -> ApiResult<Value> {
         )));
     }
     patch::keep_name(call, &mut config)?;
-    Ok(convert::incoming(resource, config))
+    // What is merged and compared has to have the form of what is stored, or each application would be a change.
+    call.state.types.canonical(resource, &mut config)?;
+    let mut config = convert::incoming(resource, config);
+    if Part::of(call.target.subresource_name()) == Part::Main {
+        resource.strategy.fold(&mut config);
+    }
+    Ok(config)
 }
 
 /// What the object becomes, ready to be stored.

@@ -29,14 +29,14 @@ pub struct Options {
     uid: Option<String>,
     version: Option<String>,
     dry_run: bool,
-    policy: Propagation,
+    /// None: what the object's finalizers say stays so; without any it goes in the background.
+    policy: Option<Propagation>,
 }
 
 /// What becomes of the objects that name the deleted one as their owner.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Propagation {
     /// They go after it.
-    #[default]
     Background,
     /// It goes after them.
     Foreground,
@@ -92,9 +92,10 @@ impl Options {
             return Err(ApiError::invalid_options("delete", &faults));
         }
         let policy = match (policy, orphan) {
-            ("Foreground", _) => Propagation::Foreground,
-            ("Orphan", _) | (_, Some(true)) => Propagation::Orphan,
-            _ => Propagation::Background,
+            ("Foreground", _) => Some(Propagation::Foreground),
+            ("Orphan", _) | (_, Some(true)) => Some(Propagation::Orphan),
+            ("Background", _) | (_, Some(false)) => Some(Propagation::Background),
+            _ => None,
         };
         let dry = value.get("dryRun").and_then(Value::as_array).is_some_and(|words| words.iter().any(|w| w == "All"));
         let some = |pointer: &str| Some(text(value, pointer).to_owned()).filter(|text| !text.is_empty());
@@ -131,7 +132,9 @@ async fn attempt(call: &Call<'_>, options: &Options, current: Current) -> ApiRes
     let mut value = current.value.clone();
     resource.strategy.prepare_delete(&mut value);
     mark(&mut value, grace, resource.strategy.counts_generations());
-    hold(&mut value, options.policy);
+    if let Some(policy) = options.policy {
+        hold(&mut value, policy);
+    }
     let finished = is_finished(resource, &value);
     if options.dry_run || (!finished && value == current.value) {
         return Ok(Some(answer(call, value, finished)));
@@ -195,7 +198,7 @@ fn mark(value: &mut Value, grace: i64, counts: bool) {
     }
 }
 
-/// Has the object wait for the collector of dependents, if the policy says so.
+/// Has the object wait for the collector of dependents, or not, as the policy says.
 fn hold(value: &mut Value, policy: Propagation) {
     let own = policy.finalizer();
     let metadata = metadata(value);

@@ -1,13 +1,15 @@
 //! Who owns which fields: `metadata.managedFields` in memory. What is owned is decided in [`super`].
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::set::{FieldSet, shown};
+use super::set::FieldSet;
 
 /// Entries of updates that an object keeps; older ones are put together (kube-apiserver's bound).
 const MAX_UPDATERS: usize = 10;
 /// Under which name they are put together.
 const ANCIENT: &str = "ancient-changes";
+/// Fields that are told when they are in the way.
+const MAX_TOLD: usize = 500;
 
 /// How a field came to be owned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,8 +106,9 @@ impl Owners {
         self.bound();
         self.0.retain(|entry| !entry.fields.is_empty());
         self.0.sort_by(|a, b| {
-            let key = |e: &Entry| (e.operation, e.time.clone(), e.owner.clone(), e.api_version.clone());
-            key(a).cmp(&key(b)).then_with(|| a.subresource.cmp(&b.subresource))
+            let order = a.operation.cmp(&b.operation).then_with(|| a.time.cmp(&b.time));
+            let order = order.then_with(|| a.owner.cmp(&b.owner)).then_with(|| a.api_version.cmp(&b.api_version));
+            order.then_with(|| a.subresource.cmp(&b.subresource))
         });
         let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else { return };
         match self.0.is_empty() {
@@ -121,20 +124,28 @@ impl Owners {
         self.0.iter().position(|entry| entry.is_of(like))
     }
 
-    /// Puts the oldest updates together while there are too many.
+    /// Puts the oldest updates together when there are too many.
     fn bound(&mut self) {
-        let is_update = |entry: &Entry| entry.operation == Operation::Update;
-        while self.0.iter().filter(|entry| is_update(entry)).count() > MAX_UPDATERS {
-            let mut updates: Vec<usize> = (0..self.0.len()).filter(|place| is_update(&self.0[*place])).collect();
-            updates.sort_by_key(|place| (self.0[*place].time.clone(), self.0[*place].owner.clone()));
-            let (first, second) = (updates[0], updates[1]);
-            let taken = self.0[first].fields.clone();
-            let ancient = &mut self.0[second];
-            ancient.fields.add(&taken);
-            ancient.owner = ANCIENT.to_owned();
-            ancient.subresource.clear();
-            self.0.remove(first);
+        let count = self.0.iter().filter(|entry| entry.operation == Operation::Update).count();
+        if count <= MAX_UPDATERS {
+            return;
         }
+        let entries = std::mem::take(&mut self.0).into_iter();
+        let (mut updates, rest): (Vec<Entry>, _) = entries.partition(|entry| entry.operation == Operation::Update);
+        updates.sort_by(|a, b| a.time.cmp(&b.time).then_with(|| a.owner.cmp(&b.owner)));
+        let recent = updates.split_off(count - MAX_UPDATERS + 1);
+        let mut all = FieldSet::default();
+        for update in &updates {
+            all.add(&update.fields);
+        }
+        let ancient = updates.pop().map(|last| Entry {
+            owner: ANCIENT.to_owned(),
+            subresource: String::new(),
+            fields: all,
+            ..last
+        });
+        self.0 = rest;
+        self.0.extend(ancient.into_iter().chain(recent));
     }
 }
 
@@ -145,12 +156,53 @@ pub struct Conflict {
     pub owner: String,
     /// `.spec.containers[name="c"].image`.
     pub field: String,
-    pub(super) path: Vec<String>,
 }
 
-impl Conflict {
-    pub(super) fn of(owner: &Entry, fields: &FieldSet) -> Vec<Self> {
-        let one = |path: Vec<String>| Self { owner: owner.named(), field: shown(&path), path };
-        fields.paths().into_iter().map(one).collect()
+/// What one owner has that an applier would change.
+pub(super) struct InTheWay {
+    pub(super) owner: String,
+    pub(super) fields: FieldSet,
+}
+
+impl InTheWay {
+    /// The fields one by one, as far as anybody reads them.
+    pub(super) fn told(all: &[Self]) -> Vec<Conflict> {
+        let one = |way: &Self, field| Conflict { owner: way.owner.clone(), field };
+        let conflicts = all.iter().flat_map(|way| way.fields.shown(MAX_TOLD).into_iter().map(|field| one(way, field)));
+        conflicts.take(MAX_TOLD).collect()
     }
+}
+
+/// Whether two objects differ at most in the times and the order of their owners.
+pub fn same_but_for_times(one: &Value, other: &Value) -> bool {
+    let (Some(one), Some(other)) = (one.as_object(), other.as_object()) else { return one == other };
+    one.len() == other.len()
+        && one.iter().all(|(key, part)| match (key.as_str(), part, other.get(key)) {
+            ("metadata", Value::Object(one), Some(Value::Object(other))) => same_metadata(one, other),
+            (_, part, theirs) => Some(part) == theirs,
+        })
+}
+
+fn same_metadata(one: &Map<String, Value>, other: &Map<String, Value>) -> bool {
+    one.len() == other.len()
+        && one.iter().all(|(key, part)| match (key.as_str(), part, other.get(key)) {
+            ("managedFields", Value::Array(one), Some(Value::Array(other))) => same_owners(one, other),
+            (_, part, theirs) => Some(part) == theirs,
+        })
+}
+
+fn same_owners(one: &[Value], other: &[Value]) -> bool {
+    // Entries stand in the order of their times.
+    let who = |entry: &Value| {
+        ["operation", "manager", "apiVersion", "subresource"]
+            .map(|key| entry[key].as_str().unwrap_or_default().to_owned())
+    };
+    let sorted = |entries: &'_ [Value]| {
+        let mut places: Vec<usize> = (0..entries.len()).collect();
+        places.sort_by_cached_key(|place| who(&entries[*place]));
+        places
+    };
+    let same = |(one, other): (&Value, &Value)| who(one) == who(other) && one.get("fieldsV1") == other.get("fieldsV1");
+    let pairs = || sorted(one).into_iter().zip(sorted(other)).map(|(left, right)| (&one[left], &other[right]));
+    one.len() == other.len() && pairs().all(same)
 }

@@ -11,10 +11,10 @@ mod walk;
 use serde_json::{Map, Value};
 
 use crate::types::{Schemas, TypeId};
-use entries::{Entry, Operation, Owners};
+use entries::{Entry, InTheWay, Operation, Owners};
 use walk::{Changes, Form};
 
-pub use entries::Conflict;
+pub use entries::{Conflict, same_but_for_times};
 pub use set::FieldSet;
 
 /// Who writes, and how.
@@ -122,11 +122,13 @@ impl Schemas {
     /// Where a configuration does not fit its type, as server-side apply says it.
     pub fn misfits_of(&self, id: TypeId, config: &Value) -> Vec<String> {
         let mut faults = Vec::new();
-        self.misfits(self.root_form(id), config, "", &mut faults);
+        self.misfits(self.root_form(id), config, &mut String::new(), &mut faults);
         faults
     }
 
     /// What becomes of `live` when `config` is applied to it, with its owners. `live` is absent when the object is created.
+    ///
+    /// What is compared is compared as it stands: amounts have to be canonical in both.
     pub fn apply(
         &self,
         id: TypeId,
@@ -142,10 +144,12 @@ impl Schemas {
         }
         let (before, owners) = self.before(form, live, writer);
         let applied = match self.apply_to(form, &before, &owners, config, writer, force) {
-            Err(conflicts) if writer.name == CLIENT_SIDE.0 => {
-                let allowed = self.last_applied(form, &before, writer).unwrap_or_default();
-                let conflicts: Vec<Conflict> =
-                    conflicts.into_iter().filter(|conflict| !allowed.contains(&conflict.path)).collect();
+            Err(mut conflicts) if writer.name == CLIENT_SIDE.0 => {
+                let allowed = self.last_applied(id, &before, writer).unwrap_or_default();
+                for way in &mut conflicts {
+                    way.fields = way.fields.difference(&allowed);
+                }
+                conflicts.retain(|way| !way.fields.is_empty());
                 match conflicts.is_empty() {
                     true => self.apply_to(form, &before, &owners, config, writer, true),
                     false => Err(conflicts),
@@ -153,7 +157,7 @@ impl Schemas {
             }
             applied => applied,
         };
-        let mut object = applied.map_err(ApplyError::Conflicts)?;
+        let mut object = applied.map_err(|conflicts| ApplyError::Conflicts(InTheWay::told(&conflicts)))?;
         if writer.name == CLIENT_SIDE.0 {
             renew_last_applied(&mut object, config);
         }
@@ -182,7 +186,7 @@ impl Schemas {
         config: &Value,
         writer: &Writer,
         force: bool,
-    ) -> Result<Value, Vec<Conflict>> {
+    ) -> Result<Value, Vec<InTheWay>> {
         let mut owners = owners.clone();
         let merged = self.merged(form, Some(live), Some(config));
         let own = self.fields_of(form, config).without(&writer.ignored);
@@ -198,7 +202,10 @@ impl Schemas {
         let taken = changes.added.union(&changes.modified);
         let mut conflicts = Vec::new();
         for other in owners.0.iter_mut().filter(|other| other.api_version == writer.api_version) {
-            conflicts.extend(Conflict::of(other, &other.fields.intersection(&taken)));
+            let fields = other.fields.intersection(&taken);
+            if !fields.is_empty() {
+                conflicts.push(InTheWay { owner: other.named(), fields });
+            }
             other.fields = other.fields.difference(&taken).difference(&changes.removed);
         }
         if !force && !conflicts.is_empty() {
@@ -234,9 +241,11 @@ impl Schemas {
     }
 
     /// The fields that were applied from the client's side and are still as they were applied.
-    fn last_applied(&self, form: Form<'_>, live: &Value, writer: &Writer) -> Option<FieldSet> {
+    fn last_applied(&self, id: TypeId, live: &Value, writer: &Writer) -> Option<FieldSet> {
+        let form = self.root_form(id);
         let text = live.pointer("/metadata/annotations")?.get(CLIENT_SIDE.1)?.as_str()?;
-        let last: Value = serde_json::from_str(text).ok()?;
+        let mut last: Value = serde_json::from_str(text).ok()?;
+        self.canonical_amounts(id, &mut last);
         if last.get("apiVersion")?.as_str()? != writer.api_version {
             return None;
         }

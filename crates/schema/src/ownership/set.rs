@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
+/// Letters of one step that messages show: names are whoever sends them to choose, and stand before all that is below them.
+const MAX_SHOWN: usize = 64;
+
 /// A set of fields.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FieldSet(pub(super) BTreeMap<String, Node>);
@@ -52,18 +55,13 @@ impl FieldSet {
     /// Makes a path a member. The root belongs to nobody.
     pub(super) fn insert(&mut self, path: &[String]) {
         let Some((first, rest)) = path.split_first() else { return };
-        let node = self.0.entry(first.clone()).or_default();
+        if !self.0.contains_key(first) {
+            self.0.insert(first.clone(), Node::default());
+        }
+        let Some(node) = self.0.get_mut(first) else { return };
         match rest.is_empty() {
             true => node.member = true,
             false => node.below.insert(rest),
-        }
-    }
-
-    pub(super) fn contains(&self, path: &[String]) -> bool {
-        match path.split_first().and_then(|(first, rest)| Some((self.0.get(first)?, rest))) {
-            None => false,
-            Some((node, [])) => node.member,
-            Some((node, rest)) => node.below.contains(rest),
         }
     }
 
@@ -120,21 +118,31 @@ impl FieldSet {
         Self(nodes.filter(|(_, node)| node.member || !node.below.0.is_empty()).collect())
     }
 
-    /// Every member's path; the members of a level come before what is below them.
-    pub(super) fn paths(&self) -> Vec<Vec<String>> {
-        let (mut all, mut path) = (Vec::new(), Vec::new());
-        self.collect(&mut path, &mut all);
+    /// At most so many members as messages show them: `.spec.containers[name="c"].image`. The members of a level come before
+    /// what is below them.
+    pub(super) fn shown(&self, most: usize) -> Vec<String> {
+        let mut all = Vec::new();
+        self.collect(&mut String::new(), most, &mut all);
         all
     }
 
-    fn collect(&self, path: &mut Vec<String>, all: &mut Vec<Vec<String>>) {
+    fn collect(&self, path: &mut String, most: usize, all: &mut Vec<String>) {
+        let here = path.len();
         for (step, _) in self.0.iter().filter(|(_, node)| node.member) {
-            all.push(path.iter().chain([step]).cloned().collect());
+            if all.len() >= most {
+                return;
+            }
+            push_shown(path, step);
+            all.push(path.clone());
+            path.truncate(here);
         }
-        for (step, node) in &self.0 {
-            path.push(step.clone());
-            node.below.collect(path, all);
-            path.pop();
+        for (step, node) in self.0.iter().filter(|(_, node)| !node.below.0.is_empty()) {
+            if all.len() >= most {
+                return;
+            }
+            push_shown(path, step);
+            node.below.collect(path, most, all);
+            path.truncate(here);
         }
     }
 }
@@ -166,23 +174,25 @@ fn canonical_step(step: &str) -> Option<String> {
     }
 }
 
-/// A path as messages show it: `.spec.containers[name="c"].image`.
-pub(super) fn shown(path: &[String]) -> String {
-    path.iter().map(|step| shown_step(step)).collect()
-}
-
-fn shown_step(step: &str) -> String {
+/// Puts a step to the end of a path as messages show it: `.image`, `[name="c"]`.
+pub(super) fn push_shown(path: &mut String, step: &str) {
     let (kind, rest) = step.split_once(':').unwrap_or(("f", step));
-    match kind {
-        "k" => {
+    let shown = match kind {
+        // What is too long to be shown whole is not read either.
+        "k" if rest.len() <= 4 * MAX_SHOWN => {
             let keys: Map<String, Value> = serde_json::from_str(rest).unwrap_or_default();
             let keys: Vec<String> = keys.iter().map(|(name, value)| format!("{name}={value}")).collect();
-            format!("[{}]", keys.join(","))
+            format!("[{}]", cut(&keys.join(",")))
         }
-        "v" => format!("[={rest}]"),
-        "i" => format!("[{rest}]"),
-        _ => format!(".{rest}"),
-    }
+        "k" | "i" => format!("[{}]", cut(rest)),
+        "v" => format!("[={}]", cut(rest)),
+        _ => format!(".{}", cut(rest)),
+    };
+    path.push_str(&shown);
+}
+
+fn cut(text: &str) -> &str {
+    text.char_indices().nth(MAX_SHOWN).map_or(text, |(end, _)| &text[..end])
 }
 
 #[cfg(test)]
@@ -215,10 +225,9 @@ mod tests {
         assert_eq!(a.intersection(&b), set(json!({"f:a": {}})));
         assert_eq!(a.union(&b).write(), json!({"f:a": {".": {}, "f:b": {}}, "f:c": {}, "f:d": {}}));
         assert!(a.difference(&a).is_empty() && a.difference(&a) == FieldSet::default());
-        let paths: Vec<String> = a.paths().iter().map(|path| shown(path)).collect();
-        assert_eq!(paths, [".a", ".c", ".a.b"]);
+        assert_eq!(a.shown(9), [".a", ".c", ".a.b"]);
+        assert_eq!(a.shown(2), [".a", ".c"]);
         let odd = set(json!({"f:l": {"k:{\"containerPort\":80,\"protocol\":\"TCP\"}": {"f:x": {}}, "v:\"z\"": {}}}));
-        let paths: Vec<String> = odd.paths().iter().map(|path| shown(path)).collect();
-        assert_eq!(paths, [".l[=\"z\"]", ".l[containerPort=80,protocol=\"TCP\"].x"]);
+        assert_eq!(odd.shown(9), [".l[=\"z\"]", ".l[containerPort=80,protocol=\"TCP\"].x"]);
     }
 }

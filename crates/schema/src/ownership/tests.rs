@@ -29,8 +29,7 @@ fn owners(object: &Value) -> Vec<String> {
     entries
         .iter()
         .map(|entry| {
-            let paths = FieldSet::read(&entry["fieldsV1"]).unwrap().paths();
-            let paths: Vec<String> = paths.iter().map(|path| set::shown(path)).collect();
+            let paths = FieldSet::read(&entry["fieldsV1"]).unwrap().shown(usize::MAX);
             format!("{} {}: {}", text(entry, "operation"), text(entry, "manager"), paths.join(" "))
         })
         .collect()

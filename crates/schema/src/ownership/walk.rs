@@ -7,10 +7,15 @@
 //! ```
 //! A field that Go's types cannot leave out (a struct in place, a list that is required) counts as there and empty.
 
+use std::collections::{BTreeMap, HashMap, HashSet};
+
 use serde_json::{Map, Value};
 
-use super::set::{FieldSet, Node, field_step};
+use super::set::{FieldSet, Node, field_step, push_shown};
 use crate::types::{Field, Schemas, Shape, Type, TypeId};
+
+/// Misfits that are told of one value; a sender can make more than anybody reads.
+const MAX_MISFITS: usize = 50;
 
 /// How a value is looked at.
 #[derive(Clone, Copy)]
@@ -143,15 +148,15 @@ impl Schemas {
         }
         match form {
             Form::List(list) => {
-                for (step, old, new) in self.paired(list, old, new) {
+                for (step, pair) in self.paired(list, old, new) {
                     path.push(step);
-                    self.compare(self.form(list.item), (old, new), path, out);
+                    self.compare(self.form(list.item), pair, path, out);
                     path.pop();
                 }
             }
             _ => {
                 let names = [old, new].into_iter().filter_map(object).flat_map(Map::keys);
-                let names: std::collections::BTreeSet<&String> = names.collect();
+                let names: HashSet<&String> = names.collect();
                 let child = |whole: Option<&'v Value>, name: &str| {
                     let said = object(whole).and_then(|map| map.get(name));
                     said.or_else(|| whole.and_then(|_| implied(form, name)))
@@ -170,21 +175,18 @@ impl Schemas {
         }
     }
 
-    /// The elements of two lists, by their steps.
-    fn paired<'v>(
-        &self,
-        list: Elements<'_>,
-        old: Option<&'v Value>,
-        new: Option<&'v Value>,
-    ) -> Vec<(String, Option<&'v Value>, Option<&'v Value>)> {
-        let mut pairs: Vec<(String, Option<&Value>, Option<&Value>)> = Vec::new();
-        for (step, element) in self.stepped(list, old) {
-            pairs.push((step, Some(element), None));
+    /// The elements of two lists, by their steps; of elements that repeat, the first.
+    fn paired<'v>(&self, list: Elements<'_>, old: Option<&'v Value>, new: Option<&'v Value>) -> Paired<'v> {
+        let mut pairs = Paired::new();
+        let elements = |value: Option<&'v Value>| value.and_then(Value::as_array).into_iter().flatten();
+        for element in elements(old) {
+            if let Some(step) = self.element_step(list, element) {
+                pairs.entry(step).or_default().0.get_or_insert(element);
+            }
         }
-        for (step, element) in self.stepped(list, new) {
-            match pairs.iter_mut().find(|pair| pair.0 == step) {
-                Some(pair) => pair.2 = Some(element),
-                None => pairs.push((step, None, Some(element))),
+        for element in elements(new) {
+            if let Some(step) = self.element_step(list, element) {
+                pairs.entry(step).or_default().1.get_or_insert(element);
             }
         }
         pairs
@@ -192,15 +194,9 @@ impl Schemas {
 
     fn stepped<'v>(&self, list: Elements<'_>, value: Option<&'v Value>) -> Vec<(String, &'v Value)> {
         let elements = value.and_then(Value::as_array).into_iter().flatten();
-        let mut found: Vec<(String, &Value)> = Vec::new();
-        for element in elements {
-            if let Some(step) = self.element_step(list, element)
-                && !found.iter().any(|(other, _)| *other == step)
-            {
-                found.push((step, element));
-            }
-        }
-        found
+        let mut seen = HashSet::new();
+        let stepped = elements.filter_map(|element| Some((self.element_step(list, element)?, element)));
+        stepped.filter(|(step, _)| seen.insert(step.clone())).collect()
     }
 
     /// `live` with everything that `config` says; nothing is taken away.
@@ -212,10 +208,13 @@ impl Schemas {
         match form {
             Form::List(list) => self.merged_list(list, live, config),
             _ => {
-                let mut out = object(live).cloned().unwrap_or_default();
-                for (name, value) in object(config).into_iter().flatten() {
-                    let before = out.get(name).cloned();
-                    out.insert(name.clone(), self.merged(self.child_form(form, name), before.as_ref(), Some(value)));
+                let (live, config) = (object(live), object(config));
+                let alone = |name: &String| config.is_none_or(|config| !config.contains_key(name));
+                let left = live.into_iter().flatten().filter(|(name, _)| alone(name));
+                let mut out: Map<String, Value> = left.map(|(name, value)| (name.clone(), value.clone())).collect();
+                for (name, value) in config.into_iter().flatten() {
+                    let before = live.and_then(|live| live.get(name));
+                    out.insert(name.clone(), self.merged(self.child_form(form, name), before, Some(value)));
                 }
                 Value::Object(out)
             }
@@ -226,8 +225,10 @@ impl Schemas {
     fn merged_list(&self, list: Elements<'_>, live: Option<&Value>, config: Option<&Value>) -> Value {
         let (left, right) = (self.stepped(list, live), self.stepped(list, config));
         let form = self.form(list.item);
-        let is_right = |step: &String| right.iter().any(|(other, _)| other == step);
-        let find_left = |step: &String| left.iter().find(|(other, _)| other == step).map(|(_, element)| *element);
+        let by_step: HashMap<&String, &Value> = left.iter().map(|(step, element)| (step, *element)).collect();
+        let in_right: HashSet<&String> = right.iter().map(|(step, _)| step).collect();
+        let is_right = |step: &String| in_right.contains(step);
+        let find_left = |step: &String| by_step.get(step).copied();
         let mut shared = right.iter().map(|(step, _)| step).filter(|step| find_left(step).is_some()).peekable();
         let mut rest = left.iter().peekable();
         let mut out = Vec::with_capacity(left.len() + right.len());
@@ -298,39 +299,57 @@ impl Schemas {
     }
 
     /// Where a value does not fit its type: unknown fields, elements without keys, elements that repeat.
-    pub(super) fn misfits(&self, form: Form<'_>, value: &Value, path: &str, out: &mut Vec<String>) {
+    pub(super) fn misfits(&self, form: Form<'_>, value: &Value, path: &mut String, out: &mut Vec<String>) {
+        let here = path.len();
         match (form, value) {
             (Form::Object(_) | Form::Map(_), Value::Object(map)) => {
                 for (name, value) in map {
-                    let at = format!("{path}.{name}");
+                    if out.len() >= MAX_MISFITS {
+                        return;
+                    }
+                    push_shown(path, &field_step(name));
                     match form {
                         Form::Object(ty) if !ty.fields.contains_key(name) => {
-                            out.push(format!("{at}: field not declared in schema"));
+                            out.push(format!("{path}: field not declared in schema"));
                         }
-                        _ => self.misfits(self.child_form(form, name), value, &at, out),
+                        _ => self.misfits(self.child_form(form, name), value, path, out),
                     }
+                    path.truncate(here);
                 }
             }
             (Form::List(list), Value::Array(elements)) => {
-                let mut seen = std::collections::BTreeSet::new();
+                let mut seen = HashSet::new();
                 for (place, element) in elements.iter().enumerate() {
+                    if out.len() >= MAX_MISFITS {
+                        return;
+                    }
                     let Some(step) = self.element_step(list, element) else {
                         let why = "associative list with keys has an element that omits all key fields";
                         out.push(format!("{path}: element {place}: {why}"));
                         continue;
                     };
-                    let shown = super::set::shown(std::slice::from_ref(&step));
+                    push_shown(path, &step);
                     if !seen.insert(step) {
-                        out.push(format!("{path}: duplicate entries for key {shown}"));
+                        let (list, shown) = path.split_at(here);
+                        out.push(format!("{list}: duplicate entries for key {shown}"));
                     }
-                    self.misfits(self.form(list.item), element, &format!("{path}{shown}"), out);
+                    self.misfits(self.form(list.item), element, path, out);
+                    path.truncate(here);
                 }
             }
             (Form::Leaf, _) | (_, Value::Null) => {}
-            (Form::List(_), other) => out.push(format!("{path}: expected list, got {other}")),
-            (_, other) => out.push(format!("{path}: expected map, got {other}")),
+            (Form::List(_), other) => out.push(format!("{path}: expected list, got {}", shortened(other))),
+            (_, other) => out.push(format!("{path}: expected map, got {}", shortened(other))),
         }
     }
+}
+
+/// What two lists have under a step.
+type Paired<'v> = BTreeMap<String, (Option<&'v Value>, Option<&'v Value>)>;
+
+/// What is shown of a value that somebody sent.
+fn shortened(value: &Value) -> String {
+    value.to_string().chars().take(64).collect()
 }
 
 /// What a field that is absent from an object that is there counts as.

@@ -280,7 +280,7 @@ pub struct Rm {
     /// Names or ids
     #[arg(required = true)]
     pub names: Vec<String>,
-    /// Kill at once
+    /// Kill at once, also the instance of a Pod
     #[arg(short, long, conflicts_with = "grace")]
     pub force: bool,
     /// Seconds between SIGTERM and SIGKILL

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use joey_api::frame::{self, Decoder, ExecStatus, TerminalSize};
-use joey_api::instance::ExecRequest;
+use joey_api::instance::{ExecRequest, Instance};
 use joey_pool::PoolClient;
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use tokio::io::AsyncReadExt;
@@ -37,11 +37,26 @@ pub async fn attach(service: &PoolClient, attach: Attach) -> Result<ExitCode, Fa
     check_terminal(attach.stdin, attach.tty)?;
     let instance = service.get(&attach.name).await?;
     let container = one_container(&instance, attach.container)?;
+    check_attached(&instance, &container, attach.stdin, attach.tty)?;
     let request =
         ExecRequest { command: Vec::new(), stdin: attach.stdin, stdout: true, stderr: !attach.tty, tty: attach.tty };
     let frames = outgoing(attach.stdin, attach.tty)?;
     let answer = service.attach(&instance.id, &container, &request, frames).await?;
     converse(answer, attach.stdin && attach.tty).await
+}
+
+/// What the container was made without cannot be joined; without it nothing would come back, not even Ctrl-C.
+fn check_attached(instance: &Instance, name: &str, stdin: bool, tty: bool) -> Result<(), Failure> {
+    let Some(container) = instance.spec.containers.iter().find(|container| container.name == name) else {
+        return Ok(());
+    };
+    let lacks = match (stdin && !container.stdin, tty && !container.tty) {
+        (_, true) => "terminal",
+        (true, false) => "standard input",
+        (false, false) => return Ok(()),
+    };
+    let hint = format!("attach without it, or run a command in it: joey exec -it {} -- sh", instance.spec.name);
+    Err(Failure::new(format!("container \"{name}\" was made without a {lacks}")).with_hint(hint))
 }
 
 fn check_terminal(stdin: bool, tty: bool) -> Result<(), Failure> {

@@ -82,6 +82,10 @@ impl From<Fault> for Failure {
 impl From<RpcError> for Failure {
     fn from(error: RpcError) -> Self {
         match error {
+            RpcError::Connect { peer, source } if source.kind() == std::io::ErrorKind::PermissionDenied => {
+                Self::new(format!("joey at {peer} cannot be asked: {source}"))
+                    .with_hint("it answers root only: use sudo")
+            }
             RpcError::Connect { peer, source } => Self::new(format!("no joey answers at {peer}: {source}"))
                 .with_hint("start it with `joey up`, or name its data directory with --data-dir"),
             other => Fault::from(other).into(),
@@ -91,6 +95,10 @@ impl From<RpcError> for Failure {
 
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
-        Self::new(error.to_string())
+        let failure = Self::new(error.to_string());
+        match error.kind() {
+            std::io::ErrorKind::PermissionDenied => failure.with_hint("this may need root: use sudo"),
+            _ => failure,
+        }
     }
 }

@@ -16,7 +16,10 @@ use crate::output::{self, Format, age};
 const DONE: ExitCode = ExitCode::SUCCESS;
 
 pub async fn ps(service: &PoolClient, format: Format) -> Result<ExitCode, Failure> {
-    let instances = service.list().await?;
+    let mut instances = service.list().await?;
+    // The newest first.
+    instances
+        .sort_by(|one, other| other.created_at.cmp(&one.created_at).then_with(|| one.spec.name.cmp(&other.spec.name)));
     output::print(format, &instances, |wide| {
         let mut heads = vec!["NAME", "IMAGE", "STATUS", "RESTARTS", "AGE", "ADDRESS"];
         heads.extend(wide.then_some(["ID", "CLASS", "HOST"]).into_iter().flatten());
@@ -89,7 +92,7 @@ pub async fn rm(service: &PoolClient, rm: &Rm) -> Result<ExitCode, Failure> {
     let grace = if rm.force { Some(0) } else { rm.grace };
     let (mut left, mut failures) = (Vec::new(), Vec::new());
     for name in &rm.names {
-        match end(service, name, grace).await {
+        match end(service, name, grace, rm.force).await {
             Ok(id) => left.push((id, name.as_str())),
             Err(failure) => failures.push(failure),
         }
@@ -101,10 +104,16 @@ pub async fn rm(service: &PoolClient, rm: &Rm) -> Result<ExitCode, Failure> {
 }
 
 /// Begins the end of an instance; its id.
-async fn end(service: &PoolClient, name: &str, grace: Option<u32>) -> Result<String, Failure> {
-    let id = service.get(name).await?.id;
-    service.delete(&id, grace).await?;
-    Ok(id)
+async fn end(service: &PoolClient, name: &str, grace: Option<u32>, force: bool) -> Result<String, Failure> {
+    let instance = service.get(name).await?;
+    let label = |label: &str| instance.spec.labels.get(label).map_or("", String::as_str);
+    let (namespace, pod) = (label(joey_vnode::convert::LABEL_NAMESPACE), label(joey_vnode::convert::LABEL_POD));
+    if !force && !pod.is_empty() {
+        return Err(Failure::new(format!("instance \"{name}\" belongs to Pod {namespace}/{pod}"))
+            .with_hint(format!("kubectl delete pod -n {namespace} {pod}; or end it under its Pod with --force")));
+    }
+    service.delete(&instance.id, grace).await?;
+    Ok(instance.id)
 }
 
 /// Follows until all of `left` are gone, or the watch ends; names each that went.

@@ -191,6 +191,11 @@ where
 
 /// Starts logging to standard error.
 pub fn log(filter: &str) -> Result<(), Failure> {
+    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
+    if let Some(word) = filter.split(',').find(|word| !word.contains('=') && !is_level(word)) {
+        return Err(Failure::usage(format!("--log: \"{word}\" is no level"))
+            .with_hint("use error, warn, info or debug, or MODULE=LEVEL"));
+    }
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| Failure::usage(format!("--log: {error}")).with_hint("use error, warn, info or debug"))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();

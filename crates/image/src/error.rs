@@ -93,7 +93,7 @@ impl Problem {
             }
             Self::Denied { .. } => "check user and password, and that the user may pull this repository",
             Self::Unavailable { .. } => {
-                "check the registry's address and that this host reaches it; the pull is retried"
+                "check the registry's address and that this host reaches it; a Pod's pull is tried again by itself"
             }
             Self::Digest { .. } => "the content is not what was named: pull again, or push the image again",
             Self::Platform { .. } => "push a variant for this architecture, or choose another image",

@@ -94,8 +94,29 @@ pub fn failed(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: T
         reason: Some(reason.to_owned()),
         message: Some(message.to_owned()),
         conditions: Some(conditions(pod, before, (&[], &[]), "Failed", false, now)),
+        container_statuses: before.container_statuses.as_ref().map(|all| all.iter().map(|c| lost(c, now)).collect()),
+        init_container_statuses: before.init_container_statuses.clone(),
         ..frame(pod, before, None, now)
     }
+}
+
+/// A container that was running when it was last heard of, and runs no more: in the kubelet's words.
+fn lost(container: &ContainerStatus, now: Timestamp) -> ContainerStatus {
+    let mut lost = ContainerStatus { ready: false, started: Some(false), ..container.clone() };
+    if let Some(running) = container.state.as_ref().and_then(|state| state.running.as_ref()) {
+        lost.state = Some(ContainerState {
+            terminated: Some(ContainerStateTerminated {
+                exit_code: 137,
+                reason: Some("ContainerStatusUnknown".to_owned()),
+                message: Some("The container could not be located when the pod was terminated".to_owned()),
+                started_at: running.started_at.clone(),
+                finished_at: Some(seconds(now)),
+                ..ContainerStateTerminated::default()
+            }),
+            ..ContainerState::default()
+        });
+    }
+    lost
 }
 
 /// The status of a Pod whose containers wait, all for the same reason.

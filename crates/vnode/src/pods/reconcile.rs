@@ -297,8 +297,34 @@ async fn tell(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, instan
             }
         }
     }
-    let status = status::of_instance(pod, &before, instance, context.config.address, Timestamp::now());
+    let now = Timestamp::now();
+    if known.observed_generation != pod.metadata.generation {
+        for message in not_taken_over(pod, instance) {
+            warn(context, uid, pod, "ChangeWithoutEffect", &message, now);
+        }
+    }
+    let status = status::of_instance(pod, &before, instance, context.config.address, now);
     send(context, uid, pod, known, status).await
+}
+
+/// What the Pod says now and its instance was not made with: changes in place are not carried out yet.
+fn not_taken_over(pod: &Pod, instance: &Instance) -> Vec<String> {
+    let containers = pod.spec.iter().flat_map(convert::all_containers).map(|(_, container)| container);
+    let changed = containers.filter(|container| {
+        let made = instance.spec.containers.iter().find(|made| made.name == container.name);
+        made.is_some_and(|made| container.image.as_ref().is_some_and(|image| *image != made.image))
+    });
+    let mut told: Vec<String> = changed
+        .map(|container| {
+            let name = &container.name;
+            format!("container \"{name}\" keeps the image it was started with: delete the Pod and create it again")
+        })
+        .collect();
+    let deadline = pod.spec.as_ref().and_then(|spec| spec.active_deadline_seconds).and_then(|s| u64::try_from(s).ok());
+    if deadline != instance.spec.active_deadline_seconds {
+        told.push("spec.activeDeadlineSeconds of a Pod that runs stays as it was: create the Pod again".to_owned());
+    }
+    told
 }
 
 /// Writes a status unless it is the one last written.
@@ -311,7 +337,9 @@ async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status
             .filter(|condition| status::OWN_CONDITIONS.contains(&condition.type_.as_str()))
             .map(|c| (c.type_.clone(), c.status.clone(), c.reason.clone(), c.message.clone()))
             .collect::<std::collections::BTreeSet<_>>();
-        (own, status.phase.clone(), status.reason.clone(), status.message.clone(), status.pod_ip.clone())
+        let words = (status.reason.clone(), status.message.clone());
+        // Those who wait for a condition wait until it speaks of the specification they know.
+        (own, status.phase.clone(), words, status.pod_ip.clone(), status.observed_generation)
     };
     if parts(known) == parts(&status) && known.container_statuses == status.container_statuses {
         return Ok(());

@@ -13,7 +13,6 @@ use tokio::sync::{mpsc, watch};
 
 use crate::life::LOG_ENDED;
 use crate::log_write;
-use crate::supervisor::LOG_ENDED;
 
 /// Which run's log, and how to learn that it grew or ended.
 pub struct Source {

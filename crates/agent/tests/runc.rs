@@ -321,16 +321,17 @@ async fn limits_users_volumes_and_restarts() {
     let sandbox = bench.create(&request).await;
     let agent = AgentClient::new(sandbox.agent().clone());
     let backing_off = |state: &joey_api::agent::AgentState| matches!(&state.containers[0].state, ContainerState::Waiting { reason, .. } if reason == "CrashLoopBackOff");
-    state_where(&agent, backing_off).await;
+    // The first restart comes at once, the second waits.
+    state_where(&agent, |state| state.containers[0].restart_count == 1 && backing_off(state)).await;
     agent.restart("main").await.unwrap();
-    let state = state_where(&agent, |state| state.containers[0].restart_count == 1 && backing_off(state)).await;
+    let state = state_where(&agent, |state| state.containers[0].restart_count == 2 && backing_off(state)).await;
     assert_eq!(state.containers[0].last_termination.as_ref().unwrap().exit_code, 3);
     let previous = LogOptions { previous: true, ..LogOptions::default() };
     assert_eq!(logs(&agent, "main", &previous).await, "run\n");
     // Only this run and the one before it are kept.
     agent.restart("main").await.unwrap();
-    state_where(&agent, |state| state.containers[0].restart_count == 2 && backing_off(state)).await;
-    assert!(!request.dir.join("logs/main/0.log").exists() && request.dir.join("logs/main/1.log").exists());
+    state_where(&agent, |state| state.containers[0].restart_count == 3 && backing_off(state)).await;
+    assert!(!request.dir.join("logs/main/1.log").exists() && request.dir.join("logs/main/2.log").exists());
     bench.destroy(&request).await;
 }
 

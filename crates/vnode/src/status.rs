@@ -342,7 +342,9 @@ mod tests {
             .map(|(name, state)| {
                 let waits = state.get("waiting").is_some();
                 let id = if waits { String::new() } else { format!("joey://i/{name}/0") };
-                json!({ "name": name, "state": state, "restartCount": 0, "image": "img", "containerId": id })
+                let runs = state.get("running").is_some();
+                json!({ "name": name, "state": state, "restartCount": 0, "image": "img", "containerId": id,
+                        "started": runs, "ready": runs })
             })
             .collect();
         serde_json::from_value(json!({

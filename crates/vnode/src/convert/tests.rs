@@ -65,13 +65,11 @@ fn an_image_whose_name_cannot_be_read_is_not_a_refusal_for_good() {
 #[test]
 fn unsupported_fields_of_the_pod_are_named() {
     for (field, value) in [
-        ("activeDeadlineSeconds", json!(5)),
         ("ephemeralContainers", json!([{ "name": "x" }])),
         ("hostIPC", json!(true)),
         ("hostNetwork", json!(true)),
         ("hostPID", json!(true)),
         ("hostUsers", json!(false)),
-        ("initContainers", json!([{ "name": "x" }])),
         ("os", json!({ "name": "windows" })),
         ("resourceClaims", json!([{ "name": "gpu" }])),
         ("resources", json!({})),
@@ -90,10 +88,10 @@ fn unsupported_fields_of_the_pod_are_named() {
 fn unsupported_fields_of_a_container_are_named() {
     for (field, value) in [
         ("livenessProbe", json!({})),
-        ("readinessProbe", json!({})),
-        ("startupProbe", json!({})),
-        ("lifecycle", json!({})),
-        ("restartPolicy", json!("Always")),
+        ("readinessProbe", json!({ "httpGet": { "port": "nosuch" } })),
+        ("startupProbe", json!({ "tcpSocket": { "port": 0 } })),
+        ("lifecycle", json!({ "preStop": { "tcpSocket": { "port": 80 } } })),
+        ("restartPolicy", json!("Sometimes")),
         ("volumeDevices", json!([{ "name": "d", "devicePath": "/dev/d" }])),
     ] {
         let found = faults(&pod(json!({}), json!({ field: value })));
@@ -116,11 +114,22 @@ fn unsupported_fields_of_a_container_are_named() {
 }
 
 #[test]
+fn init_containers_and_sidecars_come_first() {
+    let inits =
+        json!([{ "name": "one", "image": "a:1" }, { "name": "side", "image": "a:1", "restartPolicy": "Always" }]);
+    let spec = taken(&pod(json!({ "initContainers": inits, "activeDeadlineSeconds": 5 }), json!({})));
+    let order: Vec<_> = spec.containers.iter().map(|container| (container.name.as_str(), container.role)).collect();
+    assert_eq!(order, [("one", Role::Init), ("side", Role::Sidecar), ("main", Role::Main)]);
+    assert_eq!(spec.active_deadline_seconds, Some(5));
+    assert!(joey_api::validate::instance(&spec).is_ok());
+}
+
+#[test]
 fn every_fault_is_told_at_once() {
     let found = faults(&pod(
         json!({ "hostNetwork": true, "securityContext": { "sysctls": [{ "name": "a", "value": "b" }] },
             "volumes": [{ "name": "data", "hostPath": { "path": "/" } }] }),
-        json!({ "lifecycle": {} }),
+        json!({ "lifecycle": { "postStart": {} } }),
     ));
     assert_eq!(found.len(), 4, "{found:?}");
     assert!(found.iter().any(|fault| fault.starts_with("volume \"data\": hostPath is not supported")), "{found:?}");
@@ -130,10 +139,10 @@ fn every_fault_is_told_at_once() {
 fn what_has_no_effect_is_remarked() {
     let pod = pod(
         json!({ "subdomain": "peers", "securityContext": { "fsGroup": 7 } }),
-        json!({ "terminationMessagePath": "/end", "resources": { "limits": { "ephemeral-storage": "1Gi" } } }),
+        json!({ "resources": { "limits": { "ephemeral-storage": "1Gi" } } }),
     );
     let converted = convert(&pod, &Objects::default(), &config()).unwrap();
-    assert_eq!(converted.without_effect.len(), 4, "{:?}", converted.without_effect);
+    assert_eq!(converted.without_effect.len(), 3, "{:?}", converted.without_effect);
     assert_eq!(converted.spec.containers[0].security.supplemental_groups, [7]);
 }
 

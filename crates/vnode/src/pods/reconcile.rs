@@ -341,7 +341,8 @@ async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status
         // Those who wait for a condition wait until it speaks of the specification they know.
         (own, status.phase.clone(), words, status.pod_ip.clone(), status.observed_generation)
     };
-    if parts(known) == parts(&status) && known.container_statuses == status.container_statuses {
+    let containers = |status: &PodStatus| (status.init_container_statuses.clone(), status.container_statuses.clone());
+    if parts(known) == parts(&status) && containers(known) == containers(&status) {
         return Ok(());
     }
     let change = status::patch(known, &status);

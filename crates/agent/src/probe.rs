@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use joey_api::agent::AgentContainer;
-use joey_api::lifecycle::Probe;
+use joey_api::lifecycle::{Probe, Role};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -31,6 +31,11 @@ pub struct Verdict {
     pub grace: Option<Duration>,
 }
 
+/// Whether it is ready as soon as it has started. An init container is ready once it is done.
+pub fn is_ready_unasked(container: &AgentContainer) -> bool {
+    container.role != Role::Init && container.lifecycle.readiness.is_none()
+}
+
 /// Asks until a probe fails for good; never ends otherwise.
 pub async fn watch(agent: &Agent, life: &Life, health: &watch::Sender<Health>) -> Verdict {
     let container = &agent.config.containers[life.at];
@@ -46,7 +51,7 @@ pub async fn watch(agent: &Agent, life: &Life, health: &watch::Sender<Health>) -
             }
         }
     }
-    let ready = container.lifecycle.readiness.is_none();
+    let ready = is_ready_unasked(container);
     health.send_if_modified(|health| {
         let now = Health { started: true, ready };
         std::mem::replace(health, now) != now

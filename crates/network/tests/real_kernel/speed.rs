@@ -13,7 +13,7 @@ use crate::{UNLIMITED, id};
 async fn caps_let_through_what_they_say() {
     const CAP: u64 = 5_000_000;
     let networks = Networks::open(config("w", 8, 24)).await.unwrap();
-    let caps = Bandwidth { ingress: Some(CAP), egress: Some(CAP) };
+    let caps = Bandwidth { ingress: Some(CAP), egress: Some(CAP), ..Bandwidth::default() };
     let a = networks.attach(&id(1), caps).await.unwrap();
     let b = networks.attach(&id(2), UNLIMITED).await.unwrap();
     let period = Duration::from_secs(3);
@@ -56,7 +56,7 @@ async fn cost() {
     }
     times.sort();
     println!("attach from prepared: median {:?}, worst {:?}, cpu {:?}", times[10], times[19], (cpu() - used) / 20);
-    let caps = Bandwidth { ingress: Some(5_000_000), egress: Some(5_000_000) };
+    let caps = Bandwidth { ingress: Some(5_000_000), egress: Some(5_000_000), ..Bandwidth::default() };
     let start = Instant::now();
     networks.attach(&id(0), caps).await.unwrap();
     println!("caps both ways: {:?}", start.elapsed());

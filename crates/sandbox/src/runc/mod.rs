@@ -1,6 +1,7 @@
 //! Class `runc`: the agent is a process on the host, and containers are namespaces and cgroups below it.
 
 mod cgroup;
+mod layers;
 mod process;
 mod program;
 
@@ -48,6 +49,7 @@ struct Runc {
 }
 
 struct RuncSandbox {
+    instance: InstanceId,
     client: Client,
     pid: u32,
     gone: watch::Receiver<bool>,
@@ -62,6 +64,17 @@ impl Sandbox for RuncSandbox {
     async fn exited(&self) {
         // An error means that the watcher is gone, which it is only after it saw the end.
         let _ = self.gone.clone().wait_for(|gone| *gone).await;
+    }
+
+    async fn provide(&self, layers: Vec<PathBuf>) -> Result<(), SandboxError> {
+        let (pid, gone) = (self.pid, self.gone.clone());
+        let shown = tokio::task::spawn_blocking(move || match *gone.borrow() {
+            true => Err(io::ErrorKind::NotFound.into()),
+            false => layers::show(pid, layers),
+        });
+        let operation = "show further layers to the agent";
+        let failed = |source| SandboxError::Host { instance: self.instance.clone(), operation, source };
+        shown.await.map_err(|error| failed(io::Error::other(error)))?.map_err(failed)
     }
 
     fn pid(&self) -> Option<u32> {
@@ -88,7 +101,7 @@ impl SandboxClass for Runc {
     async fn adopt(&self, instance: &InstanceId, dir: &Path) -> Result<Option<Arc<dyn Sandbox>>, SandboxError> {
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         match Process::recorded(&dir.join("agent.pid")).map_err(host("read the agent's record"))? {
-            Some(process) => Ok(Some(watched(process, None, dir).map_err(host("watch the agent"))?)),
+            Some(process) => Ok(Some(watched(instance, process, None, dir).map_err(host("watch the agent"))?)),
             None => Ok(None),
         }
     }
@@ -135,7 +148,7 @@ impl Runc {
             return Err(SandboxError::Agent { instance: instance.clone(), message });
         }
         let process = Process::open(child.id());
-        process.and_then(|process| watched(process, Some(child), &request.dir)).map_err(|source| SandboxError::Host {
+        process.and_then(|process| watched(instance, process, Some(child), &request.dir)).map_err(|source| SandboxError::Host {
             instance: instance.clone(),
             operation: "watch the agent",
             source,
@@ -170,7 +183,12 @@ impl Runc {
 }
 
 /// Watches the agent until it is gone, and reaps it where it is this process's child.
-fn watched(process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc<dyn Sandbox>> {
+fn watched(
+    instance: &InstanceId,
+    process: Process,
+    child: Option<Child>,
+    dir: &Path,
+) -> io::Result<Arc<dyn Sandbox>> {
     let (gone, seen) = watch::channel(false);
     let pid = process.pid();
     let client = Client::unix(dir.join("agent.sock"));
@@ -183,7 +201,7 @@ fn watched(process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc
         }
         gone.send_replace(true);
     });
-    Ok(Arc::new(RuncSandbox { client, pid, gone: seen }))
+    Ok(Arc::new(RuncSandbox { instance: instance.clone(), client, pid, gone: seen }))
 }
 
 async fn first_line(ready: OwnedFd) -> io::Result<String> {

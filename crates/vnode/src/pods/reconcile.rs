@@ -19,7 +19,7 @@ use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::wait::await_condition;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, change, contents};
 use crate::convert::{self, Refusal};
 use crate::resolve::{self, Kind, Missing};
 use crate::status;
@@ -33,6 +33,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Duration> {
     let (pod, instance, sent) =
         context.registry.read(uid, |entry| (entry.pod.clone(), entry.instance.clone(), entry.sent.clone()))?;
+    let lives = matches!((&pod, &instance), (Some(pod), Some(_)) if pod.metadata.deletion_timestamp.is_none());
+    if !lives {
+        context.shown.release(uid);
+    }
     let done = match (pod, instance) {
         (None, None) => Ok(()),
         (None, Some(instance)) => end(context, uid, &instance, Some(FORCED_GRACE)).await,
@@ -45,7 +49,11 @@ pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Durat
                     let ended = end(context, uid, &instance, grace).await;
                     tell(context, uid, &pod, &known, &instance).await.and(ended)
                 }
-                (false, Some(instance)) => tell(context, uid, &pod, &known, &instance).await,
+                (false, Some(instance)) => {
+                    let followed = change::follow(context, uid, &pod, &known, &instance).await;
+                    let told = tell(context, uid, &pod, &known, &instance).await;
+                    contents::renew(context, uid, &pod, &instance).await.and(told).and(followed)
+                }
                 (false, None) if status::is_terminal(&known) => Ok(()),
                 (false, None) => start(context, uid, &pod, &known).await,
             }
@@ -67,7 +75,7 @@ pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Durat
     }
 }
 
-fn away(error: kube::Error) -> Fault {
+pub(super) fn away(error: kube::Error) -> Fault {
     Fault::new(ErrorKind::Retryable, "ClusterAway", error.to_string())
 }
 
@@ -138,11 +146,12 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
     if let Err(fault) = joey_api::validate::instance(&converted.spec) {
         return refuse(context, uid, pod, known, "UnsupportedPod", &fault.message).await;
     }
+    // A create that is asked for again may be one that was made, with what it had then.
+    let first = context.registry.read(uid, |entry| entry.attempts == 0) == Some(true);
+    let files = first.then(|| contents::brief(&converted.spec.volumes));
     match context.provider.create(converted.spec).await {
         Ok(instance) => {
-            for remark in converted.without_effect {
-                context.events.say(pod, None, true, "FieldWithoutEffect", &remark, now);
-            }
+            contents::sent(context, uid, objects.tokens, files);
             context.registry.instance(uid, instance, false);
             // The watch may have told it already; one more look never harms, and none is lost.
             context.wake(uid);
@@ -167,7 +176,7 @@ fn needs_capacity(pod: &Pod) -> bool {
     spec.flat_map(convert::all_containers)
         .flat_map(|(_, container)| container.env.iter().flatten())
         .any(|variable| variable.value_from.as_ref().is_some_and(|from| from.resource_field_ref.is_some()))
-        || pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).any(|v| v.downward_api.is_some())
+        || resolve::Needs::shown(pod).fields
 }
 
 async fn refuse(
@@ -221,7 +230,7 @@ async fn wait_for(
 }
 
 /// Says why a Pod does not run, unless it was just said: a Pod is looked at much more often than it has news.
-fn warn(context: &Context, uid: &str, pod: &Pod, reason: &str, message: &str, now: Timestamp) {
+pub(super) fn warn(context: &Context, uid: &str, pod: &Pod, reason: &str, message: &str, now: Timestamp) {
     if context.registry.warns(uid, reason, message, now) {
         context.events.say(pod, None, true, reason, message, now);
     }
@@ -292,7 +301,9 @@ async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status
             .filter(|condition| OWN_CONDITIONS.contains(&condition.type_.as_str()))
             .map(|c| (c.type_.clone(), c.status.clone(), c.reason.clone(), c.message.clone()))
             .collect::<std::collections::BTreeSet<_>>();
-        (own, status.phase.clone(), status.reason.clone(), status.message.clone(), status.pod_ip.clone())
+        let texts = (status.phase.clone(), status.reason.clone(), status.message.clone(), status.pod_ip.clone());
+        let containers = (status.init_container_statuses.clone(), status.ephemeral_container_statuses.clone());
+        (own, texts, containers, status.observed_generation)
     };
     if parts(known) == parts(&status) && known.container_statuses == status.container_statuses {
         return Ok(());

@@ -2,7 +2,7 @@
 //! after it, so that nothing stays behind.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::program::run;
@@ -113,6 +113,14 @@ pub fn process_start(pid: u32) -> Option<u64> {
 pub fn namespace(pid: u32, kind: &str) -> String {
     let link = std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap_or_default();
     link.to_string_lossy().into_owned()
+}
+
+/// The cgroup `name` of an instance, of this controller.
+pub fn cgroup(instance: &str, controller: &str, name: &str) -> Option<PathBuf> {
+    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let root = if unified { PathBuf::from("/sys/fs/cgroup") } else { Path::new("/sys/fs/cgroup").join(controller) };
+    let joeys = std::fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    joeys.map(|joey| joey.join(instance).join(name)).find(|place| place.is_dir())
 }
 
 fn read(path: impl AsRef<Path>) -> String {

@@ -149,6 +149,14 @@ pub fn namespace(pid: u32, kind: &str) -> String {
     link.to_string_lossy().into_owned()
 }
 
+/// The cgroup `name` of an instance, of this controller.
+pub fn cgroup(instance: &str, controller: &str, name: &str) -> Option<PathBuf> {
+    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let root = if unified { PathBuf::from("/sys/fs/cgroup") } else { Path::new("/sys/fs/cgroup").join(controller) };
+    let joeys = std::fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    joeys.map(|joey| joey.join(instance).join(name)).find(|place| place.is_dir())
+}
+
 fn read(path: impl AsRef<Path>) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }

@@ -9,7 +9,7 @@ fn joey(arguments: &[&str]) -> joey_tests::Outcome {
 }
 
 /// Every verb of a first-form Joey.
-const VERBS: [&str; 17] = [
+const VERBS: [&str; 21] = [
     "up",
     "down",
     "run",
@@ -18,6 +18,10 @@ const VERBS: [&str; 17] = [
     "logs",
     "exec",
     "attach",
+    "cp",
+    "port-forward",
+    "debug",
+    "top",
     "events",
     "restart",
     "rm",

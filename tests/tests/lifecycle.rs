@@ -59,6 +59,7 @@ fn init_containers_and_sidecars_go_first() {
     let two = container("two", &image, "echo two; until test -e /all/two; do sleep 0.1; done");
     joey.apply(&shared("steps", &image, &[one, side, two], &[]));
     shows(&joey, "steps", "0/2", "Init:0/3");
+    assert!(joey.joey(&["ps"]).ok().contains("Init:0/3"));
     let now = joey.get("pod", "steps");
     assert_eq!(now["status"]["phase"], "Pending");
     assert_eq!(now["status"]["containerStatuses"][0]["state"]["waiting"]["reason"], "PodInitializing");
@@ -70,6 +71,7 @@ fn init_containers_and_sidecars_go_first() {
     shows(&joey, "steps", "2/2", "Running");
     let conditions = joey.wait_for("steps", "Initialized", seconds(5));
     assert_eq!(conditions["status"]["initContainerStatuses"][0]["state"]["terminated"]["reason"], "Completed");
+    assert!(joey.joey(&["ps"]).ok().contains("2/2"));
 
     // The logs of all of them, each by name and all at once.
     for (name, text) in [("one", "one\n"), ("side", "side\n"), ("two", "two\n")] {
@@ -112,10 +114,9 @@ fn ends_and_failures_have_their_words() {
     shows(&joey, "crash", "0/1", "CrashLoopBackOff");
     assert_ne!(columns(&joey, "crash").2, "0");
     shows(&joey, "greedy", "0/1", "OOMKilled");
-    wait_until("its time is over", seconds(20), || {
-        let late = joey.get("pod", "late")["status"].clone();
-        holds((&late["phase"], &late["reason"]) == (&json!("Failed"), &json!("DeadlineExceeded")), late)
-    });
+    shows(&joey, "late", "0/1", "DeadlineExceeded");
+    let late = joey.get("pod", "late")["status"].clone();
+    assert_eq!((&late["phase"], &late["reason"]), (&json!("Failed"), &json!("DeadlineExceeded")));
 
     joey.run_pod("slow", &image, &["sh", "-c", "trap '' TERM QUIT; while :; do sleep 0.1; done"]);
     joey.kubectl(&["delete", "pod", "slow", "--grace-period=4", "--wait=false"]).ok();

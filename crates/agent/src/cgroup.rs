@@ -1,15 +1,29 @@
 //! Cgroups as the agent uses them: making, limiting, joining, counting. v1 hierarchies or the unified v2 one.
+//!
+//! ```text
+//! /joey/i-…               the instance
+//! ├─ agent                this process: limits on the containers never slow it
+//! ├─ CONTAINER            where the instance has no limits as a whole
+//! └─ containers           where it has: they are this cgroup's
+//!    └─ CONTAINER
+//! ```
 
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use joey_api::instance::Resources;
+use joey_api::agent::AgentConfig;
+use joey_api::instance::{Limits, Resources};
+
+use crate::sys;
 
 const ROOT: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
 /// Those that v2 has to be told to pass on.
-const PASSED: [&str; 3] = ["memory", "cpu", "pids"];
+const PASSED: [&str; 4] = ["memory", "cpu", "pids", "io"];
+/// How long killed processes may take to be gone.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Length of a CPU period in microseconds, the kernel's and Kubernetes' default.
 const PERIOD: u64 = 100_000;
@@ -19,16 +33,29 @@ const PERIOD: u64 = 100_000;
 pub struct Cgroup {
     name: String,
     unified: bool,
+    /// The cgroup of v1 that limits the disk for it. That controller does not add up what children do, so all share one.
+    disk: Option<PathBuf>,
 }
 
 impl Cgroup {
     pub fn new(name: &str) -> Self {
         let unified = Path::new(ROOT).join("cgroup.controllers").exists();
-        Self { name: name.trim_matches('/').to_owned(), unified }
+        Self { name: name.trim_matches('/').to_owned(), unified, disk: None }
+    }
+
+    /// The one above all containers of an instance.
+    pub fn of_containers(config: &AgentConfig) -> Self {
+        let instance = Self::new(&config.cgroup);
+        if config.limits == Limits::default() {
+            return instance;
+        }
+        let all = instance.child("containers");
+        let disk = (config.limits.has_disk() && !all.unified).then(|| Path::new(ROOT).join("blkio").join(&all.name));
+        Self { disk, ..all }
     }
 
     pub fn child(&self, name: &str) -> Self {
-        Self { name: format!("{}/{name}", self.name), unified: self.unified }
+        Self { name: format!("{}/{name}", self.name), unified: self.unified, disk: self.disk.clone() }
     }
 
     fn place(&self, controller: &str) -> PathBuf {
@@ -64,7 +91,7 @@ impl Cgroup {
             }
             return Ok(());
         }
-        self.places().iter().try_for_each(std::fs::create_dir_all)
+        self.places().iter().chain(&self.disk).try_for_each(std::fs::create_dir_all)
     }
 
     /// Where a clone puts its child at once, for clone3(2)'s CLONE_INTO_CGROUP: moving a process between cgroups of v2 waits for
@@ -77,11 +104,54 @@ impl Cgroup {
     pub fn join(&self) -> io::Result<()> {
         // v1 moves a lone thread through `tasks` without the lock of all processes, which takes a grace period of RCU.
         let file = if self.unified { "cgroup.procs" } else { "tasks" };
-        self.places().iter().try_for_each(|place| std::fs::write(place.join(file), "0"))
+        self.places().iter().chain(&self.disk).try_for_each(|place| std::fs::write(place.join(file), "0"))
     }
 
-    /// Sets the limits. Memory includes swap; a limit that the kernel does not have is skipped only for swap.
+    /// Sets a container's limits.
     pub fn limit(&self, limits: &Resources) -> io::Result<()> {
+        self.bound(limits)?;
+        if self.unified && limits.memory_bytes.is_some() {
+            // The container as a whole runs out of memory, not its unlucky process: as the kubelet on v2.
+            let _ = std::fs::write(self.place("").join("memory.oom.group"), "1");
+        }
+        Ok(())
+    }
+
+    /// Makes it and sets the limits of all containers together; `dir` lies on the disk that is limited.
+    pub fn limit_all(&self, limits: &Limits, dir: &Path) -> io::Result<()> {
+        self.make()?;
+        self.bound(&limits.resources())?;
+        if !limits.has_disk() {
+            return Ok(());
+        }
+        let disk = disk_of(dir)?;
+        let (bytes, operations) = (limits.disk_bytes_per_second, limits.disk_operations_per_second);
+        let written = |file: PathBuf, text: String| {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            std::fs::write(file, text)
+                .map_err(|error| io::Error::new(error.kind(), format!("cannot set {name} of disk {disk}: {error}")))
+        };
+        match &self.disk {
+            None => {
+                let word = |name: &str, rate: Option<u64>| rate.map(|rate| format!(" r{name}={rate} w{name}={rate}"));
+                let words = [word("bps", bytes), word("iops", operations)].into_iter().flatten().collect::<String>();
+                written(self.place("").join("io.max"), format!("{disk}{words}"))
+            }
+            Some(place) => {
+                for (kind, rate) in [("bps", bytes), ("iops", operations)] {
+                    let Some(rate) = rate else { continue };
+                    for way in ["read", "write"] {
+                        written(place.join(format!("blkio.throttle.{way}_{kind}_device")), format!("{disk} {rate}"))?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Sets limits, also where others were set before. Memory includes swap; a limit that the kernel does not have is skipped
+    /// only for swap.
+    fn bound(&self, limits: &Resources) -> io::Result<()> {
         let write = |controller: &str, file: &str, text: String| {
             std::fs::write(self.place(controller).join(file), text)
                 .map_err(|error| io::Error::new(error.kind(), format!("cannot set {file}: {error}")))
@@ -91,10 +161,10 @@ impl Cgroup {
                 true => {
                     write("memory", "memory.max", bytes.to_string())?;
                     let _ = write("memory", "memory.swap.max", "0".to_owned());
-                    // The container as a whole runs out of memory, not its unlucky process: as the kubelet on v2.
-                    let _ = write("memory", "memory.oom.group", "1".to_owned());
                 }
                 false => {
+                    // Never may the sum with swap be below the other: it goes first on the way up, last on the way down.
+                    let _ = write("memory", "memory.memsw.limit_in_bytes", bytes.to_string());
                     write("memory", "memory.limit_in_bytes", bytes.to_string())?;
                     let _ = write("memory", "memory.memsw.limit_in_bytes", bytes.to_string());
                 }
@@ -129,6 +199,30 @@ impl Cgroup {
             .map_err(|error| io::Error::new(error.kind(), format!("cannot set {file}: {error}")))
     }
 
+    /// Brings the limits of a living container to these, also where there were none or shall be none any more.
+    pub fn resize(&self, limits: &Resources) -> io::Result<()> {
+        let set = |controller: &str, file: &str, text: &str| {
+            // What matters is written once more, and told, by `limit`.
+            let _ = std::fs::write(self.place(controller).join(file), text);
+        };
+        match (limits.memory_bytes, self.unified) {
+            (None, true) => set("memory", "memory.max", "max"),
+            // Memory with swap is never less than memory: for more memory it grows first, for less it shrinks last.
+            (Some(bytes), false) => set("memory", "memory.memsw.limit_in_bytes", &bytes.to_string()),
+            (None, false) => {
+                set("memory", "memory.memsw.limit_in_bytes", "-1");
+                set("memory", "memory.limit_in_bytes", "-1");
+            }
+            (Some(_), true) => {}
+        }
+        match (limits.cpu_milli, self.unified) {
+            (None, true) => set("cpu", "cpu.max", &format!("max {PERIOD}")),
+            (None, false) => set("cpu", "cpu.cfs_quota_us", "-1"),
+            (Some(_), _) => {}
+        }
+        self.limit(limits)
+    }
+
     /// How many processes in it the kernel killed for want of memory.
     pub fn oom_kills(&self) -> u64 {
         let file = if self.unified { "memory.events" } else { "memory.oom_control" };
@@ -158,6 +252,23 @@ impl Cgroup {
         text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
+    /// Kills what is in it until nothing is: for containers that no namespace of processes ends with.
+    pub async fn end_all(&self) {
+        let _ = tokio::time::timeout(END_LIMIT, async {
+            loop {
+                let found: Vec<_> = self.processes().into_iter().filter_map(sys::Target::open).collect();
+                if found.is_empty() {
+                    return;
+                }
+                // Opened first and seen here afterwards: a number that came to mean another process is not killed.
+                let now = self.processes();
+                found.iter().filter(|target| now.contains(&target.pid())).for_each(sys::Target::kill);
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+    }
+
     fn number(&self, controller: &str, file: &str) -> u64 {
         let text = std::fs::read_to_string(self.place(controller).join(file)).unwrap_or_default();
         text.trim().parse().unwrap_or(0)
@@ -166,6 +277,29 @@ impl Cgroup {
     fn field(&self, controller: &str, file: &str, name: &str) -> u64 {
         let text = std::fs::read_to_string(self.place(controller).join(file)).unwrap_or_default();
         text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
+/// `MAJOR:MINOR` of the whole disk that a directory lies on, as the controllers want it.
+fn disk_of(dir: &Path) -> io::Result<String> {
+    use std::os::unix::fs::MetadataExt;
+    let number = |device: u64| format!("{}:{}", libc::major(device), libc::minor(device));
+    let mut device = std::fs::metadata(dir)?.dev();
+    if libc::major(device) == 0 {
+        // Some file systems have a number of their own: the disk is the one they were mounted from.
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let wanted = number(device);
+        let source = mounts.lines().filter(|line| line.split(' ').nth(2) == Some(&wanted)).find_map(|line| {
+            std::fs::metadata(line.split(" - ").nth(1)?.split(' ').nth(1)?).ok().map(|meta| meta.rdev())
+        });
+        device = source.filter(|device| *device != 0).ok_or_else(|| {
+            io::Error::other("what is written lies on no disk of this host, so no limit of the disk can hold")
+        })?;
+    }
+    let place = PathBuf::from(format!("/sys/dev/block/{}", number(device)));
+    match place.join("partition").exists() {
+        true => Ok(std::fs::read_to_string(place.join("../dev"))?.trim().to_owned()),
+        false => Ok(number(device)),
     }
 }
 
@@ -197,8 +331,9 @@ mod tests {
 
     #[test]
     fn only_what_is_there_and_not_passed_on_is_asked_for() {
-        assert_eq!(missing("cpuset cpu io memory hugetlb pids rdma\n", "memory pids\n"), "+cpu");
+        assert_eq!(missing("cpuset cpu io memory hugetlb pids rdma\n", "memory pids\n"), "+cpu +io");
         assert_eq!(missing("cpu memory pids\n", "cpu memory pids\n"), "");
+        assert!(disk_of(Path::new("/proc")).is_err());
         assert_eq!(missing("cpuset memory pids\n", "\n"), "+memory +pids");
     }
 }

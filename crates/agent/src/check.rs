@@ -70,7 +70,8 @@ pub async fn perform(agent: &Agent, life: &Life, action: &Action, limit: Duratio
 
 /// Runs a program to its end; what does not end in time is killed with its process group.
 async fn exec(agent: &Agent, life: &Life, command: &[String], limit: Duration) -> Result<(), Unwell> {
-    let container = &agent.config.containers[life.at];
+    let container = life.container();
+    let container = &*container;
     let program = Program { container, args: command, stdin: false, tty: false };
     let cgroup = agent.cgroup.child(&container.name);
     let init = life.running().ok_or_else(|| Unwell("container is not running".to_owned()))?;

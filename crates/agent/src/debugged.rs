@@ -8,7 +8,8 @@ use crate::supervisor::Agent;
 
 /// What holds the container, in words; `None`: nothing.
 pub fn held(agent: &Agent, life: &Life) -> Option<String> {
-    let container = &agent.config.containers[life.at];
+    let container = life.container();
+    let container = &*container;
     let traced = agent.cgroup.child(&container.name).processes().into_iter().find(|pid| is_traced(*pid));
     if let Some(pid) = traced {
         return Some(format!("process {pid} is traced"));

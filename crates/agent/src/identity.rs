@@ -19,11 +19,17 @@ pub struct Identity {
 }
 
 /// Resolves `user`, `uid`, `user:group` in all mixtures; the empty text is root. Errors are for the user.
-pub fn resolve(user: &str, supplemental: &[u32]) -> Result<Identity, String> {
-    resolve_in(user, supplemental, &read("/etc/passwd"), &read("/etc/group"))
+/// `strict`: groups that the image puts the user into do not count.
+pub fn resolve(user: &str, supplemental: &[u32], strict: bool) -> Result<Identity, String> {
+    resolve_in(user, (supplemental, strict), &read("/etc/passwd"), &read("/etc/group"))
 }
 
-fn resolve_in(user: &str, supplemental: &[u32], passwd: &str, group: &str) -> Result<Identity, String> {
+fn resolve_in(
+    user: &str,
+    (supplemental, strict): (&[u32], bool),
+    passwd: &str,
+    group: &str,
+) -> Result<Identity, String> {
     let (user, wanted_group) = user.split_once(':').map_or((user, None), |(user, group)| (user, Some(group)));
     let user = if user.is_empty() { "0" } else { user };
     let entry = passwd
@@ -48,7 +54,7 @@ fn resolve_in(user: &str, supplemental: &[u32], passwd: &str, group: &str) -> Re
         None => entry.as_ref().and_then(|fields| number(fields, 3)).unwrap_or(0),
     };
     let mut all: BTreeSet<u32> = supplemental.iter().copied().collect();
-    if let (Some(fields), None) = (&entry, wanted_group) {
+    if let (Some(fields), false) = (&entry, strict) {
         let member = |list: &str| list.split(',').any(|name| name == fields[0]);
         all.extend(groups.iter().filter(|g| g.len() >= 4 && member(g[3])).filter_map(|g| number(g, 2)));
     }
@@ -168,12 +174,15 @@ mod tests {
 
     #[test]
     fn users() {
-        let resolve = |user| resolve_in(user, &[7], PASSWD, GROUP).map(|i| (i.uid, i.gid, i.groups, i.home));
+        let resolve =
+            |user| resolve_in(user, (&[7], false), PASSWD, GROUP).map(|i| (i.uid, i.gid, i.groups, i.home));
         assert_eq!(resolve(""), Ok((0, 0, vec![0, 7], "/root".into())));
         assert_eq!(resolve("web"), Ok((33, 34, vec![4, 7, 34], "/var/www".into())));
         assert_eq!(resolve("33:log"), Ok((33, 4, vec![4, 7], "/var/www".into())));
         assert_eq!(resolve("1000"), Ok((1000, 0, vec![0, 7], "/".into())));
         assert_eq!(resolve("1000:2000"), Ok((1000, 2000, vec![7, 2000], "/".into())));
+        let strict = resolve_in("web", (&[7], true), PASSWD, GROUP).map(|i| (i.uid, i.gid, i.groups));
+        assert_eq!(strict, Ok((33, 34, vec![7, 34])), "not the image's");
         assert!(resolve("nobody").is_err() && resolve("web:nogroup").is_err());
         assert!(resolve("4294967295").is_err() && resolve("1:4294967295").is_err() && resolve("2147483648").is_err());
     }

@@ -14,9 +14,13 @@ const FROM_FILE: u64 = 4096;
 const FROM_LOG: usize = 2048;
 const LINES: usize = 80;
 
-/// The file, as the host sees it, of the run whose writable layer is `upper`.
+/// The file of the run whose writable layer is `upper`. It is in memory: a table of mounts would say where on the host's disk
+/// it lies.
 pub fn place(upper: &Path) -> PathBuf {
-    upper.join("last-words")
+    let mut names = upper.iter().rev().map(|name| name.to_string_lossy());
+    let (run, container) = (names.next().unwrap_or_default(), names.next().unwrap_or_default());
+    let dir = upper.ancestors().nth(3).unwrap_or(upper);
+    dir.join("etc").join(format!("last-words.{container}.{run}"))
 }
 
 /// Makes the file, for every user of the container to write.
@@ -33,6 +37,7 @@ pub fn read(dir: &Path, container: &AgentContainer, upper: &Path, run: u32, exit
     if let Err(error) = written {
         eprintln!("cannot read the last words of {}: {error}", container.name);
     }
+    let _ = std::fs::remove_file(place(upper));
     if bytes.is_empty() && exit_code != 0 && container.last_words.or_log {
         bytes = log_read::end(dir, &container.name, run, LINES, FROM_LOG);
     }

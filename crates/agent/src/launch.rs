@@ -128,6 +128,35 @@ pub async fn container(
     .await
 }
 
+/// Starts the first process of a container that sees the processes of another one, whose first process is `init`: it is one
+/// of them, and ends with them.
+pub async fn beside(
+    config: &AgentConfig,
+    program: &Program<'_>,
+    dir: &Path,
+    upper: &Path,
+    cgroup: &Cgroup,
+    init: u32,
+) -> Result<Started, Failure> {
+    let gone = |_| "the target container is not running".to_owned();
+    let pids = File::open(format!("/proc/{init}/ns/pid")).map_err(gone)?;
+    let own = File::open("/proc/self/ns/pid").map_err(|error| error.to_string())?;
+    let entrance = entrance(cgroup)?;
+    let how = Clone { flags: libc::CLONE_NEWNS as u64, into: entrance.as_ref().map(File::as_fd) };
+    // As for a further process: the agent is there for the moment of one clone.
+    sys::setns(pids.as_fd(), libc::CLONE_NEWPID).map_err(gone)?;
+    let mut back = || sys::setns(own.as_fd(), libc::CLONE_NEWPID).map_err(|error| error.to_string());
+    start(program, &how, &mut back, &[], || {
+        if how.into.is_none() {
+            cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
+        }
+        sys::unshare(libc::CLONE_NEWCGROUP).map_err(|error| format!("cannot unshare the cgroup: {error}"))?;
+        sys::best_effort_oom(oom_score(program.container));
+        root::enter(config, program.container, dir, upper)
+    })
+    .await
+}
+
 /// Starts a further process in the container whose first process is `init`.
 pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Result<Started, Failure> {
     let open =
@@ -149,7 +178,7 @@ pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Resul
             sys::best_effort_oom(oom_score(program.container));
             sys::setns(mounts.as_fd(), libc::CLONE_NEWNS)
         };
-        enter().map_err(|error| format!("cannot enter the container: {error}"))
+        enter().map_err(|error| Failure::Start(format!("cannot enter the container: {error}")))
     })
     .await
 }
@@ -177,7 +206,7 @@ async fn start(
     how: &Clone<'_>,
     cloned_once: &mut (dyn FnMut() -> Result<(), String> + Send),
     kept: &[RawFd],
-    enter: impl FnOnce() -> Result<(), String>,
+    enter: impl FnOnce() -> Result<(), Failure>,
 ) -> Result<Started, Failure> {
     let prepared = sys::socketpair().and_then(|sockets| Ok((sockets, pipes(program)?)));
     let cloned = prepared.and_then(|prepared| sys::clone(how.flags, how.into).map(|cloned| (prepared, cloned)));
@@ -191,7 +220,7 @@ async fn start(
             kept.push(far.as_raw_fd());
             // The agent's own descriptors lead to the host: nothing that the container decides on happens before they are gone.
             let closed = sys::close_all_but(&kept).map_err(|error| format!("cannot close the descriptors: {error}"));
-            let failure = match closed.and_then(|()| enter()).map_err(Failure::Start) {
+            let failure = match closed.map_err(Failure::Start).and_then(|()| enter()) {
                 Ok(()) => match run(program, ends, &far) {
                     Ok(never) => match never {},
                     Err(failure) => failure,
@@ -277,7 +306,8 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Fai
     // SAFETY: umask takes an integer and cannot fail.
     unsafe { libc::umask(0o022) };
     sys::setsid().map_err(said("make a session"))?;
-    let identity = identity::resolve(&container.user, &container.supplemental_groups).map_err(Failure::Create)?;
+    let (groups, strict) = (&container.supplemental_groups, container.strict_groups);
+    let identity = identity::resolve(&container.user, groups, strict).map_err(Failure::Create)?;
     if container.run_as_non_root && identity.uid == 0 {
         return Err(Failure::Config("container has runAsNonRoot and image will run as root".to_owned()));
     }

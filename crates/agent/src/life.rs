@@ -48,6 +48,8 @@ const HOOK_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// What calls need to know of a container while its task runs it.
 pub struct Life {
     pub at: usize,
+    /// What its next run is made from.
+    container: Mutex<Arc<AgentContainer>>,
     /// 0: no process.
     pub pid: AtomicU32,
     pub run: AtomicU32,
@@ -66,9 +68,10 @@ pub struct Life {
 }
 
 impl Life {
-    pub fn new(at: usize) -> Self {
+    pub fn new(at: usize, container: AgentContainer) -> Self {
         Self {
             at,
+            container: Mutex::new(Arc::new(container)),
             pid: AtomicU32::new(0),
             run: AtomicU32::new(0),
             restart: Notify::new(),
@@ -81,6 +84,15 @@ impl Life {
             started: watch::Sender::new(false),
             settled: AtomicBool::new(false),
         }
+    }
+
+    pub fn container(&self) -> Arc<AgentContainer> {
+        lock(&self.container).clone()
+    }
+
+    /// From its next run on it is this.
+    pub fn become_anew(&self, container: AgentContainer) {
+        *lock(&self.container) = Arc::new(container);
     }
 
     /// The process id of its first process, while it runs.
@@ -188,6 +200,7 @@ impl Agent {
         match (container.role, policy) {
             // What prepares the Pod is done once it has been done.
             (Role::Init, RestartPolicy::Always) => RestartPolicy::OnFailure,
+            (Role::Debug, _) => RestartPolicy::Never,
             (_, policy) => policy,
         }
     }
@@ -202,8 +215,7 @@ impl Agent {
     }
 
     async fn runs(&self, life: &Arc<Life>) -> Option<i32> {
-        let (at, container) = (life.at, &self.config.containers[life.at]);
-        let policy = self.policy(container);
+        let at = life.at;
         let mut delay = Duration::ZERO;
         let mut code = None;
         self.change(|state| state.containers[at].state = waiting("ContainerCreating", String::new()));
@@ -211,6 +223,9 @@ impl Agent {
             if life.is_ending() {
                 return code;
             }
+            let container = life.container();
+            let container = &*container;
+            let policy = self.policy(container);
             let begun = Instant::now();
             let (ended, asked) = match self.run_once(container, life).await {
                 Outcome::Ended { end, asked } => (end, asked),
@@ -221,7 +236,8 @@ impl Agent {
             };
             code = Some(ended.exit_code);
             life.begun.send_replace(true);
-            let again = !life.is_ending() && (asked || policy.restarts(ended.exit_code));
+            let ruled = container.restart_rules.iter().any(|rule| rule.holds(ended.exit_code));
+            let again = !life.is_ending() && (asked || ruled || policy.restarts(ended.exit_code));
             if begun.elapsed() >= GOOD_RUN {
                 delay = Duration::ZERO;
             }
@@ -338,7 +354,15 @@ impl Agent {
         };
         prepare().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))?;
         let program = Program { container, args: &container.args, stdin: container.stdin, tty: container.tty };
-        launch::container(&self.config, &program, &self.dir, upper, cgroup).await
+        let init = match (self.shared, &container.target) {
+            (None, None) => return launch::container(&self.config, &program, &self.dir, upper, cgroup).await,
+            (Some(first), _) => first,
+            (None, Some(target)) => self
+                .find(target)
+                .and_then(|life| life.running())
+                .ok_or_else(|| Failure::Create(format!("target container \"{target}\" is not running")))?,
+        };
+        launch::beside(&self.config, &program, &self.dir, upper, cgroup, init).await
     }
 
     /// Shows the log of this run. It and that of the run before are kept, as under the kubelet.
@@ -458,6 +482,10 @@ impl Agent {
                 }
             }
         };
+        if container.target.is_some() || self.shared.is_some() {
+            // No namespace ends with it, so that what it started would stay with the others.
+            self.cgroup.child(&container.name).end_all().await;
+        }
         (code, signal, why)
     }
 

@@ -5,22 +5,28 @@ mod certificate;
 mod cgroup;
 mod check;
 mod debugged;
+mod files;
+mod forward;
 mod identity;
+mod in_place;
 mod last_words;
 mod launch;
 mod life;
 mod log_read;
 mod log_write;
 mod probe;
+mod processes;
 mod root;
 mod seccomp;
 mod server;
 mod setup;
 mod signal;
+mod storage;
 mod stream;
 mod supervisor;
 mod sys;
 mod view;
+mod volumes;
 
 use std::process::ExitCode;
 

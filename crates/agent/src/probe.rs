@@ -38,7 +38,8 @@ pub fn is_ready_unasked(container: &AgentContainer) -> bool {
 
 /// Asks until a probe fails for good; never ends otherwise.
 pub async fn watch(agent: &Agent, life: &Life, health: &watch::Sender<Health>) -> Verdict {
-    let container = &agent.config.containers[life.at];
+    let container = life.container();
+    let container = &*container;
     let begun = Instant::now();
     if let Some(probe) = &container.lifecycle.startup {
         let mut counted = Counted::new(probe, Answer::Unknown);

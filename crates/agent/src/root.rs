@@ -9,9 +9,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use joey_api::agent::{AgentConfig, AgentContainer};
-use libc::{MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC};
+use libc::{MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC};
 
-use crate::{last_words, sys, view};
+use crate::launch::Failure;
+use crate::{last_words, sys, view, volumes};
 
 /// How paths are walked: within the root and never through the links of /proc.
 const IN_ROOT: u64 = 0x10 | 0x02;
@@ -50,7 +51,7 @@ fn told<T>(what: &str, result: io::Result<T>) -> Result<T, String> {
 ///
 /// What the kernel and the agent supply is in place and closed before anything is mounted that a container can write to,
 /// so that no container of the Pod can lead these mounts elsewhere.
-pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper: &Path) -> Result<(), String> {
+pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper: &Path) -> Result<(), Failure> {
     told("detach the mounts", sys::mount("none", "/", "", MS_REC | MS_PRIVATE, ""))?;
     let base = upper.join("root");
     told("mount the root", overlay(container, upper, &base))?;
@@ -73,37 +74,30 @@ pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper
         told("make the root read-only", sys::close_mount(root, RDONLY, false))?;
     }
     told("enter the root", sys::fchdir(root))?;
-    told("enter the root", sys::pivot_to_working_dir())
+    Ok(told("enter the root", sys::pivot_to_working_dir())?)
 }
 
 /// The layers with a fresh writable one on top. It ends with the container, so nothing of it needs to reach the disk:
 /// `volatile` keeps fsync and the end of the mount from waiting for that.
 fn overlay(container: &AgentContainer, upper: &Path, base: &Path) -> io::Result<()> {
-    let escape = |path: &str| path.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,");
-    let plain = |name: &str| escape(&upper.join(name).display().to_string());
-    let mount = |layers: &[String]| {
-        let (data, work) = (plain("data"), plain("work"));
-        let options = format!("lowerdir={},upperdir={data},workdir={work},volatile", layers.join(":"));
-        sys::mount("overlay", base, "overlay", MS_NODEV, &options)
-    };
-    let layers: Vec<String> = container.layers.iter().map(|layer| escape(layer)).collect();
-    if layers.iter().map(|layer| layer.len() + 1).sum::<usize>() < 3000 {
-        return mount(&layers);
-    }
-    // A page is all that mount(2) passes on: many layers are named by their number in the working directory.
-    let short = upper.join("layers");
-    std::fs::create_dir_all(&short)?;
-    sys::mount("tmpfs", &short, "tmpfs", MS_NODEV, "mode=700")?;
-    std::env::set_current_dir(&short)?;
-    for (number, layer) in container.layers.iter().enumerate() {
-        std::fs::create_dir(number.to_string())?;
-        sys::mount(layer, number.to_string(), "", MS_BIND, "")?;
+    let layers: Vec<&str> = container.layers.iter().map(String::as_str).collect();
+    stack(&layers, &upper.join("l"), base, MS_NODEV, ",upperdir=../data,workdir=../work,volatile")
+}
+
+/// Mounts layers, topmost first, one upon the other, with `more` options.
+///
+/// They are named by short links in `links`, which go again: a container sees the names in its table of mounts, where they are
+/// to say nothing of the host, and a page is all of them that mount(2) passes on.
+pub fn stack(layers: &[&str], links: &Path, place: &Path, flags: libc::c_ulong, more: &str) -> io::Result<()> {
+    std::fs::create_dir_all(links)?;
+    for (number, layer) in layers.iter().enumerate() {
+        std::os::unix::fs::symlink(layer, links.join(number.to_string()))?;
     }
     let numbers: Vec<String> = (0..layers.len()).map(|number| number.to_string()).collect();
-    mount(&numbers)?;
+    std::env::set_current_dir(links)?;
+    sys::mount("overlay", place, "overlay", flags, &format!("lowerdir={}{more}", numbers.join(":")))?;
     std::env::set_current_dir("/")?;
-    // The overlay holds the layers by itself.
-    sys::detach(&short)
+    std::fs::remove_dir_all(links)
 }
 
 fn kernel_mounts(root: BorrowedFd<'_>) -> Result<(), String> {
@@ -171,14 +165,26 @@ fn devices(root: BorrowedFd<'_>) -> Result<(), String> {
     told("close /dev", sys::close_mount(dev.as_fd(), NODEV | NOEXEC, false))
 }
 
-fn volumes(config: &AgentConfig, container: &AgentContainer, dir: &Path, root: BorrowedFd<'_>) -> Result<(), String> {
+/// No volume has a mount within itself, and each is shown by itself alone: read-only is read-only all the way down.
+fn volumes(config: &AgentConfig, container: &AgentContainer, dir: &Path, root: BorrowedFd<'_>) -> Result<(), Failure> {
     for mount in &container.mounts {
-        if !config.volumes.iter().any(|volume| volume.name == mount.volume) {
-            return Err(format!("volume \"{}\" does not exist", mount.volume));
-        }
-        let attributes = NOSUID | NODEV | if mount.read_only { RDONLY } else { 0 };
-        let bound = target(root, Path::new(&mount.path), false, IN_ROOT)
-            .and_then(|target| bind(root, &dir.join("volumes").join(&mount.volume), &target, attributes));
+        let Some(volume) = config.volumes.iter().find(|volume| volume.name == mount.volume) else {
+            return Err(Failure::Start(format!("volume \"{}\" does not exist", mount.volume)));
+        };
+        let read_only = mount.read_only || volumes::is_read_only(volume);
+        // Programs of a foreign image are not the container's.
+        let foreign = if volume.layers.is_empty() { 0 } else { NOEXEC };
+        let attributes = NOSUID | NODEV | foreign | if read_only { RDONLY } else { 0 };
+        let shown = volumes::open(dir, volume, mount).map_err(|error| {
+            let path = mount.sub_path.as_deref().unwrap_or_default();
+            let (volume, container) = (&mount.volume, &container.name);
+            Failure::Config(format!(
+                "failed to prepare subPath \"{path}\" for volumeMount \"{volume}\" of container \"{container}\": {error}"
+            ))
+        })?;
+        let bound = std::fs::metadata(place(&shown))
+            .and_then(|meta| target(root, Path::new(&mount.path), !meta.is_dir(), IN_ROOT))
+            .and_then(|target| attach(root, clone_of(&shown)?, &target, attributes));
         told(&format!("mount volume \"{}\" at {}", mount.volume, mount.path), bound)?;
     }
     Ok(())
@@ -221,9 +227,14 @@ fn clone_of(mounted: &OwnedFd) -> io::Result<OwnedFd> {
     sys::clone_mount(mounted.as_fd(), Path::new(""), false)
 }
 
-/// Shows `source`, a path of the agent's, at a place of the container's. What the kernel shows of itself is never covered:
-/// its files are how the container is held.
+/// Shows `source`, a path of the agent's, at a place of the container's.
 fn bind(root: BorrowedFd<'_>, source: &Path, target: &OwnedFd, attributes: u64) -> io::Result<()> {
+    attach(root, sys::clone_mount(root, source, false)?, target, attributes)
+}
+
+/// Puts a mount to a place of the container's. What the kernel shows of itself is never covered: its files are how the
+/// container is held.
+fn attach(root: BorrowedFd<'_>, mount: OwnedFd, target: &OwnedFd, attributes: u64) -> io::Result<()> {
     let at_root = {
         use std::os::unix::fs::MetadataExt;
         let (root, target) = (std::fs::metadata(format!("/proc/self/fd/{}", root.as_raw_fd()))?, place(target));
@@ -234,7 +245,6 @@ fn bind(root: BorrowedFd<'_>, source: &Path, target: &OwnedFd, attributes: u64) 
     if at_root || kernels {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "nothing may be mounted there"));
     }
-    let mount = sys::clone_mount(root, source, false)?;
     sys::close_mount(mount.as_fd(), attributes, false)?;
     sys::attach_mount(mount.as_fd(), target.as_fd())
 }

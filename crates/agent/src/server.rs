@@ -13,29 +13,53 @@ use hyper::body::Incoming;
 use joey_api::frame::{
     CLOSE, Decoder, ExecStatus, MAX_PAYLOAD, RESIZE, STATUS, STDERR, STDIN, STDOUT, TerminalSize, encode,
 };
-use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Usage};
+use joey_api::instance::{ContainerState, ContainerUsage, ExecRequest, LogOptions, Usage};
 use joey_model::{ErrorKind, Fault};
-use joey_rpc::{Body, empty_answer, fault_answer, into_stream, json_answer, lines_answer, parse_query, stream_answer};
+use joey_rpc::{
+    Body, empty_answer, fault_answer, into_stream, json_answer, lines_answer, parse_query, read_json, stream_answer,
+};
+use serde::Deserialize;
 use tokio::sync::{mpsc, watch};
 
 use crate::launch::{self, Program};
 use crate::life::{LOG_ENDED, Life};
-use crate::log_read;
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock};
-use crate::sys;
+use crate::{files, forward, in_place, log_read, sys, volumes};
 
+/// How long the streams of a command that has ended may say nothing until they count as ended.
+const QUIET: Duration = Duration::from_millis(250);
 /// What a terminal takes for the end of its input (Ctrl-D).
 const END_OF_FILE: u8 = 4;
 
-type Answers = mpsc::Sender<io::Result<Bytes>>;
+pub type Answers = mpsc::Sender<io::Result<Bytes>>;
 
 /// Answers one call.
 pub async fn answer(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
-    Ok(route(agent, request).unwrap_or_else(fault_answer))
+    let volume = request.uri().path().strip_prefix("/v1/volumes/").map(str::to_owned);
+    let answered = match volume.filter(|_| request.method() == Method::PUT) {
+        Some(name) => volumes::put(&agent, &name, request.into_body()).await,
+        None => route(agent, request).await,
+    };
+    Ok(answered.unwrap_or_else(fault_answer))
 }
 
-fn route(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>, Fault> {
+/// A longer body is no container.
+const BODY: usize = 4 << 20;
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct PortQuery {
+    port: u16,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct PathQuery {
+    path: String,
+}
+
+async fn route(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>, Fault> {
     let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
     let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
     match (request.method(), parts.as_slice()) {
@@ -52,15 +76,51 @@ fn route(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>
             agent.shutdown.notify_one();
             Ok(empty_answer(StatusCode::ACCEPTED))
         }
+        (&Method::POST, ["v1", "forward"]) => {
+            forward::forward(parse_query::<PortQuery>(&query)?.port, request.into_body()).await
+        }
+        (&Method::PUT, ["v1", "deadline"]) => {
+            in_place::deadline(&agent, read_json(request.into_body(), BODY).await?);
+            Ok(empty_answer(StatusCode::NO_CONTENT))
+        }
+        (&Method::PUT, ["v1", "containers", name]) => {
+            let container = read_json(request.into_body(), BODY).await?;
+            in_place::put(&agent, name, container)?;
+            Ok(empty_answer(StatusCode::ACCEPTED))
+        }
         (_, ["v1", "containers", name, verb]) => {
-            let life = agent.lives.get(*name).cloned().ok_or_else(|| {
+            let life = agent.find(name).ok_or_else(|| {
                 Fault::new(ErrorKind::NotFound, "NotFound", format!("container \"{name}\" does not exist"))
             })?;
-            let verb = (*verb).to_owned();
-            container(agent, &life, &verb, request, &query)
+            match (request.method(), *verb) {
+                (&Method::GET | &Method::PUT, "files") => files(agent, life, request, &query).await,
+                (&Method::PUT, "resources") => {
+                    in_place::limit(&agent, &life, &read_json(request.into_body(), BODY).await?)?;
+                    Ok(empty_answer(StatusCode::NO_CONTENT))
+                }
+                _ => container(agent, &life, verb, request, &query),
+            }
         }
         _ => Err(Fault::new(ErrorKind::NotFound, "NotFound", format!("no such call: {path}"))),
     }
+}
+
+/// In a task of its own: whoever goes away in the middle leaves nothing half done or unreaped.
+async fn files(
+    agent: Arc<Agent>,
+    life: Arc<Life>,
+    request: Request<Incoming>,
+    query: &str,
+) -> Result<Response<Body>, Fault> {
+    let PathQuery { path } = parse_query(query)?;
+    let copying = tokio::spawn(async move {
+        match *request.method() {
+            Method::GET => files::read(&agent, &life, &path).await,
+            _ => files::write(&agent, &life, &path, request.into_body()).await,
+        }
+    });
+    let broken = |error| Fault::new(ErrorKind::Internal, "FilesNotCopied", format!("copying broke off: {error}"));
+    copying.await.map_err(broken)?
 }
 
 fn container(
@@ -104,7 +164,7 @@ fn running(life: &Life) -> Result<u32, Fault> {
     }
 }
 
-fn answers() -> (Answers, Response<Body>) {
+pub fn answers() -> (Answers, Response<Body>) {
     let (to, from) = mpsc::channel(8);
     let stream = futures::stream::unfold(from, |mut from| async move { from.recv().await.map(|item| (item, from)) });
     (to, stream_answer(stream))
@@ -126,6 +186,12 @@ fn usage(agent: &Agent) -> Usage {
         memory_working_set_bytes: agent.cgroup.working_set(),
         ..Usage::default()
     };
+    for life in agent.lives().iter().filter(|life| life.running().is_some()) {
+        let name = life.container().name.clone();
+        let cgroup = agent.cgroup.child(&name);
+        let (cpu_nanoseconds, memory_working_set_bytes) = (cgroup.cpu_nanoseconds(), cgroup.working_set());
+        usage.containers.push(ContainerUsage { name, cpu_nanoseconds, memory_working_set_bytes });
+    }
     // /proc/net follows this process's network namespace, which is the Pod's.
     let text = std::fs::read_to_string("/proc/self/net/dev").unwrap_or_default();
     for (name, counts) in text.lines().filter_map(|line| line.split_once(':')) {
@@ -139,7 +205,7 @@ fn usage(agent: &Agent) -> Usage {
 }
 
 fn logs(agent: &Agent, life: &Life, options: LogOptions) -> Result<Response<Body>, Fault> {
-    let container = agent.config.containers[life.at].name.clone();
+    let container = life.container().name.clone();
     let waits = matches!(agent.state.borrow().containers[life.at].state, ContainerState::Waiting { .. });
     let log = lock(&life.log);
     let (run, grown) = match options.previous {
@@ -161,7 +227,8 @@ fn logs(agent: &Agent, life: &Life, options: LogOptions) -> Result<Response<Body
 }
 
 async fn run_exec(agent: Arc<Agent>, life: Arc<Life>, exec: ExecRequest, body: Incoming, to: Answers) {
-    let container = &agent.config.containers[life.at];
+    let container = life.container();
+    let container = &*container;
     let cgroup = agent.cgroup.child(&container.name);
     let program = Program { container, args: &exec.command, stdin: exec.stdin, tty: exec.tty };
     let started = match running(&life) {
@@ -178,15 +245,12 @@ async fn run_exec(agent: Arc<Agent>, life: Arc<Life>, exec: ExecRequest, body: I
     let launch::Started { pid, pidfd, streams } = started;
     let input = streams.stdin.and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
     let feeder = tokio::spawn(feed(body, input, streams.terminal));
-    let out = tokio::spawn(pump(streams.stdout, STDOUT, to.clone()));
-    let err = tokio::spawn(pump(streams.stderr, STDERR, to.clone()));
+    let over = watch::Sender::new(false);
+    let out = tokio::spawn(pump(streams.stdout, STDOUT, to.clone(), over.subscribe()));
+    let err = tokio::spawn(pump(streams.stderr, STDERR, to.clone(), over.subscribe()));
     let (exit_code, _) = launch::ended(&pidfd, pid).await;
-    // A process that went into the background may keep the streams open: the command has ended nevertheless.
-    let drained = async {
-        let _ = out.await;
-        let _ = err.await;
-    };
-    let _ = tokio::time::timeout(Duration::from_millis(500), drained).await;
+    over.send_replace(true);
+    let _ = tokio::join!(out, err);
     feeder.abort();
     status(&to, ExecStatus { exit_code: Some(exit_code), message: None }).await;
 }
@@ -197,11 +261,15 @@ async fn status(to: &Answers, status: ExecStatus) {
     }
 }
 
-async fn pump(fd: Option<std::os::fd::OwnedFd>, channel: u8, to: Answers) {
+/// From the process to the caller, at the caller's pace, to the last byte. Once the command is `over`, a stream that stays open
+/// and quiet has nothing more for the caller: a process that went into the background holds it.
+async fn pump(fd: Option<std::os::fd::OwnedFd>, channel: u8, to: Answers, mut over: watch::Receiver<bool>) {
     let Some(Ok(pipe)) = fd.map(Pipe::reader) else { return };
-    let mut buffer = vec![0; 8 << 10];
+    let mut buffer = vec![0; 16 << 10];
     loop {
+        let quiet = *over.borrow();
         tokio::select! {
+            biased;
             read = pipe.read(&mut buffer) => match read {
                 Ok(count) if count > 0 => {
                     if to.send(Ok(encode(channel, &buffer[..count]).into())).await.is_err() {
@@ -211,6 +279,8 @@ async fn pump(fd: Option<std::os::fd::OwnedFd>, channel: u8, to: Answers) {
                 _ => return,
             },
             () = to.closed() => return,
+            Ok(()) = over.changed(), if !quiet => {}
+            () = tokio::time::sleep(QUIET), if quiet => return,
         }
     }
 }
@@ -309,7 +379,7 @@ async fn run_attach(life: Arc<Life>, attach: ExecRequest, body: Incoming, to: An
                     for piece in bytes.chunks(MAX_PAYLOAD) {
                         if to.send(Ok(encode(channel, piece).into())).await.is_err() {
                             feeder.abort();
-                            return;
+                            return forget_input(&life, &attach);
                         }
                     }
                 }
@@ -320,5 +390,13 @@ async fn run_attach(life: Arc<Life>, attach: ExecRequest, body: Incoming, to: An
         }
     }
     feeder.abort();
+    forget_input(&life, &attach);
     status(&to, ExecStatus { exit_code, message: None }).await;
+}
+
+/// The input of a container that asked for one caller ends with that caller.
+fn forget_input(life: &Life, attach: &ExecRequest) {
+    if attach.stdin && life.container().stdin_once {
+        *lock(&life.input) = None;
+    }
 }

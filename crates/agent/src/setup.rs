@@ -10,10 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use joey_api::agent::{AgentConfig, VERSION};
+use joey_api::instance::Limits;
+use joey_api::validate::SYSCTLS;
 
 use crate::cgroup::Cgroup;
 use crate::supervisor::Agent;
-use crate::{server, sys, view};
+use crate::{processes, server, storage, sys, view, volumes};
 
 /// How long killed containers may take to end at a shutdown.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -49,14 +51,20 @@ pub fn run(options: &Options) -> Result<(), String> {
         libc::mallopt(-1, 64 << 10);
     }
     let dir = std::path::absolute(&options.dir).map_err(|error| format!("cannot find the directory: {error}"))?;
-    let config = configuration(&dir)?;
+    let mut config = configuration(&dir)?;
+    // Of the host's network namespace: those of the Pod's are listed to its containers, with their paths.
+    let socket =
+        joey_rpc::bind_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
     isolate(options, &dir, &config).map_err(|error| format!("cannot isolate the agent: {error}"))?;
-    prepare(&dir, &config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
+    tune(&config)?;
+    prepare(&dir, &mut config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
+    let shared = config.share_processes.then(processes::share).transpose();
+    let shared = shared.map_err(|error| format!("cannot share the processes: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start the runtime: {error}"))?;
-    runtime.block_on(serve(dir, config))
+    runtime.block_on(serve(dir, config, shared, socket))
 }
 
 fn configuration(dir: &Path) -> Result<AgentConfig, String> {
@@ -109,7 +117,12 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
     sys::prctl(libc::PR_SET_CHILD_SUBREAPER, 1)?;
     // Its children are seen in containers before they are theirs: nobody there may look into them. Programs start afresh.
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
+    // And its arguments name places of the host.
+    sys::set_title(&format!("joey-agent {}", config.instance))?;
     sys::best_effort_oom(-998);
+    if config.limits != Limits::default() {
+        Cgroup::of_containers(config).limit_all(&config.limits, dir)?;
+    }
     match &options.netns {
         Some(path) => sys::setns(File::open(path)?.as_fd(), libc::CLONE_NEWNET)?,
         None => {
@@ -122,7 +135,19 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
     sys::sethostname(&config.hostname)
 }
 
-fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
+/// Kernel settings of the namespaces that this process now has to itself.
+fn tune(config: &AgentConfig) -> Result<(), String> {
+    for (name, value) in &config.sysctls {
+        if !SYSCTLS.contains(&name.as_str()) {
+            return Err(format!("sysctl {name} is none of an instance's own"));
+        }
+        let place = Path::new("/proc/sys").join(name.replace('.', "/"));
+        std::fs::write(place, value).map_err(|error| format!("sysctl {name} cannot be set to \"{value}\": {error}"))?;
+    }
+    Ok(())
+}
+
+fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
     let make = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     make(Path::new(view::ETC))?;
     make(&dir.join("upper"))?;
@@ -139,13 +164,7 @@ fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
     make(Path::new(view::SHM))?;
     let closed = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     sys::mount("tmpfs", view::SHM, "tmpfs", closed, "mode=1777,size=65536k")?;
-    for volume in config.volumes.iter().filter(|volume| volume.memory) {
-        let place = dir.join("volumes").join(&volume.name);
-        make(&place)?;
-        let size = volume.size_limit_bytes.map_or_else(String::new, |bytes| format!(",size={bytes}"));
-        let flags = libc::MS_NOSUID | libc::MS_NODEV;
-        sys::mount("tmpfs", &place, "tmpfs", flags, &format!("mode=1777{size}"))?;
-    }
+    volumes::prepare(dir, config)?;
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     // Field 22 of proc(5) stat, counted after the name, which may hold anything.
     let start = stat.rfind(')').and_then(|at| stat[at + 1..].split_whitespace().nth(19)).unwrap_or_default();
@@ -154,10 +173,17 @@ fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
     std::fs::rename(temporary, dir.join("agent.pid"))
 }
 
-async fn serve(dir: PathBuf, config: AgentConfig) -> Result<(), String> {
-    let listener = joey_rpc::listen_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
-    let agent = Arc::new(Agent::new(config, dir));
+async fn serve(
+    dir: PathBuf,
+    config: AgentConfig,
+    shared: Option<u32>,
+    socket: std::os::unix::net::UnixListener,
+) -> Result<(), String> {
+    let listener =
+        tokio::net::UnixListener::from_std(socket).map_err(|error| format!("cannot listen: {error}"))?;
+    let agent = Arc::new(Agent::new(config, dir, shared));
     let containers = tokio::spawn(agent.clone().run());
+    tokio::spawn(storage::watch(agent.clone()));
     tokio::task::yield_now().await;
     say_ready().map_err(|error| format!("cannot say that the agent is ready: {error}"))?;
     let served = agent.clone();

@@ -7,7 +7,6 @@
 //!   └───────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
-use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,9 +31,14 @@ pub struct Agent {
     pub config: AgentConfig,
     pub dir: PathBuf,
     pub cgroup: Cgroup,
+    /// The first process of the namespace of processes that all containers share.
+    pub shared: Option<u32>,
     pub state: watch::Sender<AgentState>,
     pub shutdown: Notify,
-    pub lives: HashMap<String, Arc<Life>>,
+    /// In the order of the state's containers; those that were added later come last.
+    lives: Mutex<Vec<Arc<Life>>>,
+    /// When everything is ended because its time is over.
+    pub deadline: watch::Sender<Option<Timestamp>>,
     /// When what still runs is killed; `None`: everything may run.
     stop: watch::Sender<Option<Instant>>,
     /// Containers that have ended for good and are to run again.
@@ -43,9 +47,9 @@ pub struct Agent {
 }
 
 impl Agent {
-    pub fn new(config: AgentConfig, dir: PathBuf) -> Self {
+    pub fn new(config: AgentConfig, dir: PathBuf, shared: Option<u32>) -> Self {
         let lives = config.containers.iter().enumerate();
-        let lives = lives.map(|(at, container)| (container.name.clone(), Arc::new(Life::new(at)))).collect();
+        let lives = lives.map(|(at, container)| Arc::new(Life::new(at, container.clone()))).collect();
         let inits = config.containers.iter().any(|container| container.role != Role::Main);
         let containers = config.containers.iter().map(|container| AgentContainerState {
             name: container.name.clone(),
@@ -55,22 +59,34 @@ impl Agent {
             running_since: None,
             started: false,
             ready: false,
+            image_id: container.image_id.clone(),
+            image: container.image.clone(),
+            resources: container.resources.clone(),
         });
         let sequence = std::fs::read(dir.join("state.json"))
             .ok()
             .and_then(|bytes| serde_json::from_slice::<AgentState>(&bytes).ok())
             .map_or(0, |state| state.sequence);
         let containers = containers.collect();
-        let state =
-            AgentState { version: VERSION, sequence, containers, events: Vec::new(), stopping: false, failed: None };
+        let state = AgentState {
+            version: VERSION,
+            sequence,
+            containers,
+            events: Vec::new(),
+            stopping: false,
+            deadline: config.deadline,
+            failed: None,
+        };
         let (again, wanted_again) = mpsc::unbounded_channel();
         Self {
-            cgroup: Cgroup::new(&config.cgroup),
+            cgroup: Cgroup::of_containers(&config),
+            shared,
+            deadline: watch::Sender::new(config.deadline),
             config,
             dir,
             state: watch::Sender::new(state),
             shutdown: Notify::new(),
-            lives,
+            lives: Mutex::new(lives),
             stop: watch::Sender::new(None),
             again,
             wanted_again: tokio::sync::Mutex::new(wanted_again),
@@ -108,7 +124,26 @@ impl Agent {
     }
 
     pub fn life(&self, at: usize) -> Arc<Life> {
-        self.lives[&self.config.containers[at].name].clone()
+        lock(&self.lives)[at].clone()
+    }
+
+    /// Every container's life, in order.
+    pub fn lives(&self) -> Vec<Arc<Life>> {
+        lock(&self.lives).clone()
+    }
+
+    /// The life of the container of that name.
+    pub fn find(&self, name: &str) -> Option<Arc<Life>> {
+        self.lives().into_iter().find(|life| life.container().name == name)
+    }
+
+    /// Takes in a further container; it does not live yet.
+    pub fn admit(&self, container: AgentContainer, state: AgentContainerState) -> Arc<Life> {
+        let mut lives = lock(&self.lives);
+        let life = Arc::new(Life::new(lives.len(), container));
+        lives.push(life.clone());
+        self.change(|all| all.containers.push(state));
+        life
     }
 
     /// Asks everything to end; of several calls the shortest grace counts.
@@ -117,17 +152,23 @@ impl Agent {
         self.change(|state| state.stopping = true);
     }
 
+    /// Ends everything though nobody asked for it.
+    pub fn fail(&self, failed: Failed, grace: Duration) {
+        self.change(|state| state.failed = Some(failed));
+        self.end_by(Instant::now() + grace);
+    }
+
     fn end_by(&self, deadline: Instant) {
         self.stop.send_modify(|stop| *stop = Some(stop.map_or(deadline, |earlier| earlier.min(deadline))));
-        for life in self.lives.values() {
+        for life in self.lives() {
             // A sidecar's turn comes when those it serves have ended; a later, shorter grace counts for it too.
-            if self.config.containers[life.at].role != Role::Sidecar || life.is_ending() {
+            if life.container().role != Role::Sidecar || life.is_ending() {
                 life.end_by(deadline);
             }
         }
     }
 
-    fn stopping(&self) -> bool {
+    pub fn stopping(&self) -> bool {
         self.stop.borrow().is_some()
     }
 
@@ -138,6 +179,9 @@ impl Agent {
 
     /// Ends a container and starts it again without back-off; one that has ended for good runs again.
     pub fn restart(&self, life: &Life) {
+        if life.container().role == Role::Debug {
+            return;
+        }
         if life.has_settled() {
             let _ = self.again.send(life.at);
         } else {
@@ -166,12 +210,18 @@ impl Agent {
 
     /// Ends everything when the Pod's time is over.
     async fn limit(self: Arc<Self>) {
-        let Some(deadline) = self.config.deadline else { return };
-        let left = deadline.duration_since(Timestamp::now());
-        tokio::time::sleep(Duration::try_from(left).unwrap_or_default()).await;
+        let mut deadline = self.deadline.subscribe();
+        loop {
+            let at = *deadline.borrow_and_update();
+            let left = at.map(|at| Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
+            tokio::select! {
+                Ok(()) = deadline.changed() => {}
+                () = tokio::time::sleep(left.unwrap_or(Duration::MAX)), if left.is_some() => break,
+            }
+        }
         let message = "Pod was active on the node longer than the specified deadline".to_owned();
-        self.change(|state| state.failed = Some(Failed { reason: "DeadlineExceeded".to_owned(), message }));
-        self.end_by(Instant::now() + Duration::from_secs(self.config.termination_grace_period_seconds.into()));
+        let grace = Duration::from_secs(self.config.termination_grace_period_seconds.into());
+        self.fail(Failed { reason: "DeadlineExceeded".to_owned(), message }, grace);
     }
 
     fn begin_anew(&self, at: usize) {
@@ -198,6 +248,9 @@ impl Agent {
             life.end_by(by);
             let _ = task.await;
         }
+        // Who only looked on has nothing to look at any more.
+        let looking = self.lives().into_iter().filter(|life| life.container().role == Role::Debug);
+        looking.for_each(|life| life.end_by(Instant::now() + LEAST_GRACE));
     }
 
     /// False: what follows must not start.
@@ -207,7 +260,7 @@ impl Agent {
                 return false;
             }
             match container.role {
-                Role::Main => {}
+                Role::Main | Role::Debug => {}
                 Role::Init => {
                     if self.clone().live(at).await != Some(0) {
                         return false;

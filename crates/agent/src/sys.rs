@@ -114,13 +114,6 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<
         .map(drop)
 }
 
-/// Takes away what is mounted at a place, at once for this namespace.
-pub fn detach(place: &Path) -> io::Result<()> {
-    let place = c(place)?;
-    // SAFETY: a C string that lives through the call.
-    check(unsafe { libc::umount2(place.as_ptr(), libc::MNT_DETACH) }.into()).map(drop)
-}
-
 /// Makes a character device with this mode, whatever the umask.
 pub fn device(dir: BorrowedFd<'_>, name: &str, major: u32, minor: u32) -> io::Result<()> {
     let name = c(name)?;
@@ -258,6 +251,70 @@ pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
 pub fn kill_group(leader: u32, signal: i32) -> io::Result<()> {
     // SAFETY: kill takes integers.
     check(unsafe { libc::kill(-(leader as libc::pid_t), signal) }.into()).map(drop)
+}
+
+/// A process that is not a child: held, so that its number cannot come to mean another one.
+pub struct Target {
+    pid: u32,
+    fd: OwnedFd,
+}
+
+impl Target {
+    /// `None`: there is none.
+    pub fn open(pid: u32) -> Option<Self> {
+        // SAFETY: pidfd_open takes two integers and gives a new descriptor that belongs to nobody else, or -1.
+        let fd = unsafe {
+            let fd = check(libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0)).ok()?;
+            OwnedFd::from_raw_fd(fd as RawFd)
+        };
+        Some(Self { pid, fd })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub fn kill(&self) {
+        let none = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: an open descriptor and integers; no siginfo is passed. One that has ended is no error.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.fd.as_raw_fd(), libc::SIGKILL, none, 0) };
+    }
+}
+
+/// Writes over the arguments of this process, which everybody may read who sees it.
+pub fn set_title(title: &str) -> io::Result<()> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // Fields 48 and 49 of proc(5) stat, counted after the name, which may hold anything.
+    let fields = stat.rfind(')').map_or("", |at| &stat[at + 1..]);
+    let mut ends = fields.split_whitespace().skip(45).take(2).filter_map(|field| field.parse::<usize>().ok());
+    let (Some(start), Some(end)) = (ends.next(), ends.next()) else {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    };
+    let length = end.saturating_sub(start);
+    if start == 0 || length < 2 {
+        return Ok(());
+    }
+    let title = &title.as_bytes()[..title.len().min(length - 1)];
+    // SAFETY: the kernel says that this stack of ours holds the arguments from `start` to `end`; they were read already, and
+    // who reads them again finds the title, ended by zeros.
+    unsafe {
+        let place = start as *mut u8;
+        std::ptr::write_bytes(place, 0, length);
+        std::ptr::copy_nonoverlapping(title.as_ptr(), place, title.len());
+    }
+    Ok(())
+}
+
+/// Children that end are gone at once: nobody has to wait for them.
+pub fn ignore_children() {
+    // SAFETY: SIG_IGN is a valid disposition.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Waits for a signal.
+pub fn pause() {
+    // SAFETY: takes nothing.
+    unsafe { libc::pause() };
 }
 
 /// Takes the end of a child: exit code, or the signal that ended it. `None`: it still runs.

@@ -31,8 +31,9 @@ pub fn narrow(dir: &Path, config: &AgentConfig) -> io::Result<()> {
         std::fs::File::open(place)
     };
     sys::attach_mount(own.as_fd(), place(dir)?.as_fd())?;
-    let layers: BTreeSet<&str> =
-        config.containers.iter().flat_map(|container| &container.layers).map(String::as_str).collect();
+    let of_containers = config.containers.iter().flat_map(|container| &container.layers);
+    let of_volumes = config.volumes.iter().flat_map(|volume| &volume.layers);
+    let layers: BTreeSet<&str> = of_containers.chain(of_volumes).map(String::as_str).collect();
     for (path, recursive) in
         [("/proc", false), ("/sys/fs/cgroup", true)].into_iter().chain(layers.into_iter().map(|layer| (layer, false)))
     {

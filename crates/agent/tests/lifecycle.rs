@@ -16,8 +16,8 @@ use ground::ground;
 fn pod(bench: &Bench, number: u64, policy: WireRestartPolicy, containers: &[(&str, Role, &str)]) -> CreateRequest {
     let mut request = bench.request(number, "");
     request.config.restart_policy = policy;
-    request.config.volumes = vec![AgentVolume { name: "all".to_owned(), memory: true, size_limit_bytes: None }];
-    let mount = AgentMount { volume: "all".to_owned(), path: "/all".to_owned(), read_only: false };
+    request.config.volumes = vec![AgentVolume { name: "all".to_owned(), memory: true, ..AgentVolume::default() }];
+    let mount = AgentMount { volume: "all".to_owned(), path: "/all".to_owned(), ..AgentMount::default() };
     let made = containers.iter().map(|(name, role, script)| AgentContainer {
         role: *role,
         restart_policy: (*role == Role::Sidecar).then_some(WireRestartPolicy::Always),

@@ -71,8 +71,8 @@ async fn devices_are_the_containers_own() {
     let Some(ground) = ground("devices") else { return };
     let bench = &ground.0;
     let mut request = bench.request(1, "sleep 1000");
-    request.config.volumes = vec![AgentVolume { name: "v".into(), memory: false, size_limit_bytes: None }];
-    request.config.containers[0].mounts = vec![AgentMount { volume: "v".into(), path: "/v".into(), read_only: false }];
+    request.config.volumes = vec![AgentVolume { name: "v".into(), ..AgentVolume::default() }];
+    request.config.containers[0].mounts = vec![AgentMount { volume: "v".into(), path: "/v".into(), ..AgentMount::default() }];
     std::fs::create_dir_all(request.dir.join("volumes/v")).unwrap();
     let sandbox = bench.create(&request).await;
     let agent = AgentClient::new(sandbox.agent().clone());
@@ -143,8 +143,8 @@ async fn an_image_cannot_lead_mounts_elsewhere() {
     for path in ["/proc", "/proc/sys/kernel", "/sys", "/", "/sys/firmware"] {
         number += 1;
         let mut request = bench.request(number, "true");
-        request.config.volumes = vec![AgentVolume { name: "v".into(), memory: true, size_limit_bytes: None }];
-        let mount = AgentMount { volume: "v".into(), path: path.into(), read_only: false };
+        request.config.volumes = vec![AgentVolume { name: "v".into(), memory: true, ..AgentVolume::default() }];
+        let mount = AgentMount { volume: "v".into(), path: path.into(), ..AgentMount::default() };
         request.config.containers[0].mounts = vec![mount];
         let sandbox = bench.create(&request).await;
         let ended = termination(&AgentClient::new(sandbox.agent().clone()), 0).await;
@@ -288,7 +288,7 @@ async fn limits_users_volumes_and_restarts() {
     let bench = &ground.0;
     let mut request = bench.request(1, "dd if=/dev/zero of=/dev/null bs=200M count=1; sleep 1000");
     request.config.containers[0].resources =
-        Resources { memory_bytes: Some(64 << 20), cpu_milli: Some(500), pids: Some(50) };
+        Resources { memory_bytes: Some(64 << 20), cpu_milli: Some(500), pids: Some(50), ..Resources::default() };
     request.config.containers[0].args =
         ["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"].map(Into::into).into();
     let sandbox = bench.create(&request).await;
@@ -300,11 +300,17 @@ async fn limits_users_volumes_and_restarts() {
         bench.request(2, "id -u; id -g; echo $HOME; cat /v/file; echo x > /m/x && echo memory; echo x > /v/x");
     std::fs::create_dir_all(request.dir.join("volumes/files")).unwrap();
     std::fs::write(request.dir.join("volumes/files/file"), "content\n").unwrap();
-    let volume =
-        |name: &str, memory| AgentVolume { name: name.into(), memory, size_limit_bytes: memory.then_some(1 << 20) };
+    let volume = |name: &str, memory: bool| {
+        let size_limit_bytes = memory.then_some(1 << 20);
+        AgentVolume { name: name.into(), memory, size_limit_bytes, ..AgentVolume::default() }
+    };
     request.config.volumes = vec![volume("files", false), volume("memory", true)];
-    let mount =
-        |volume: &str, path: &str, read_only| AgentMount { volume: volume.into(), path: path.into(), read_only };
+    let mount = |volume: &str, path: &str, read_only| AgentMount {
+        volume: volume.into(),
+        path: path.into(),
+        read_only,
+        ..AgentMount::default()
+    };
     request.config.containers[0].mounts = vec![mount("files", "/v", true), mount("memory", "/m", false)];
     request.config.containers[0].user = "web".into();
     let sandbox = bench.create(&request).await;

@@ -12,17 +12,27 @@
 //! | `POST /v1/containers/C/attach` | query [`ExecQuery`] (no command), body frames | frames |
 //! | `GET /v1/containers/C/logs` | query [`crate::instance::LogOptions`] | bytes; ends when the run ended, unless `follow` |
 //! | `GET /v1/usage` | | [`crate::instance::Usage`] |
+//! | `POST /v1/forward?port=N` | bytes | bytes of a connection to that port on loopback |
+//! | `GET /v1/containers/C/files?path=P` | | what is at that path of the container, as tar; its first name is the path's last |
+//! | `PUT /v1/containers/C/files?path=P` | tar | 204; unpacked into the directory P, or as P where there is none |
+//! | `PUT /v1/containers/C` | [`AgentContainer`] | 202; a further [`Role::Debug`] container is started, or one that is there is started again as this |
+//! | `PUT /v1/containers/C/resources` | [`Resources`] | 204; the limits from now on |
+//! | `PUT /v1/deadline` | [`Deadline`] | 204; when everything is ended from now on |
+//! | `PUT /v1/volumes/V` | [`VolumeFiles`] | [`VolumeUpdated`]; one atomic change for all who look, nothing when they are the same |
 //!
 //! Errors carry [`crate::error::ErrorBody`]. The agent reads [`AgentConfig`] from `agent.json` in its directory at start, and
 //! starts the containers by itself: nobody has to tell it to.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::instance::{ContainerState, InstanceEvent, Resources, Termination, WireRestartPolicy};
-use crate::lifecycle::{LastWords, Lifecycle, Role};
+use crate::instance::{
+    ContainerState, FileContent, InstanceEvent, Limits, Resources, Termination, WireRestartPolicy,
+};
+use crate::lifecycle::{LastWords, Lifecycle, RestartRule, Role};
 
 /// Version of `agent.json` and of the protocol; an agent refuses another.
 pub const VERSION: u32 = 1;
@@ -38,8 +48,19 @@ pub struct AgentConfig {
     pub address: Option<IpAddr>,
     pub containers: Vec<AgentContainer>,
     pub volumes: Vec<AgentVolume>,
+    /// The group that owns what is in the volumes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs_group: Option<u32>,
     pub restart_policy: WireRestartPolicy,
     pub termination_grace_period_seconds: u32,
+    /// The containers share one namespace of processes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub share_processes: bool,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sysctls: BTreeMap<String, String>,
+    /// Limits on all containers together.
+    #[serde(default)]
+    pub limits: Limits,
     /// When everything is ended because its time is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Timestamp>,
@@ -63,9 +84,14 @@ pub struct AgentContainer {
     pub name: String,
     #[serde(default)]
     pub role: Role,
+    /// The container whose processes it sees and belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
     /// The instance's own when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<WireRestartPolicy>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub restart_rules: Vec<RestartRule>,
     #[serde(default)]
     pub lifecycle: Lifecycle,
     #[serde(default)]
@@ -83,12 +109,16 @@ pub struct AgentContainer {
     /// The image's or spec's user: `user`, `uid`, `user:group`; names are looked up in the root's /etc/passwd and group.
     pub user: String,
     pub supplemental_groups: Vec<u32>,
+    #[serde(default)]
+    pub strict_groups: bool,
     pub run_as_non_root: bool,
     pub read_only_root: bool,
     pub no_new_privileges: bool,
     /// Capability names without `CAP_`, already reduced to the allowed ones.
     pub capabilities: Vec<String>,
     pub stdin: bool,
+    #[serde(default)]
+    pub stdin_once: bool,
     pub tty: bool,
     pub resources: Resources,
     /// Signal that asks it to end: `SIGTERM`, `15` …
@@ -96,21 +126,47 @@ pub struct AgentContainer {
     pub mounts: Vec<AgentMount>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AgentMount {
     pub volume: String,
     pub path: String,
     pub read_only: bool,
+    /// What of the volume is shown: a relative path without `..`, looked up within the volume when the container starts. What
+    /// is missing becomes a directory where the volume can be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sub_path: Option<String>,
 }
 
-/// A volume: directory `volumes/NAME` below the agent's directory, made by the host, or memory made by the agent.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// A volume, made by the agent: an empty directory on its disk unless something else is said.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AgentVolume {
     pub name: String,
+    /// An empty directory in memory.
     pub memory: bool,
+    /// The size of the memory; what more than that on the disk ends the sandbox as `Evicted`.
     pub size_limit_bytes: Option<u64>,
+    /// Files in memory, which containers can read only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files: Option<Vec<FileContent>>,
+    /// An image's mounted layers, topmost first, which containers can read only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<String>,
+}
+
+/// New contents of a volume of files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeFiles {
+    pub files: Vec<FileContent>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeUpdated {
+    /// False: they were the same already.
+    pub changed: bool,
 }
 
 /// The whole truth about the sandbox's containers.
@@ -125,6 +181,9 @@ pub struct AgentState {
     pub events: Vec<InstanceEvent>,
     /// A stop was asked for; when every container is terminated nothing more will happen.
     pub stopping: bool,
+    /// When everything is ended because its time is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Timestamp>,
     /// Why everything was ended without being asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<Failed>,
@@ -152,6 +211,20 @@ pub struct AgentContainerState {
     pub started: bool,
     #[serde(default)]
     pub ready: bool,
+    /// What it is made from, and its limits, now.
+    #[serde(default)]
+    pub image_id: String,
+    #[serde(default)]
+    pub image: String,
+    #[serde(default)]
+    pub resources: Resources,
+}
+
+/// When everything is ended because its time is over; never where nothing is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Deadline {
+    pub at: Option<Timestamp>,
 }
 
 /// Query of exec and attach; `command` repeats.

@@ -7,9 +7,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::image::RegistryCredential;
-use crate::lifecycle::{LastWords, Lifecycle, Role};
+use crate::lifecycle::{LastWords, Lifecycle, RestartRule, Role};
+pub use crate::sizes::Limits;
 
-/// What a user asks for. Immutable after creation but for labels and annotations (`MISSION`: immutability).
+/// What a user asks for. Immutable after creation but for labels, annotations and the contents of volumes of files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct InstanceSpec {
@@ -28,10 +29,31 @@ pub struct InstanceSpec {
     /// Host name inside; the first label of `name` when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
+    /// What follows the host name in its full name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Programs that ask for the host name are told the full one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full_hostname: bool,
+    /// The containers see each other's processes and may signal them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub share_processes: bool,
+    /// Kernel settings of the instance's own namespaces, by their names with dots: [`crate::validate::SYSCTLS`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sysctls: BTreeMap<String, String>,
+    /// Limits on all containers together.
+    #[serde(default)]
+    pub limits: Limits,
+    /// Sizes by name or as `CPU-MEMORY`: the first that the host knows and has takes the place of what `limits` does not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub use_specs: Vec<String>,
     /// In the order of their start: those that prepare and accompany come before the main ones.
     pub containers: Vec<ContainerSpec>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<Volume>,
+    /// The group that owns what is in the volumes; containers have it by `Security::supplemental_groups`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs_group: Option<u32>,
     #[serde(default)]
     pub restart_policy: WireRestartPolicy,
     /// Seconds between SIGTERM and SIGKILL.
@@ -60,8 +82,15 @@ impl InstanceSpec {
             annotations: BTreeMap::new(),
             class: default_class(),
             hostname: None,
+            domain: None,
+            full_hostname: false,
+            share_processes: false,
+            sysctls: BTreeMap::new(),
+            limits: Limits::default(),
+            use_specs: Vec::new(),
             containers,
             volumes: Vec::new(),
+            fs_group: None,
             restart_policy: WireRestartPolicy::default(),
             termination_grace_period_seconds: default_grace(),
             active_deadline_seconds: None,
@@ -105,6 +134,9 @@ pub struct ContainerSpec {
     pub name: String,
     #[serde(default)]
     pub role: Role,
+    /// The container whose processes a [`Role::Debug`] container sees and belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
     pub image: String,
     #[serde(default)]
     pub pull_policy: PullPolicy,
@@ -121,6 +153,9 @@ pub struct ContainerSpec {
     pub working_dir: Option<String>,
     #[serde(default)]
     pub stdin: bool,
+    /// The input is closed for good when the first caller who attached to it goes away.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stdin_once: bool,
     #[serde(default)]
     pub tty: bool,
     #[serde(default)]
@@ -132,6 +167,9 @@ pub struct ContainerSpec {
     /// The instance's own when not given; a sidecar's is `Always`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<WireRestartPolicy>,
+    /// Ends after which it is started again whatever the policy says; the first that matches counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub restart_rules: Vec<RestartRule>,
     #[serde(default)]
     pub lifecycle: Lifecycle,
     #[serde(default)]
@@ -147,6 +185,7 @@ impl ContainerSpec {
         Self {
             name: name.to_owned(),
             role: Role::Main,
+            target: None,
             image: image.to_owned(),
             pull_policy: PullPolicy::default(),
             command: Vec::new(),
@@ -154,11 +193,13 @@ impl ContainerSpec {
             env: Vec::new(),
             working_dir: None,
             stdin: false,
+            stdin_once: false,
             tty: false,
             resources: Resources::default(),
             mounts: Vec::new(),
             security: Security::default(),
             restart_policy: None,
+            restart_rules: Vec::new(),
             lifecycle: Lifecycle::default(),
             last_words: LastWords::default(),
             ports: Vec::new(),
@@ -196,9 +237,12 @@ pub struct Resources {
     pub memory_bytes: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pids: Option<u64>,
+    /// Bytes of its writable layer and its logs; more ends the instance as `Evicted`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ephemeral_storage_bytes: Option<u64>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Mount {
     pub volume: String,
@@ -206,6 +250,13 @@ pub struct Mount {
     pub path: String,
     #[serde(default)]
     pub read_only: bool,
+    /// What of the volume is shown: a relative path without `..`. It is looked up when the container starts, so new contents of
+    /// a volume of files are not seen through it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sub_path: Option<String>,
+    /// As `sub_path`, with `$(NAME)` of the container's variables.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sub_path_expr: Option<String>,
 }
 
 /// Who a container's process is and what it may do. Nothing given: the image's user, the default capabilities.
@@ -218,6 +269,9 @@ pub struct Security {
     pub group: Option<u32>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub supplemental_groups: Vec<u32>,
+    /// Groups that the image gives its user do not count.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub strict_groups: bool,
     #[serde(default)]
     pub run_as_non_root: bool,
     #[serde(default)]
@@ -252,6 +306,13 @@ pub enum VolumeSource {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         size_limit_bytes: Option<u64>,
     },
+    /// What is in an image; read-only inside, and no program in it can be started.
+    #[serde(rename_all = "camelCase")]
+    Image {
+        reference: String,
+        #[serde(default)]
+        pull_policy: PullPolicy,
+    },
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
@@ -263,6 +324,9 @@ pub struct FileContent {
     pub base64: String,
     /// Permission bits, such as 0o644.
     pub mode: u32,
+    /// The user who owns it; root when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<u32>,
 }
 
 impl std::fmt::Debug for FileContent {
@@ -280,6 +344,12 @@ pub struct NetworkSpec {
     /// Cap on traffic out of the instance, bits per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress_bits_per_second: Option<u64>,
+    /// Cap on packets into the instance, a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingress_packets_per_second: Option<u64>,
+    /// Cap on packets out of the instance, a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress_packets_per_second: Option<u64>,
     /// Name servers and search domains for /etc/resolv.conf; the host's own when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns: Option<Dns>,
@@ -390,6 +460,9 @@ pub struct ContainerStatus {
     /// `joey://INSTANCE/CONTAINER/RESTARTS`, once started.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub container_id: String,
+    /// The limits in force, once known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Resources>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -478,6 +551,18 @@ pub struct Usage {
     pub memory_working_set_bytes: u64,
     pub received_bytes: u64,
     pub sent_bytes: u64,
+    /// The same of each container that runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<ContainerUsage>,
+}
+
+/// What one container uses now.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ContainerUsage {
+    pub name: String,
+    pub cpu_nanoseconds: u64,
+    pub memory_working_set_bytes: u64,
 }
 
 /// A host of the pool.

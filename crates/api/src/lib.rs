@@ -4,9 +4,11 @@
 //! are RFC 3339 with microseconds in UTC; memory is in bytes, CPU in thousandths of a core, bandwidth in bits per second.
 
 pub mod agent;
+pub mod change;
 pub mod error;
 pub mod frame;
 pub mod image;
 pub mod instance;
 pub mod lifecycle;
+pub mod sizes;
 pub mod validate;

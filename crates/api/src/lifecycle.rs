@@ -121,6 +121,22 @@ impl Default for LastWords {
     }
 }
 
+/// Exit codes after which a container is started again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RestartRule {
+    pub exit_codes: Vec<i32>,
+    /// It holds for every code but these.
+    #[serde(default)]
+    pub all_others: bool,
+}
+
+impl RestartRule {
+    pub fn holds(&self, exit_code: i32) -> bool {
+        self.exit_codes.contains(&exit_code) != self.all_others
+    }
+}
+
 /// What a container is to its instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Role {
@@ -130,4 +146,6 @@ pub enum Role {
     Init,
     /// Started in its place among the init containers, and runs until the main ones have ended.
     Sidecar,
+    /// Added to an instance that runs, to look at it; never started again, and of no weight for how the instance is.
+    Debug,
 }

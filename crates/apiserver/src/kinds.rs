@@ -2,6 +2,7 @@
 //!
 //! What is special about a kind on its way into the store is its [`Strategy`]; how it is printed is its list of columns.
 
+use crate::metrics;
 use crate::strategy::{self, Strategy};
 use crate::table::{self, Column};
 
@@ -24,6 +25,8 @@ pub struct Resource {
     pub subresources: &'static [Subresource],
     /// Group and plural whose objects these are, when another entry owns them (two versions of one kind).
     pub stored_as: Option<(&'static str, &'static str)>,
+    /// Whether its objects are made when they are asked for, and never stored.
+    pub made: bool,
 }
 
 /// A path below an object.
@@ -36,6 +39,7 @@ pub struct Subresource {
 
 const ALL: &[&str] = &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 const READ: &[&str] = &["get", "list", "watch"];
+const ASK: &[&str] = &["get", "list"];
 const CREATE: &[&str] = &["create"];
 const STATUS: &[&str] = &["get", "patch", "update"];
 const CONNECT: &[&str] = &["create", "get"];
@@ -77,6 +81,7 @@ const EMPTY: Resource = Resource {
     fields: &[],
     subresources: &[],
     stored_as: None,
+    made: false,
 };
 
 /// Every kind that is served.
@@ -155,6 +160,7 @@ pub static RESOURCES: &[Resource] = &[
             sub("exec", CONNECT, ("", "v1", "PodExecOptions")),
             sub("log", &["get"], ("", "v1", "Pod")),
             sub("portforward", CONNECT, ("", "v1", "PodPortForwardOptions")),
+            sub("resize", STATUS, ("", "v1", "Pod")),
             sub("status", STATUS, ("", "v1", "Pod")),
         ],
         ..EMPTY
@@ -234,6 +240,27 @@ pub static RESOURCES: &[Resource] = &[
         stored_as: Some(("", "events")),
         ..EMPTY
     },
+    Resource {
+        group: metrics::GROUP,
+        version: "v1beta1",
+        kind: "NodeMetrics",
+        plural: "nodes",
+        namespaced: false,
+        verbs: ASK,
+        columns: metrics::COLUMNS,
+        made: true,
+        ..EMPTY
+    },
+    Resource {
+        group: metrics::GROUP,
+        version: "v1beta1",
+        kind: "PodMetrics",
+        plural: "pods",
+        verbs: ASK,
+        columns: metrics::COLUMNS,
+        made: true,
+        ..EMPTY
+    },
 ];
 
 impl Resource {
@@ -281,7 +308,7 @@ impl Resource {
 
     /// Whether objects of this kind are kept at all.
     pub fn is_stored(&self) -> bool {
-        self.has_verb("list") && self.stored_as.is_none()
+        self.has_verb("list") && self.stored_as.is_none() && !self.made
     }
 
     pub fn subresource(&self, name: &str) -> Option<&'static Subresource> {

@@ -15,6 +15,7 @@ mod convert;
 mod discovery;
 pub mod kinds;
 mod leases;
+mod metrics;
 mod object;
 pub mod pki;
 mod proxy;

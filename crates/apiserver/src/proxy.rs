@@ -41,7 +41,7 @@ pub async fn connect(call: &Call<'_>, request: Request<Body>) -> ApiResult<Respo
     let pod = call.current().await?.value;
     let path = kubelet_path(call, &pod)?;
     let (address, port) = endpoint(call, &pod).await?;
-    let stream = open(call, &address, port).await?;
+    let stream = open(call.state, text(&pod, "/spec/nodeName"), &address, port).await?;
     exchange(call.target.subresource_name(), stream, request, &path, (&address, port)).await
 }
 
@@ -136,24 +136,61 @@ async fn endpoint(call: &Call<'_>, pod: &Value) -> ApiResult<(String, u16)> {
     let Some((node, _)) = call.state.read(&nodes.key("", name)).await? else {
         return Err(ApiError::not_found(nodes, name));
     };
-    let address = list(&node, "/status/addresses").iter().find(|address| address["type"] == "InternalIP");
+    published(&node)
+}
+
+/// Where a node says that its kubelet answers.
+fn published(node: &Value) -> ApiResult<(String, u16)> {
+    let address = list(node, "/status/addresses").iter().find(|address| address["type"] == "InternalIP");
     let port = node.pointer("/status/daemonEndpoints/kubeletEndpoint/Port").and_then(Value::as_u64);
     match (address.map(|address| text(address, "/address")), port.and_then(|port| u16::try_from(port).ok())) {
         (Some(address), Some(port)) if port > 0 => Ok((address.to_owned(), port)),
-        _ => Err(ApiError::unavailable(format!("node \"{name}\" has not published where its kubelet answers"))),
+        _ => {
+            let name = text(node, "/metadata/name");
+            Err(ApiError::unavailable(format!("node \"{name}\" has not published where its kubelet answers")))
+        }
     }
 }
 
-async fn open(call: &Call<'_>, address: &str, port: u16) -> ApiResult<tokio_rustls::client::TlsStream<TcpStream>> {
+/// The largest answer that is read as a whole, bytes.
+const ANSWER: usize = 32 << 20;
+
+/// GET of a path of a node's kubelet endpoint, read as JSON.
+pub async fn ask(state: &crate::State, node: &Value, path: &str) -> ApiResult<Value> {
+    let (address, port) = published(node)?;
+    let asking = async {
+        let stream = open(state, text(node, "/metadata/name"), &address, port).await?;
+        let internal = |error: hyper::Error| ApiError::internal(format!("the node did not answer: {error}"));
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(internal)?;
+        tokio::spawn(connection);
+        let request = Request::builder().uri(path).header(header::HOST, format!("{address}:{port}"));
+        let answer = sender.send_request(request.body(crate::empty()).map_err(ApiError::internal)?).await;
+        let answer = answer.map_err(internal)?;
+        if !answer.status().is_success() {
+            return Err(ApiError::unavailable(format!("the node answered {}", answer.status())));
+        }
+        let body = http_body_util::Limited::new(answer.into_body(), ANSWER).collect().await;
+        serde_json::from_slice(&body.map_err(ApiError::internal)?.to_bytes()).map_err(ApiError::internal)
+    };
+    tokio::time::timeout(Duration::from_secs(20), asking).await.map_err(|_| ApiError::timeout())?
+}
+
+async fn open(
+    state: &crate::State,
+    node: &str,
+    address: &str,
+    port: u16,
+) -> ApiResult<tokio_rustls::client::TlsStream<TcpStream>> {
     let away = |error: &dyn std::fmt::Display| {
         tracing::warn!(address, port, %error, "a kubelet endpoint could not be reached");
-        ApiError::unavailable(format!("the node of pod \"{}\" could not be reached", call.target.name))
+        ApiError::unavailable(format!("node \"{node}\" could not be reached"))
     };
     let name = ServerName::try_from(address.to_owned()).map_err(|error| away(&error))?;
     let connecting = async {
         let stream = TcpStream::connect((address, port)).await?;
         stream.set_nodelay(true)?;
-        call.state.kubelets.tls.connect(name, stream).await
+        state.kubelets.tls.connect(name, stream).await
     };
     match tokio::time::timeout(CONNECT, connecting).await {
         Ok(Ok(stream)) => Ok(stream),

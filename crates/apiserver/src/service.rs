@@ -17,7 +17,7 @@ use crate::auth::{self, Identity};
 use crate::request::{self, Query, Route, Target};
 use crate::status::{ApiError, ApiResult, json_response};
 use crate::verbs::{self, Answer, Call};
-use crate::{Body, State, discovery, proxy, review, table};
+use crate::{Body, State, discovery, metrics, proxy, review, table};
 
 /// Largest body of a request, in bytes (kube-apiserver's bound).
 pub const MAX_BODY: usize = 3 << 20;
@@ -150,16 +150,10 @@ async fn resource(
     let headers = request.headers().clone();
     let call = Call { state, who, target, query, headers: &headers };
     let answer = match (target.verb, target.subresource_name()) {
+        ("get" | "list", _) if target.resource.group == metrics::GROUP => return metrics::answer(&call).await,
         ("list", _) => return verbs::list::list(&call).await,
         ("watch", _) => return verbs::watch::watch(state, &call, draining).await,
         ("get" | "create", "log" | "exec" | "attach" | "portforward") => return proxy::connect(&call, request).await,
-        (_, "ephemeralcontainers") => {
-            return Err(ApiError::forbidden(
-                target.resource,
-                &target.name,
-                "ephemeral containers are not available; use kubectl exec into a container of the pod",
-            ));
-        }
         ("get", _) => verbs::get::get(&call).await?,
         ("deletecollection", _) => {
             let body = body(request).await?;

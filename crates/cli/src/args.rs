@@ -36,6 +36,10 @@ Instances:
   logs        Show a container's log
   exec        Run a command in a container
   attach      Join a container's main process
+  cp          Copy files out of a container and into it
+  port-forward Lead ports of this machine to ports of an instance
+  debug       Look at a running instance from a further container
+  top         Show what instances use
   events      Show what happened to an instance
   restart     Restart an instance's containers
   rm          End instances and remove them
@@ -94,6 +98,14 @@ pub enum Command {
     Exec(Exec),
     /// Join a container's main process: see what it says, pass on input
     Attach(Attach),
+    /// Copy files out of a container and into it
+    Cp(Cp),
+    /// Lead ports of this machine to ports of an instance
+    PortForward(PortForward),
+    /// Look at a running instance from a further container
+    Debug(Debug),
+    /// Show what instances use
+    Top(Top),
     /// Show what happened to an instance
     Events(Shown),
     /// Restart an instance's containers
@@ -136,6 +148,9 @@ pub struct HostFlags {
     /// Largest layer accepted, unpacked
     #[arg(long, value_name = "AMOUNT", default_value = "16Gi")]
     pub max_layer_bytes: String,
+    /// Configuration file (YAML or JSON): sizes of instances by name
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// The program joey-agent; looked for beside joey when not given
     #[arg(long, value_name = "FILE")]
     pub agent: Option<PathBuf>,
@@ -233,6 +248,21 @@ pub struct Run {
     /// Bandwidth cap each way in bits per second, such as 5M
     #[arg(long, value_name = "AMOUNT")]
     pub bandwidth: Option<String>,
+    /// Packet cap each way in packets a second, such as 10k
+    #[arg(long, value_name = "AMOUNT")]
+    pub packets: Option<String>,
+    /// Size: a name of the configuration or CPU-MEMORY, such as 2-4Gi; repeat for others to take where one cannot be had
+    #[arg(long, value_name = "SPEC")]
+    pub spec: Vec<String>,
+    /// Most processes
+    #[arg(long, value_name = "COUNT")]
+    pub pids: Option<u64>,
+    /// Cap of disk reads and of writes, in bytes a second each, such as 50M
+    #[arg(long, value_name = "AMOUNT")]
+    pub disk_bytes: Option<String>,
+    /// The same in operations a second
+    #[arg(long, value_name = "AMOUNT")]
+    pub disk_operations: Option<String>,
     /// Variable; repeat for more
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub env: Vec<String>,
@@ -310,6 +340,12 @@ pub struct Logs {
     /// The run before the present one
     #[arg(short, long)]
     pub previous: bool,
+    /// Stop after so many bytes
+    #[arg(long, value_name = "BYTES")]
+    pub limit_bytes: Option<u64>,
+    /// Of every container; each line begins with its container
+    #[arg(long, conflicts_with = "container")]
+    pub all_containers: bool,
 }
 
 #[derive(Debug, Args)]
@@ -343,6 +379,61 @@ pub struct Attach {
     /// Use its terminal; the container must have been made with one
     #[arg(short = 't', long)]
     pub tty: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Cp {
+    /// What to copy: a path here, or NAME:PATH in an instance
+    pub from: String,
+    /// Where to: NAME:PATH or a path here; into it where it is a directory
+    pub to: String,
+    /// Container; the first when not given
+    #[arg(short, long)]
+    pub container: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct PortForward {
+    /// Name or id of the instance
+    pub name: String,
+    /// Ports here and in the instance; one alone is both
+    #[arg(required = true, value_name = "LOCAL:REMOTE")]
+    pub ports: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Debug {
+    /// Name or id of the instance
+    pub name: String,
+    /// Image with the tools to look with
+    #[arg(long)]
+    pub image: String,
+    /// Name of the further container; made when not given
+    #[arg(short, long)]
+    pub container: Option<String>,
+    /// The container whose processes it sees
+    #[arg(long, value_name = "CONTAINER")]
+    pub target: Option<String>,
+    /// Pass on standard input
+    #[arg(short = 'i', long)]
+    pub stdin: bool,
+    /// Give it a terminal
+    #[arg(short = 't', long)]
+    pub tty: bool,
+    /// Arguments instead of the image's
+    #[arg(last = true)]
+    pub args: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Top {
+    /// Name or id of an instance; all that run when not given
+    pub name: Option<String>,
+    /// Each container by itself
+    #[arg(long)]
+    pub containers: bool,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Subcommand)]
@@ -411,7 +502,7 @@ mod tests {
     fn help_names_every_command() {
         let command = super::Arguments::command();
         for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
-            let line = format!("\n  {:<12}", verb.get_name());
+            let line = format!("\n  {:<12}", format!("{} ", verb.get_name()));
             assert!(super::HELP.contains(&line), "{} is not in the help", verb.get_name());
         }
     }

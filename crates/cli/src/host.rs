@@ -7,6 +7,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use joey_api::image::{ImageSummary, PullEvent, PullRequest};
 use joey_api::instance::{ExecRequest, Host as Description, InstanceSpec, InstanceStatus, LogOptions, Usage};
+use joey_api::sizes::{self, Sizes};
 use joey_image::Images;
 use joey_instance::Engine;
 use joey_model::{ErrorKind, Fault, ImageRef, InstanceId};
@@ -24,12 +25,31 @@ pub struct LocalHost {
     pub images: Images,
     pub network: Arc<Networks>,
     pub name: String,
+    /// Sizes that instances may name.
+    pub sizes: Sizes,
+}
+
+impl LocalHost {
+    /// Gives an instance that names sizes the first one that can be had.
+    async fn choose_size(&self, spec: &mut InstanceSpec) -> Result<(), Fault> {
+        if spec.use_specs.is_empty() {
+            return Ok(());
+        }
+        let Description { cpu_milli, memory_bytes, .. } = self.describe().await;
+        sizes::choose(spec, &self.sizes, sizes::Amount { cpu_milli, memory_bytes })
+    }
 }
 
 #[async_trait]
 impl Host for LocalHost {
-    async fn create(&self, id: &InstanceId, spec: InstanceSpec) -> Result<(), Fault> {
+    async fn create(&self, id: &InstanceId, mut spec: InstanceSpec) -> Result<(), Fault> {
+        self.choose_size(&mut spec).await?;
         self.engine.create(id.clone(), spec).await
+    }
+
+    async fn change(&self, id: &InstanceId, mut spec: InstanceSpec) -> Result<(), Fault> {
+        self.choose_size(&mut spec).await?;
+        self.engine.change(id, spec).await
     }
 
     async fn delete(&self, id: &InstanceId, grace: Option<u32>) -> Result<(), Fault> {
@@ -66,6 +86,24 @@ impl Host for LocalHost {
         input: Frames,
     ) -> Result<ByteStream, Fault> {
         self.engine.attach(id, container, &request, input).await
+    }
+
+    async fn forward(&self, id: &InstanceId, port: u16, bytes: Frames) -> Result<ByteStream, Fault> {
+        self.engine.forward(id, port, bytes).await
+    }
+
+    async fn read_files(&self, id: &InstanceId, container: &str, path: &str) -> Result<ByteStream, Fault> {
+        self.engine.read_files(id, container, path).await
+    }
+
+    async fn write_files(
+        &self,
+        id: &InstanceId,
+        container: &str,
+        path: &str,
+        archive: ByteStream,
+    ) -> Result<(), Fault> {
+        self.engine.write_files(id, container, path, archive).await
     }
 
     async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault> {

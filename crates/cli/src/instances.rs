@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use futures::StreamExt;
 use jiff::Timestamp;
-use joey_api::instance::{ContainerState, Instance, LogOptions, WatchEvent, WirePhase};
+use joey_api::instance::{ContainerState, ContainerStatus, Instance, LogOptions, WatchEvent, WirePhase};
 use joey_api::lifecycle::Role;
 use joey_model::quantity::human_bytes;
 use joey_pool::PoolClient;
@@ -21,7 +21,7 @@ pub async fn ps(service: &PoolClient, format: Format) -> Result<ExitCode, Failur
     instances
         .sort_by(|one, other| other.created_at.cmp(&one.created_at).then_with(|| one.spec.name.cmp(&other.spec.name)));
     output::print(format, &instances, |wide| {
-        let mut heads = vec!["NAME", "IMAGE", "STATUS", "RESTARTS", "AGE", "ADDRESS"];
+        let mut heads = vec!["NAME", "READY", "STATUS", "RESTARTS", "AGE", "IMAGE", "ADDRESS"];
         heads.extend(wide.then_some(["ID", "CLASS", "HOST"]).into_iter().flatten());
         let mut rows = vec![heads.into_iter().map(str::to_owned).collect::<Vec<_>>()];
         rows.extend(instances.iter().map(|instance| row(instance, wide)));
@@ -34,10 +34,11 @@ fn row(instance: &Instance, wide: bool) -> Vec<String> {
     let restarts: u32 = instance.status.containers.iter().map(|container| container.restart_count).sum();
     let mut row = vec![
         instance.spec.name.clone(),
-        images.join(","),
+        ready(instance),
         condition(instance),
         restarts.to_string(),
         age(instance.created_at),
+        images.join(","),
         instance.status.address.map_or("-".to_owned(), |address| address.to_string()),
     ];
     if wide {
@@ -47,16 +48,54 @@ fn row(instance: &Instance, wide: bool) -> Vec<String> {
     row
 }
 
-/// The phase, or why it waits.
+/// What the instance is doing, or what is wrong, in the words that kubectl has for a Pod.
 fn condition(instance: &Instance) -> String {
-    let waiting = instance.status.containers.iter().find_map(|container| match &container.state {
-        ContainerState::Waiting { reason, .. } if reason != "ContainerCreating" => Some(reason.clone()),
+    let (status, containers) = (&instance.status, &instance.status.containers);
+    if status.phase == WirePhase::Terminating {
+        return "Terminating".to_owned();
+    }
+    let of = |role: Role| containers.iter().filter(move |container| container.role == role);
+    let before: Vec<&ContainerStatus> =
+        containers.iter().take_while(|c| matches!(c.role, Role::Init | Role::Sidecar)).collect();
+    for (index, container) in before.iter().enumerate() {
+        let word = match &container.state {
+            ContainerState::Terminated(end) if end.exit_code == 0 => continue,
+            ContainerState::Running { .. } if container.role == Role::Sidecar && container.started => continue,
+            ContainerState::Terminated(end) => end.reason.clone(),
+            ContainerState::Waiting { reason, .. } if reason != "PodInitializing" => reason.clone(),
+            _ => format!("{index}/{}", before.len()),
+        };
+        let begun = of(Role::Main).any(|main| !matches!(main.state, ContainerState::Waiting { .. }));
+        if !begun {
+            return format!("Init:{word}");
+        }
+    }
+    let waiting = of(Role::Main).find_map(|container| match &container.state {
+        ContainerState::Waiting { reason, .. } => Some(reason.clone()),
         _ => None,
     });
-    match instance.status.phase {
-        WirePhase::Terminating => "Terminating".to_owned(),
-        phase => waiting.or_else(|| instance.status.reason.clone()).unwrap_or_else(|| format!("{phase:?}")),
+    let ended = || {
+        of(Role::Main).find_map(|container| match &container.state {
+            ContainerState::Terminated(end) => Some(end.reason.clone()),
+            _ => None,
+        })
+    };
+    let runs = of(Role::Main).any(|container| matches!(container.state, ContainerState::Running { .. }));
+    let over = matches!(status.phase, WirePhase::Succeeded | WirePhase::Failed);
+    match waiting.or_else(|| status.reason.clone()) {
+        Some(word) => word,
+        None if runs && ended().is_some() => "NotReady".to_owned(),
+        None if over => ended().unwrap_or_else(|| format!("{:?}", status.phase)),
+        None => format!("{:?}", status.phase),
     }
+}
+
+/// Containers that are ready, of all that serve: the main ones and the sidecars.
+fn ready(instance: &Instance) -> String {
+    let serves = |container: &&ContainerStatus| matches!(container.role, Role::Main | Role::Sidecar);
+    let all = instance.status.containers.iter().filter(serves);
+    let (ready, total) = all.fold((0, 0), |(ready, total), one| (ready + u32::from(one.ready), total + 1));
+    format!("{ready}/{total}")
 }
 
 /// Everything about one instance: YAML, unless JSON is asked for.
@@ -153,8 +192,11 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
         tail: logs.tail,
         since: logs.since.as_deref().map(since).transpose()?,
         timestamps: logs.timestamps,
-        limit_bytes: None,
+        limit_bytes: logs.limit_bytes,
     };
+    if logs.all_containers {
+        return all_logs(service, &logs.name, &options).await;
+    }
     let instance = service.get(&logs.name).await?;
     let container = one_container(&instance, logs.container)?;
     let waits = instance.status.containers.iter().find(|known| known.name == container);
@@ -183,6 +225,56 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
         output::write(&part?)?;
     }
     Ok(DONE)
+}
+
+/// The logs of all containers one after another, or as they are written where they are followed; each line begins with its
+/// container.
+async fn all_logs(service: &PoolClient, name: &str, options: &LogOptions) -> Result<ExitCode, Failure> {
+    let mut streams = Vec::new();
+    for container in service.get(name).await?.spec.containers {
+        // One that did not start yet has no log.
+        if let Ok(bytes) = service.logs(name, &container.name, options).await {
+            streams.push(prefixed(container.name, bytes));
+        }
+    }
+    let mut lines = match options.follow {
+        true => futures::stream::select_all(streams).boxed(),
+        false => futures::stream::iter(streams).flatten().boxed(),
+    };
+    while let Some(line) = lines.next().await {
+        output::write(&line?)?;
+    }
+    Ok(DONE)
+}
+
+/// Whole lines of a log, each with the container's name before it.
+fn prefixed(
+    container: String,
+    bytes: joey_pool::ByteStream,
+) -> futures::stream::BoxStream<'static, std::io::Result<Vec<u8>>> {
+    let state = (bytes, Vec::<u8>::new(), false);
+    futures::stream::unfold(state, move |(mut bytes, mut open, mut ended)| {
+        let prefix = format!("[{container}] ").into_bytes();
+        async move {
+            loop {
+                if let Some(end) = open.iter().position(|byte| *byte == b'\n') {
+                    let rest = open.split_off(end + 1);
+                    let line = [prefix, open].concat();
+                    return Some((Ok(line), (bytes, rest, ended)));
+                }
+                if ended {
+                    let last = (!open.is_empty()).then(|| [prefix, open, b"\n".to_vec()].concat())?;
+                    return Some((Ok(last), (bytes, Vec::new(), true)));
+                }
+                match bytes.next().await {
+                    Some(Ok(part)) => open.extend_from_slice(&part),
+                    Some(Err(error)) => return Some((Err(error), (bytes, Vec::new(), true))),
+                    None => ended = true,
+                }
+            }
+        }
+    })
+    .boxed()
 }
 
 /// The container that is meant: the one named, else the first main one.

@@ -5,9 +5,13 @@
 
 mod args;
 mod bench;
+mod copy;
+mod debug;
+mod configuration;
 mod down;
 mod exec;
 mod failure;
+mod forward;
 mod host;
 mod images;
 mod instances;
@@ -16,6 +20,7 @@ mod output;
 mod roles;
 mod run;
 mod settings;
+mod top;
 mod up;
 mod vnode;
 
@@ -76,6 +81,10 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Ps(output) => instances::ps(&service, output.format()).await,
         Command::Describe(one) => instances::describe(&service, &one.instance.name, one.output.output).await,
         Command::Events(one) => instances::events(&service, &one.instance.name, one.output.format()).await,
+        Command::Cp(cp) => copy::cp(&service, cp).await,
+        Command::PortForward(ports) => forward::forward(&service, ports).await,
+        Command::Debug(debug) => debug::debug(&service, debug).await,
+        Command::Top(top) => top::top(&service, top).await,
         Command::Restart(named) => instances::restart(&service, &named.name).await,
         Command::Rm(rm) => instances::rm(&service, &rm).await,
         Command::Logs(logs) => instances::logs(&service, logs).await,

@@ -113,6 +113,7 @@ impl HostRole {
             images: self.images.clone(),
             network: self.network.clone(),
             name: settings.host_name.clone(),
+            sizes: settings.sizes.clone(),
         };
         Ok(Pool::open(store, Arc::new(host)).await?)
     }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use futures::StreamExt;
 use joey_api::instance::{
-    ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, LogOptions, NetworkSpec, PullPolicy, Resources,
+    ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, Limits, LogOptions, NetworkSpec, PullPolicy, Resources,
     Termination, WatchEvent, WirePhase, WireRestartPolicy,
 };
 use joey_model::{ErrorKind, Fault, ImageRef, quantity};
@@ -46,6 +46,13 @@ impl Run {
         let cpu = amount("cpu", &self.cpu, quantity::parse_milli);
         let memory = amount("memory", &self.memory, quantity::parse_units);
         let bandwidth = amount("bandwidth", &self.bandwidth, quantity::parse_units);
+        let packets = amount("packets", &self.packets, quantity::parse_units);
+        let limits = Limits {
+            pids: self.pids,
+            disk_bytes_per_second: amount("disk-bytes", &self.disk_bytes, quantity::parse_units),
+            disk_operations_per_second: amount("disk-operations", &self.disk_operations, quantity::parse_units),
+            ..Limits::default()
+        };
         let env: Vec<EnvVar> = self.env.iter().filter_map(|text| variable(text, &mut faults)).collect();
         if self.public {
             faults.push("--public is not there yet: instances have addresses of this host only".to_owned());
@@ -61,7 +68,7 @@ impl Run {
             command: self.command.into_iter().collect(),
             args: self.args,
             env,
-            resources: Resources { cpu_milli: cpu, memory_bytes: memory, pids: None },
+            resources: Resources { cpu_milli: cpu, memory_bytes: memory, ..Resources::default() },
             ..ContainerSpec::new(container_name, &self.image)
         };
         let restart_policy = match self.restart {
@@ -74,9 +81,13 @@ impl Run {
             client_token: Some(format!("run-{:032x}", rand::random::<u128>())),
             class: self.class,
             restart_policy,
+            limits,
+            use_specs: self.spec,
             network: NetworkSpec {
                 ingress_bits_per_second: bandwidth,
                 egress_bits_per_second: bandwidth,
+                ingress_packets_per_second: packets,
+                egress_packets_per_second: packets,
                 ..NetworkSpec::default()
             },
             ..InstanceSpec::new(&name, vec![container])

@@ -4,9 +4,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
+use joey_api::sizes::Sizes;
 use joey_model::{id, quantity};
 
 use crate::args::{HostFlags, Up, Vnode};
+use crate::configuration;
 use crate::failure::Failure;
 
 /// The data directory of a system-wide joey: its names carry no suffix.
@@ -60,6 +62,8 @@ pub struct HostSettings {
     pub docker_config: Option<PathBuf>,
     pub max_layer_bytes: u64,
     pub agent: PathBuf,
+    /// Sizes that instances may name.
+    pub sizes: Sizes,
 }
 
 #[derive(Debug, Clone)]
@@ -144,6 +148,7 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         faults.0.push(format!("--docker-config: there is no file {}", file.display()));
     }
     let agent = faults.take("--agent", agent(flags.agent.as_deref()));
+    let sizes = flags.config.as_deref().map_or_else(|| Some(Sizes::new()), |file| faults.take("--config", configuration::read(file)));
     Some(HostSettings {
         place,
         host_name: machine_name(),
@@ -153,6 +158,7 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         docker_config: flags.docker_config.clone(),
         max_layer_bytes: layer?,
         agent: agent?,
+        sizes: sizes?,
     })
 }
 
@@ -190,5 +196,6 @@ pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
         docker_config: None,
         max_layer_bytes: 1,
         agent: PathBuf::from("joey-agent"),
+        sizes: Sizes::new(),
     })
 }

@@ -180,6 +180,30 @@ impl Engine {
         Ok(())
     }
 
+    /// Brings an instance to a changed specification: durable when it returns, in force soon after. The same again changes
+    /// nothing; what may differ is judged by the caller.
+    pub async fn change(&self, id: &InstanceId, spec: InstanceSpec) -> Result<(), Fault> {
+        joey_api::validate::instance(&spec)?;
+        let recording = self.shared.recording(id).await.ok_or_else(|| not_found(id))?;
+        let (dir, wanted) = (self.shared.dir(id), spec.clone());
+        let written = start::blocking("write its record", move || {
+            let Some(mut record) = Record::read(&dir)?.filter(|record| record.spec != wanted) else { return Ok(false) };
+            record.spec = wanted;
+            record.write(&dir).map(|()| true)
+        });
+        let written = written.await?;
+        drop(recording);
+        if !written {
+            return Ok(());
+        }
+        checkpoint::reached("instance-change-recorded");
+        if let Some(handle) = self.shared.instances().get_mut(id) {
+            handle.containers = spec.containers.iter().map(|container| container.name.clone()).collect();
+            handle.grace = spec.termination_grace_period_seconds;
+        }
+        self.tell(id, Command::Change)
+    }
+
     /// Begins the end: durable when it returns. The change to `None` follows. A later call with a shorter grace counts.
     pub async fn delete(&self, id: &InstanceId, grace: Option<u32>) -> Result<(), Fault> {
         let own = self.shared.instances().get(id).map(|handle| handle.grace).ok_or_else(|| not_found(id))?;
@@ -259,6 +283,32 @@ impl Engine {
         frames: impl Stream<Item = Bytes> + Send + 'static,
     ) -> Result<ByteStream, Fault> {
         Ok(self.agent(id, Some(container))?.attach(container, request, frames).await?)
+    }
+
+    /// A connection to a port on loopback of the instance; bytes both ways.
+    pub async fn forward(
+        &self,
+        id: &InstanceId,
+        port: u16,
+        bytes: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, Fault> {
+        Ok(self.agent(id, None)?.forward(port, bytes).await?)
+    }
+
+    /// What is at a path of a container, as tar.
+    pub async fn read_files(&self, id: &InstanceId, container: &str, path: &str) -> Result<ByteStream, Fault> {
+        Ok(self.agent(id, Some(container))?.read_files(container, path).await?)
+    }
+
+    /// Unpacks an archive into a container.
+    pub async fn write_files(
+        &self,
+        id: &InstanceId,
+        container: &str,
+        path: &str,
+        archive: ByteStream,
+    ) -> Result<(), Fault> {
+        Ok(self.agent(id, Some(container))?.write_files(container, path, archive).await?)
     }
 
     pub async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault> {
@@ -346,6 +396,15 @@ impl Shared {
     pub(crate) fn images_are(&self, id: &InstanceId, images: Vec<Digest>) {
         if let Some(handle) = self.instances().get_mut(id) {
             handle.images = images;
+        }
+    }
+
+    /// One more image that an instance uses.
+    pub(crate) fn image_used(&self, id: &InstanceId, image: Digest) {
+        if let Some(handle) = self.instances().get_mut(id)
+            && !handle.images.contains(&image)
+        {
+            handle.images.push(image);
         }
     }
 

@@ -1,62 +1,27 @@
-//! Files an instance is given: volumes with contents, and the texts of /etc/hosts and /etc/resolv.conf.
+//! What an instance is told by files: the texts of /etc/hosts and /etc/resolv.conf; and the size of its memory for files.
 
 use std::fs;
-use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 
-use base64::Engine as _;
-use joey_api::instance::{InstanceSpec, VolumeSource};
-use joey_api::validate::relative_path_is_safe;
-
-use crate::persist::write_private;
+use joey_api::instance::InstanceSpec;
+use joey_api::lifecycle::Role;
 
 /// Where systemd-resolved tells the real name servers, when /etc/resolv.conf names its own stub.
 const UPSTREAM: &str = "/run/systemd/resolve/resolv.conf";
 
-/// Makes `volumes/NAME` below `dir` for every volume. What an interrupted attempt left is written again.
-pub(crate) fn make_volumes(dir: &Path, spec: &InstanceSpec) -> io::Result<()> {
-    let root = dir.join("volumes");
-    make_dir(&root, 0o755)?;
-    for volume in &spec.volumes {
-        let place = root.join(&volume.name);
-        match &volume.source {
-            // Every user of the containers may write, as into the kubelet's.
-            VolumeSource::EmptyDir { .. } => make_dir(&place, 0o777)?,
-            VolumeSource::Files(files) => {
-                make_dir(&place, 0o755)?;
-                for file in files {
-                    write_content(&place, &file.path, &file.base64, file.mode)?;
-                }
-            }
-        }
-    }
-    Ok(())
+/// The size of an empty directory in memory: no larger than what all containers may use, where that is limited.
+pub(crate) fn memory_size(spec: &InstanceSpec, wanted: Option<u64>) -> Option<u64> {
+    let main = spec.containers.iter().filter(|container| container.role == Role::Main);
+    let whole = main.map(|container| container.resources.memory_bytes).sum::<Option<u64>>();
+    [wanted, whole, spec.limits.memory_bytes].into_iter().flatten().min()
 }
 
-fn write_content(root: &Path, path: &str, base64: &str, mode: u32) -> io::Result<()> {
-    if !relative_path_is_safe(path) {
-        return Err(io::Error::other("a file's path leaves its volume"));
-    }
-    let bytes = base64::engine::general_purpose::STANDARD.decode(base64).map_err(io::Error::other)?;
-    let target = root.join(path);
-    if let Some(parent) = Path::new(path).parent() {
-        let mut place = root.to_owned();
-        for part in parent.components() {
-            place.push(part);
-            make_dir(&place, 0o755)?;
-        }
-    }
-    let file = write_private(&target, &bytes)?;
-    file.set_permissions(fs::Permissions::from_mode(mode & 0o777))
-}
-
-/// Makes a directory with exactly this mode, whatever the umask.
-fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
-    match fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => fs::set_permissions(path, fs::Permissions::from_mode(mode)),
+/// What programs are told when they ask for the host name; `short` is without its domain.
+pub(crate) fn hostname(spec: &InstanceSpec, short: &str) -> String {
+    match spec.domain.as_ref().filter(|_| spec.full_hostname) {
+        Some(domain) => format!("{short}.{domain}"),
+        None => short.to_owned(),
     }
 }
 
@@ -64,7 +29,8 @@ fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
 pub(crate) fn hosts(spec: &InstanceSpec, hostname: &str, address: Option<IpAddr>) -> String {
     let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     if let Some(address) = address {
-        text.push_str(&format!("{address}\t{hostname}\n"));
+        let full = spec.domain.as_ref().map(|domain| format!("{hostname}.{domain}\t")).unwrap_or_default();
+        text.push_str(&format!("{address}\t{full}{hostname}\n"));
     }
     for alias in &spec.network.host_aliases {
         text.push_str(&format!("{}\t{}\n", alias.address, alias.hostnames.join("\t")));
@@ -112,28 +78,15 @@ mod tests {
     }
 
     #[test]
-    fn volumes_are_written_with_their_modes_and_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let spec = spec(json!({"volumes": [
-            {"name": "v", "source": {"files": [{"path": "a/b", "base64": "aGk=", "mode": 0o440}]}},
-            {"name": "e", "source": {"emptyDir": {}}}]}));
-        for _ in 0..2 {
-            make_volumes(dir.path(), &spec).unwrap();
-        }
-        let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().permissions().mode() & 0o777;
-        assert_eq!(fs::read(dir.path().join("volumes/v/a/b")).unwrap(), b"hi");
-        assert_eq!((mode("volumes/v/a/b"), mode("volumes/v/a"), mode("volumes/e")), (0o440, 0o755, 0o777));
-    }
-
-    #[test]
-    fn a_path_cannot_leave_its_volume() {
-        let dir = tempfile::tempdir().unwrap();
-        for path in ["../x", "/x", "a/../../x"] {
-            let file = json!({"path": path, "base64": "aGk=", "mode": 0o644});
-            let spec = spec(json!({"volumes": [{"name": "v", "source": {"files": [file]}}]}));
-            assert!(make_volumes(dir.path(), &spec).is_err(), "{path}");
-        }
-        assert!(!dir.path().join("x").exists());
+    fn memory_is_no_more_than_the_containers_have() {
+        let size = |wanted, first: Option<u64>| {
+            let first = first.map_or(json!({}), |bytes| json!({"memoryBytes": bytes}));
+            let container = |name: &str, resources: serde_json::Value| json!({"name": name, "image": "i", "resources": resources});
+            let all = json!([container("a", first), container("b", json!({"memoryBytes": 30}))]);
+            memory_size(&spec(json!({ "containers": all })), wanted)
+        };
+        assert_eq!((size(None, None), size(Some(7), None), size(None, Some(20))), (None, Some(7), Some(50)));
+        assert_eq!((size(Some(99), Some(20)), size(Some(9), Some(20))), (Some(50), Some(9)));
     }
 
     #[test]

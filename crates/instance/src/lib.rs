@@ -7,6 +7,7 @@
 //! Must never name a class of sandboxes, and must never know tenants, Kubernetes or REST.
 
 mod cgroups;
+mod change;
 mod engine;
 mod files;
 mod life;

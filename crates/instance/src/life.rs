@@ -17,11 +17,15 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentState};
-use joey_api::instance::{ContainerState, InstanceEvent, InstanceStatus, WirePhase};
+use joey_api::instance::{
+    ContainerState, InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase,
+};
+use joey_api::lifecycle::Role;
 use joey_model::{Digest, ErrorKind, Fault, ImageRef, InstanceId, checkpoint};
 use joey_sandbox::{AgentClient, Sandbox};
 use tokio::sync::mpsc;
 
+use crate::change::Changes;
 use crate::engine::Shared;
 use crate::persist::Record;
 use crate::{start, status};
@@ -30,6 +34,8 @@ use crate::{start, status};
 const PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(300));
 /// How long past its grace a stop may take until everything is killed from outside.
 const STOP_SLACK: Duration = Duration::from_secs(5);
+/// How long until an agent that could not be brought to its record is tried again.
+const BRING_AGAIN: Duration = Duration::from_secs(1);
 /// Events of the host that are kept.
 const EVENTS: usize = 32;
 
@@ -40,6 +46,8 @@ pub(crate) enum Command {
     Delete {
         grace: u32,
     },
+    /// Its record says something else now.
+    Change,
     Restart,
 }
 
@@ -54,6 +62,8 @@ pub(crate) struct Life {
     events: Vec<InstanceEvent>,
     agent_events: Vec<InstanceEvent>,
     began: Instant,
+    /// The agent may not know yet what the record says.
+    behind: bool,
 }
 
 /// Why watching or waiting ended.
@@ -83,6 +93,7 @@ impl Life {
             events: Vec::new(),
             agent_events: Vec::new(),
             began: Instant::now(),
+            behind: false,
         }
     }
 
@@ -90,6 +101,8 @@ impl Life {
     pub(crate) async fn run(mut self, adopted: Option<Arc<dyn Sandbox>>) {
         if adopted.is_some() {
             self.remember().await;
+            // The daemon before this one may have ended between its record and its agent.
+            self.behind = true;
         }
         let mut sandbox = adopted;
         let grace = loop {
@@ -130,8 +143,8 @@ impl Life {
             }
         }
         let mut used = Vec::new();
-        for container in &self.record.spec.containers {
-            if let Ok(reference) = ImageRef::parse(&container.image) {
+        for image in start::images_of(&self.record.spec) {
+            if let Ok(reference) = ImageRef::parse(&image) {
                 used.extend(self.shared.images.find(&reference).await.map(|image| image.id.clone()));
             }
         }
@@ -165,28 +178,63 @@ impl Life {
         }
     }
 
-    /// Gets the images; a deletion meanwhile gives the pull up.
+    /// Gets the images; a deletion meanwhile gives the pull up, and what is asked for anew is pulled anew.
     async fn pull(&mut self) -> Result<Result<Vec<Arc<joey_image::Image>>, Fault>, Turn> {
         // The commands are taken out, so that both can be waited for at once.
         let (_, closed) = mpsc::unbounded_channel();
         let mut commands = std::mem::replace(&mut self.commands, closed);
-        let turn = {
-            let pulling = start::images(self);
-            tokio::pin!(pulling);
-            loop {
-                tokio::select! {
-                    done = &mut pulling => break Ok(done),
-                    command = commands.recv() => match command {
-                        Some(Command::Delete { grace }) => break Err(Turn::Delete(grace)),
-                        Some(Command::Restart) => {}
-                        // The engine is gone, and with it this process.
-                        None => break Ok((&mut pulling).await),
-                    },
+        let turn = loop {
+            let mut changed = false;
+            let pulled = {
+                let pulling = start::images(self);
+                tokio::pin!(pulling);
+                loop {
+                    tokio::select! {
+                        done = &mut pulling => break Ok(done),
+                        command = commands.recv() => match command {
+                            Some(Command::Delete { grace }) => break Err(Turn::Delete(grace)),
+                            Some(Command::Change) => changed = true,
+                            Some(Command::Restart) => {}
+                            // The engine is gone, and with it this process.
+                            None => break Ok((&mut pulling).await),
+                        },
+                    }
                 }
+            };
+            if !changed || pulled.is_err() {
+                break pulled;
             }
+            self.take_in().await;
         };
         self.commands = commands;
         turn
+    }
+
+    /// Takes over what the record says now; what was there before is given back.
+    async fn take_in(&mut self) -> InstanceSpec {
+        let dir = self.dir.clone();
+        let read = start::blocking("read its record", move || Record::read(&dir)).await;
+        self.behind = true;
+        match read {
+            Ok(Some(record)) => {
+                status::take_in(&mut self.status, &record.spec);
+                std::mem::replace(&mut self.record.spec, record.spec)
+            }
+            // Said where it failed; the next change or the next daemon reads it again.
+            Ok(None) | Err(_) => self.record.spec.clone(),
+        }
+    }
+
+    /// Brings the agent to what the record says. What it has already is not touched.
+    async fn bring(&mut self, agent: &AgentClient) {
+        self.behind = false;
+        for volume in &self.record.spec.volumes {
+            let VolumeSource::Files(files) = &volume.source else { continue };
+            let Err(error) = agent.renew_volume(&volume.name, files.clone()).await else { continue };
+            tracing::warn!(instance = %self.id, volume = volume.name, %error, "contents could not be renewed");
+            // An agent that says no says so again.
+            self.behind |= !matches!(error.kind(), ErrorKind::Invalid | ErrorKind::NotFound);
+        }
     }
 
     /// Waits before the next attempt; a restart cuts the wait short.
@@ -198,13 +246,21 @@ impl Life {
                 self.event(true, "BackOff", format!("Back-off: {fault}"), None);
                 self.say_waiting(fault, reason);
             }
-            tokio::select! {
-                () = tokio::time::sleep_until(until) => {}
-                command = self.commands.recv() => match command {
-                    Some(Command::Delete { grace }) => return Err(Turn::Delete(grace)),
-                    Some(Command::Restart) => return Ok(()),
-                    None => std::future::pending().await,
-                },
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep_until(until) => break,
+                    command = self.commands.recv() => match command {
+                        Some(Command::Delete { grace }) => return Err(Turn::Delete(grace)),
+                        Some(Command::Change) => {
+                            let before = self.take_in().await;
+                            if before.containers != self.record.spec.containers {
+                                return Ok(());
+                            }
+                        }
+                        Some(Command::Restart) => return Ok(()),
+                        None => std::future::pending().await,
+                    },
+                }
             }
         }
         Ok(())
@@ -234,17 +290,42 @@ impl Life {
                     }
                 }
             };
+            if self.behind {
+                self.bring(agent).await;
+            }
+            let mut changes = Changes::default();
+            let mut told = None;
             loop {
                 tokio::select! {
                     state = states.next() => match state {
-                        Some(Ok(state)) => self.agent_says(&state),
+                        Some(Ok(state)) => {
+                            self.agent_says(&state);
+                            changes.compare(self, agent, &state).await;
+                            told = Some(state);
+                        }
                         Some(Err(_)) | None => break,
                     },
+                    prepared = changes.next() => {
+                        if let Some(prepared) = prepared {
+                            changes.carry_out(self, sandbox, agent, prepared).await;
+                        } else if let Some(state) = &told {
+                            changes.compare(self, agent, state).await;
+                        }
+                    }
                     command = self.commands.recv() => match command {
                         Some(Command::Delete { grace }) => return Turn::Delete(grace),
+                        Some(Command::Change) => {
+                            self.take_in().await;
+                            self.bring(agent).await;
+                            changes.at_once();
+                            if let Some(state) = &told {
+                                changes.compare(self, agent, state).await;
+                            }
+                        }
                         Some(Command::Restart) => self.restart(agent).await,
                         None => std::future::pending().await,
                     },
+                    () = tokio::time::sleep(BRING_AGAIN), if self.behind => self.bring(agent).await,
                     () = sandbox.exited() => return Turn::AgentLost,
                 }
             }
@@ -316,6 +397,7 @@ impl Life {
         loop {
             match self.commands.recv().await {
                 Some(Command::Delete { grace }) => return Some(grace),
+                Some(Command::Change) => drop(self.take_in().await),
                 Some(Command::Restart) => return None,
                 None => std::future::pending().await,
             }
@@ -395,8 +477,11 @@ impl Life {
         let _recording = self.shared.recording(&self.id).await;
         let (dir, mut record) = (self.dir.clone(), self.record.clone());
         start::blocking("write its record", move || {
-            // An end that was asked for meanwhile stays asked for.
-            record.deleting = Record::read(&dir)?.and_then(|kept| kept.deleting).or(record.deleting);
+            // What was asked for meanwhile stays asked for.
+            if let Some(kept) = Record::read(&dir)? {
+                record.deleting = kept.deleting.or(record.deleting);
+                record.spec = kept.spec;
+            }
             record.write(&dir)
         })
         .await
@@ -406,6 +491,10 @@ impl Life {
         let host = self.shared.config.host_name.clone();
         let fresh = status::waiting(&self.record.spec, &host, reason, &fault.message);
         for container in &mut self.status.containers {
+            // Who only looked on does not come back with the sandbox.
+            if container.role == Role::Debug && self.record.restarts_before.contains_key(&container.name) {
+                continue;
+            }
             container.last_termination = match std::mem::replace(
                 &mut container.state,
                 ContainerState::Waiting { reason: reason.to_owned(), message: fault.message.clone() },
@@ -434,6 +523,13 @@ impl Life {
             message,
             container: container.map(str::to_owned),
         });
+        let surplus = self.events.len().saturating_sub(EVENTS);
+        self.events.drain(..surplus);
+    }
+
+    /// Takes over what happened while something was prepared.
+    pub(crate) fn tell(&mut self, events: Vec<InstanceEvent>) {
+        self.events.extend(events);
         let surplus = self.events.len().saturating_sub(EVENTS);
         self.events.drain(..surplus);
     }

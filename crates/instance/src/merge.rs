@@ -5,8 +5,9 @@
 use std::net::IpAddr;
 
 use joey_api::agent::{AgentContainer, AgentMount};
-use joey_api::instance::{ContainerSpec, Resources, Security};
-use joey_api::validate::DEFAULT_CAPABILITIES;
+use joey_api::instance::{ContainerSpec, Mount, Resources, Security};
+use joey_api::lifecycle::Role;
+use joey_api::validate::{DEFAULT_CAPABILITIES, may_trace};
 use joey_image::{Image, ImageConfig};
 use joey_model::{ErrorKind, Fault};
 
@@ -39,7 +40,9 @@ pub(crate) fn container(
     Ok(AgentContainer {
         name: spec.name.clone(),
         role: spec.role,
+        target: spec.target.clone(),
         restart_policy: spec.restart_policy,
+        restart_rules: spec.restart_rules.clone(),
         lifecycle: spec.lifecycle.clone(),
         last_words: spec.last_words.clone(),
         image: spec.image.clone(),
@@ -50,25 +53,63 @@ pub(crate) fn container(
         working_dir: working_dir(spec, config),
         user: user(&spec.security, &config.user),
         supplemental_groups: spec.security.supplemental_groups.clone(),
+        strict_groups: spec.security.strict_groups,
         run_as_non_root: spec.security.run_as_non_root,
         read_only_root: spec.security.read_only_root,
         no_new_privileges: spec.security.no_new_privileges,
-        capabilities: capabilities(&spec.security),
+        capabilities: capabilities(spec.role, &spec.security),
         stdin: spec.stdin,
+        stdin_once: spec.stdin_once,
         tty: spec.tty,
-        resources: Resources { pids: spec.resources.pids.or(Some(PIDS)), ..spec.resources },
+        resources: resources(spec),
         stop_signal: (spec.lifecycle.stop_signal.clone().or_else(|| config.stop_signal.clone()))
             .unwrap_or_else(|| "SIGTERM".to_owned()),
-        mounts: spec
-            .mounts
-            .iter()
-            .map(|mount| AgentMount {
-                volume: mount.volume.clone(),
-                path: mount.path.clone(),
-                read_only: mount.read_only,
-            })
-            .collect(),
+        mounts: spec.mounts.iter().map(|asked| mount(spec, asked, &given)).collect::<Result<_, _>>()?,
     })
+}
+
+/// A mount with its place in the volume: an expression is expanded by the specification's variables, all of which it needs.
+fn mount(spec: &ContainerSpec, mount: &Mount, known: &[(String, String)]) -> Result<AgentMount, Fault> {
+    let refused = |why: String| {
+        let message = format!("container \"{}\": subPathExpr of its mount at {}: {why}", spec.name, mount.path);
+        Err(Fault::new(ErrorKind::Invalid, "CreateContainerConfigError", message))
+    };
+    let mut sub_path = mount.sub_path.clone();
+    if let Some(expression) = &mount.sub_path_expr {
+        if let Some(name) = unknown(expression, known) {
+            return refused(format!("missing value for \"{name}\""));
+        }
+        let path = expand(expression, known);
+        let parts: Vec<&str> = path.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+        if path.starts_with('/') || parts.contains(&"..") {
+            return refused(format!("\"{path}\" must be relative and without \"..\""));
+        }
+        sub_path = Some(parts.join("/")).filter(|path| !path.is_empty());
+    }
+    let (volume, path) = (mount.volume.clone(), mount.path.clone());
+    Ok(AgentMount { volume, path, read_only: mount.read_only, sub_path })
+}
+
+/// The first variable that a text refers to and that is not there.
+fn unknown<'a>(text: &'a str, known: &[(String, String)]) -> Option<&'a str> {
+    let mut rest = text;
+    while let Some(at) = rest.find('$') {
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix('$') {
+            rest = after;
+        } else if let Some((name, after)) = rest.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
+            if !known.iter().any(|(known, _)| known == name) {
+                return Some(name);
+            }
+            rest = after;
+        }
+    }
+    None
+}
+
+/// The limits of a container; processes are limited always.
+pub(crate) fn resources(spec: &ContainerSpec) -> Resources {
+    Resources { pids: spec.resources.pids.or(Some(PIDS)), ..spec.resources }
 }
 
 /// Variables of the specification, `$(NAME)` in each replaced by those before it.
@@ -134,7 +175,7 @@ fn user(security: &Security, image: &str) -> String {
     }
 }
 
-fn capabilities(security: &Security) -> Vec<String> {
+fn capabilities(role: Role, security: &Security) -> Vec<String> {
     let names = |list: &[String]| -> Vec<String> {
         list.iter().map(|name| name.strip_prefix("CAP_").unwrap_or(name).to_ascii_uppercase()).collect()
     };
@@ -144,6 +185,7 @@ fn capabilities(security: &Security) -> Vec<String> {
         .into_iter()
         .filter(|&name| added.iter().any(|add| add == name) || !(all || dropped.iter().any(|drop| drop == name)))
         .map(str::to_owned)
+        .chain(added.iter().filter(|name| may_trace(role, name)).cloned())
         .collect()
 }
 
@@ -246,6 +288,24 @@ mod tests {
     fn processes_are_limited_always() {
         assert_eq!(merged(json!({})).unwrap().resources.pids, Some(PIDS));
         assert_eq!(merged(json!({"resources": {"pids": 5, "cpuMilli": 10}})).unwrap().resources.pids, Some(5));
+    }
+
+    #[test]
+    fn places_within_volumes() {
+        let of = |path: &str| {
+            let mount = json!({"volume": "v", "path": "/v", "subPathExpr": path});
+            let env = json!([{"name": "POD", "value": "web"}, {"name": "UP", "value": ".."}]);
+            let fault = |fault: Fault| fault.message;
+            let made = merged(json!({"mounts": [mount], "env": env})).map_err(fault)?;
+            Ok::<_, String>(made.mounts[0].sub_path.clone().unwrap_or_default())
+        };
+        for (expression, path) in [("$(POD)/log", "web/log"), ("a//$(POD)/./", "a/web"), ("$$(POD)", "$(POD)"), ("$", "$")] {
+            assert_eq!(of(expression).as_deref(), Ok(path));
+        }
+        assert!(of("$(NONE)").unwrap_err().contains("missing value for \"NONE\""));
+        assert!(of("a/$(UP)/b").unwrap_err().contains("without"));
+        // What the image says of itself is no variable of the specification.
+        assert!(of("$(A)").is_err());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Makes an instance: a list of steps, each with its undo. A step that fails undoes itself and all before it.
 //!
 //! ```text
-//! Images ──► Volumes ──► Network ──► Config ──► Sandbox
-//!  (kept)    directory    release    (in dir)   destroy      undo, in the other order
+//! Images ──► Network ──► Config ──► Sandbox
+//!  (kept)    release   remove files  destroy      undo, in the other order
 //! ```
 
 use std::io::ErrorKind as ErrorKindOfIo;
@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use jiff::{SignedDuration, Timestamp};
 use joey_api::agent::{AgentConfig, AgentVolume, VERSION};
-use joey_api::instance::{ContainerSpec, PullPolicy, VolumeSource};
+use joey_api::instance::{ContainerSpec, InstanceSpec, PullPolicy, VolumeSource};
+use joey_api::lifecycle::Role;
 use joey_image::Image;
 use joey_model::{ErrorKind, Fault, ImageRef, checkpoint};
 use joey_network::{Attachment, Bandwidth};
@@ -23,13 +24,12 @@ use crate::{files, persist};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    Volumes,
     Network,
     Config,
     Sandbox,
 }
 
-const STEPS: [Step; 4] = [Step::Volumes, Step::Network, Step::Config, Step::Sandbox];
+const STEPS: [Step; 3] = [Step::Network, Step::Config, Step::Sandbox];
 
 /// What the steps have made so far.
 struct Made {
@@ -67,14 +67,14 @@ pub(crate) async fn unmake(life: &mut Life) -> Result<(), Fault> {
 
 async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fault> {
     match step {
-        Step::Volumes => {
-            let (dir, spec) = (life.dir.clone(), life.record.spec.clone());
-            blocking("write the volumes", move || files::make_volumes(&dir, &spec)).await?;
-            checkpoint::reached("instance-volumes");
-        }
         Step::Network => {
             let caps = &life.record.spec.network;
-            let bandwidth = Bandwidth { ingress: caps.ingress_bits_per_second, egress: caps.egress_bits_per_second };
+            let bandwidth = Bandwidth {
+                ingress: caps.ingress_bits_per_second,
+                egress: caps.egress_bits_per_second,
+                ingress_packets: caps.ingress_packets_per_second,
+                egress_packets: caps.egress_packets_per_second,
+            };
             let attachment = life.shared.network.attach(&life.id, bandwidth).await?;
             life.status.address = Some(attachment.address);
             made.attachment = Some(attachment);
@@ -111,13 +111,12 @@ async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
             class.destroy(&life.id, &life.dir).await?;
             checkpoint::reached("instance-sandbox-destroyed");
         }
-        Step::Config => {}
         Step::Network => {
             life.shared.network.release(&life.id).await?;
             life.status.address = None;
             checkpoint::reached("instance-network-released");
         }
-        Step::Volumes => {
+        Step::Config => {
             let dir = life.dir.clone();
             blocking("remove its files", move || {
                 for name in ["volumes", "upper", "agent.json"] {
@@ -139,51 +138,69 @@ async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Every image of the instance, pulled where its policy says so. Dropping the future gives the pull up.
+/// Names of every image of an instance: those of containers, then those of volumes.
+pub(crate) fn images_of(spec: &InstanceSpec) -> Vec<String> {
+    let of_volumes = spec.volumes.iter().filter_map(|volume| match &volume.source {
+        VolumeSource::Image { reference, .. } => Some(reference.clone()),
+        VolumeSource::Files(_) | VolumeSource::EmptyDir { .. } => None,
+    });
+    spec.containers.iter().map(|container| container.image.clone()).chain(of_volumes).collect()
+}
+
+/// Every image of the instance, in the order of [`images_of`], pulled where its policy says so. Dropping the future gives the
+/// pull up.
 pub(crate) async fn images(life: &mut Life) -> Result<Vec<Arc<Image>>, Fault> {
     let mut images = Vec::new();
-    for container in life.record.spec.containers.clone() {
-        let image = image(life, &container).await?;
+    for container in started(&life.record.spec).cloned().collect::<Vec<_>>() {
+        let image = image(life, &container.image, container.pull_policy, Some(&container.name)).await?;
         let known = format!("{}/{}@{}", image.reference.registry(), image.reference.repository(), image.manifest);
         if let Some(status) = life.status.containers.iter_mut().find(|status| status.name == container.name) {
             status.image_id = known;
         }
         images.push(image);
     }
+    for volume in life.record.spec.volumes.clone() {
+        if let VolumeSource::Image { reference, pull_policy } = &volume.source {
+            images.push(image(life, reference, *pull_policy, None).await?);
+        }
+    }
     life.use_images(images.iter().map(|image| image.id.clone()).collect());
     life.mark("images");
     Ok(images)
 }
 
-async fn image(life: &mut Life, container: &ContainerSpec) -> Result<Arc<Image>, Fault> {
-    let reference = ImageRef::parse(&container.image)
+/// An image of the container of that name, or of a volume.
+async fn image(
+    life: &mut Life,
+    given: &str,
+    policy: PullPolicy,
+    container: Option<&str>,
+) -> Result<Arc<Image>, Fault> {
+    let reference = ImageRef::parse(given)
         .map_err(|error| Fault::new(ErrorKind::Invalid, "InvalidImageName", error.to_string()))?;
-    let name = &container.name;
-    if container.pull_policy != PullPolicy::Always
+    if policy != PullPolicy::Always
         && let Some(image) = life.shared.images.find(&reference).await
     {
-        let message = format!("Container image \"{}\" already present on machine", container.image);
-        life.event(false, "Pulled", message, Some(name));
+        life.event(false, "Pulled", format!("Container image \"{given}\" already present on machine"), container);
         return Ok(image);
     }
-    if container.pull_policy == PullPolicy::Never {
-        let message = format!("Container image \"{}\" is not present with pull policy of Never", container.image);
+    if policy == PullPolicy::Never {
+        let message = format!("Container image \"{given}\" is not present with pull policy of Never");
         return Err(Fault::new(ErrorKind::NotFound, "ErrImageNeverPull", message)
             .with_hint("import or pull the image first, or choose the policy IfNotPresent"));
     }
-    life.event(false, "Pulling", format!("Pulling image \"{}\"", container.image), Some(name));
+    life.event(false, "Pulling", format!("Pulling image \"{given}\""), container);
     life.publish();
     let began = Instant::now();
     let credentials = life.record.spec.credentials.clone();
     match life.shared.images.pull(&reference, &credentials, |_| {}).await {
         Ok(image) => {
             let message = format!(
-                "Successfully pulled image \"{}\" in {:.3}s. Image size: {} bytes.",
-                container.image,
+                "Successfully pulled image \"{given}\" in {:.3}s. Image size: {} bytes.",
                 began.elapsed().as_secs_f64(),
                 image.size
             );
-            life.event(false, "Pulled", message, Some(name));
+            life.event(false, "Pulled", message, container);
             Ok(image)
         }
         Err(error) => {
@@ -195,8 +212,7 @@ async fn image(life: &mut Life, container: &ContainerSpec) -> Result<Arc<Image>,
             }
             // An event and a container's state are one text each: the way out goes with the cause.
             let hint = fault.hint.take().map_or_else(String::new, |hint| format!("; {hint}"));
-            let message = format!("Failed to pull image \"{}\": {problem}{hint}", container.image);
-            life.event(true, "Failed", message, Some(name));
+            life.event(true, "Failed", format!("Failed to pull image \"{given}\": {problem}{hint}"), container);
             fault.message.push_str(&hint);
             Err(fault)
         }
@@ -206,33 +222,29 @@ async fn image(life: &mut Life, container: &ContainerSpec) -> Result<Arc<Image>,
 async fn config(life: &Life, made: &Made) -> Result<AgentConfig, Fault> {
     let (spec, shared) = (&life.record.spec, &life.shared);
     let address = made.attachment.as_ref().map(|attachment| attachment.address);
-    let first = spec.name.split('.').next().unwrap_or(&spec.name);
-    let hostname = spec.hostname.clone().unwrap_or_else(|| first.chars().take(63).collect());
+    let short = short_hostname(spec);
+    let hostname = files::hostname(spec, &short);
     let mut containers = Vec::new();
-    for (container, image) in spec.containers.iter().zip(&made.images) {
-        let layers = shared.images.mount(image).await?;
-        let layers = layers.iter().map(|layer| layer.to_string_lossy().into_owned()).collect();
-        let around = Surroundings { hostname: &hostname, address, layers };
+    for (container, image) in started(spec).zip(&made.images) {
+        let around = Surroundings { hostname: &hostname, address, layers: layers(life, image).await? };
         containers.push(merge::container(container, image, around)?);
     }
-    let volumes = spec.volumes.iter().map(|volume| {
-        let (memory, size_limit_bytes) = match volume.source {
-            VolumeSource::EmptyDir { memory, size_limit_bytes } => (memory, size_limit_bytes),
-            VolumeSource::Files(_) => (false, None),
-        };
-        AgentVolume { name: volume.name.clone(), memory, size_limit_bytes }
-    });
+    let volumes = volumes(life, made.images.get(started(spec).count()..).unwrap_or_default()).await?;
     Ok(AgentConfig {
         version: VERSION,
         instance: life.id.to_string(),
         resolv_conf: files::resolv_conf(spec, &shared.config.resolv_conf),
-        hosts: files::hosts(spec, &hostname, address),
+        hosts: files::hosts(spec, &short, address),
         hostname,
         address,
         containers,
-        volumes: volumes.collect(),
+        volumes,
+        fs_group: spec.fs_group,
         restart_policy: spec.restart_policy,
         termination_grace_period_seconds: spec.termination_grace_period_seconds,
+        share_processes: spec.share_processes,
+        sysctls: spec.sysctls.clone(),
+        limits: spec.limits,
         deadline: spec.active_deadline_seconds.map(|seconds| deadline(life.record.accepted_at, seconds)),
         debug_ports: spec.debug_ports.clone(),
         cgroup: format!("{}/{}", shared.config.cgroup_root, life.id),
@@ -241,8 +253,52 @@ async fn config(life: &Life, made: &Made) -> Result<AgentConfig, Fault> {
     })
 }
 
+/// Mounted layers of an image, topmost first.
+async fn layers(life: &Life, image: &Image) -> Result<Vec<String>, Fault> {
+    let layers = life.shared.images.mount(image).await?;
+    Ok(layers.iter().map(|layer| layer.to_string_lossy().into_owned()).collect())
+}
+
+/// The volumes as the agent makes them; `images` are those of the volumes that show one.
+async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<Vec<AgentVolume>, Fault> {
+    let spec = &life.record.spec;
+    let mut images = images.iter();
+    let mut made = Vec::new();
+    for volume in &spec.volumes {
+        let mut agents = AgentVolume { name: volume.name.clone(), ..AgentVolume::default() };
+        match &volume.source {
+            VolumeSource::Files(files) => agents.files = Some(files.clone()),
+            VolumeSource::EmptyDir { memory, size_limit_bytes } => {
+                agents.memory = *memory;
+                agents.size_limit_bytes = if *memory { files::memory_size(spec, *size_limit_bytes) } else { *size_limit_bytes };
+            }
+            VolumeSource::Image { reference, .. } => {
+                let lost = || Fault::new(ErrorKind::Retryable, "ErrImagePull", format!("image \"{reference}\" is not here"));
+                agents.layers = layers(life, images.next().ok_or_else(lost)?).await?;
+            }
+        }
+        made.push(agents);
+    }
+    Ok(made)
+}
+
+/// The containers that a sandbox starts with: those that only look on come when it runs.
+fn started(spec: &InstanceSpec) -> impl Iterator<Item = &ContainerSpec> {
+    spec.containers.iter().filter(|container| container.role != Role::Debug)
+}
+
+fn short_hostname(spec: &InstanceSpec) -> String {
+    let first = spec.name.split('.').next().unwrap_or(&spec.name);
+    spec.hostname.clone().unwrap_or_else(|| first.chars().take(63).collect())
+}
+
+/// What programs are told when they ask for the host name.
+pub(crate) fn hostname(spec: &InstanceSpec) -> String {
+    files::hostname(spec, &short_hostname(spec))
+}
+
 /// The moment when an instance's time is over; too far away is never.
-fn deadline(from: Timestamp, seconds: u64) -> Timestamp {
+pub(crate) fn deadline(from: Timestamp, seconds: u64) -> Timestamp {
     let span = SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX));
     from.checked_add(span).unwrap_or(Timestamp::MAX)
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use joey_api::agent::AgentState;
 use joey_api::instance::{
-    ContainerState, ContainerStatus, InstanceEvent, InstanceSpec, InstanceStatus, Termination, WirePhase,
+    ContainerSpec, ContainerState, ContainerStatus, InstanceEvent, InstanceSpec, InstanceStatus, Termination, WirePhase,
 };
 use joey_api::lifecycle::Role;
 use joey_model::{Fault, RestartPolicy};
@@ -15,7 +15,12 @@ const EVENTS: usize = 32;
 
 /// The status before there is an agent: every container waits for `reason`.
 pub(crate) fn waiting(spec: &InstanceSpec, host: &str, reason: &str, message: &str) -> InstanceStatus {
-    let containers = spec.containers.iter().map(|container| ContainerStatus {
+    let containers = spec.containers.iter().map(|container| waits(container, reason, message));
+    InstanceStatus { host: Some(host.to_owned()), containers: containers.collect(), ..InstanceStatus::default() }
+}
+
+fn waits(container: &ContainerSpec, reason: &str, message: &str) -> ContainerStatus {
+    ContainerStatus {
         name: container.name.clone(),
         role: container.role,
         state: ContainerState::Waiting { reason: reason.to_owned(), message: message.to_owned() },
@@ -26,8 +31,17 @@ pub(crate) fn waiting(spec: &InstanceSpec, host: &str, reason: &str, message: &s
         image: container.image.clone(),
         image_id: String::new(),
         container_id: String::new(),
-    });
-    InstanceStatus { host: Some(host.to_owned()), containers: containers.collect(), ..InstanceStatus::default() }
+        resources: None,
+    }
+}
+
+/// A specification that changed may have further containers.
+pub(crate) fn take_in(status: &mut InstanceStatus, spec: &InstanceSpec) {
+    for container in &spec.containers {
+        if !status.containers.iter().any(|known| known.name == container.name) {
+            status.containers.push(waits(container, "ContainerCreating", ""));
+        }
+    }
 }
 
 /// Brings the agent's truth into a status.
@@ -42,6 +56,10 @@ pub(crate) fn apply(
         let Some(container) = status.containers.iter_mut().find(|container| container.name == told.name) else {
             continue;
         };
+        if !told.image.is_empty() {
+            (container.image, container.image_id) = (told.image.clone(), told.image_id.clone());
+            container.resources = Some(told.resources);
+        }
         container.state = told.state.clone();
         (container.started, container.ready) = (told.started, told.ready);
         container.restart_count = restarts_before.get(&told.name).copied().unwrap_or(0) + told.restart_count;
@@ -50,6 +68,12 @@ pub(crate) fn apply(
         }
         if !matches!(told.state, ContainerState::Waiting { .. }) {
             container.container_id = format!("joey://{id}/{}/{}", told.name, container.restart_count);
+        }
+    }
+    for container in status.containers.iter_mut().filter(|container| container.role == Role::Debug) {
+        let told = state.containers.iter().any(|told| told.name == container.name);
+        if !told && restarts_before.contains_key(&container.name) {
+            end_lost(container, "its sandbox is gone, and debug containers are not started again");
         }
     }
     (status.reason, status.message) = (None, None);
@@ -70,6 +94,9 @@ fn runs(container: &ContainerStatus) -> bool {
 /// The phase that containers in these states make: the main ones decide once those that prepare them are done, and it is over
 /// when those that accompany them have ended too.
 pub(crate) fn phase(policy: RestartPolicy, containers: &[ContainerStatus]) -> WirePhase {
+    // Who only looks on comes last, and says nothing about the rest.
+    let own = containers.iter().position(|container| container.role == Role::Debug).unwrap_or(containers.len());
+    let containers = &containers[..own];
     for init in containers.iter().filter(|container| container.role == Role::Init) {
         match &init.state {
             ContainerState::Terminated(end) if end.exit_code == 0 => {}
@@ -108,23 +135,29 @@ pub(crate) fn is_final(phase: WirePhase) -> bool {
 /// The status of an instance whose agent is gone and that is not started again.
 pub(crate) fn lost(status: &mut InstanceStatus, fault: &Fault) {
     for container in &mut status.containers {
-        if let ContainerState::Terminated(_) = container.state {
-            continue;
-        }
-        container.state = ContainerState::Terminated(Termination {
-            exit_code: 137,
-            signal: Some(9),
-            reason: "Error".to_owned(),
-            message: fault.message.clone(),
-            started_at: match container.state {
-                ContainerState::Running { started_at, .. } => Some(started_at),
-                _ => None,
-            },
-            finished_at: Timestamp::now(),
-        });
+        end_lost(container, &fault.message);
     }
     status.phase = WirePhase::Failed;
     (status.reason, status.message) = (Some(fault.reason.clone()), Some(fault.message.clone()));
+}
+
+fn end_lost(container: &mut ContainerStatus, message: &str) {
+    if let ContainerState::Terminated(_) = container.state {
+        return;
+    }
+    let started_at = match container.state {
+        ContainerState::Running { started_at, .. } => Some(started_at),
+        _ => None,
+    };
+    (container.started, container.ready) = (false, false);
+    container.state = ContainerState::Terminated(Termination {
+        exit_code: 137,
+        signal: Some(9),
+        reason: "Error".to_owned(),
+        message: message.to_owned(),
+        started_at,
+        finished_at: Timestamp::now(),
+    });
 }
 
 /// Events of the host and of the agent in one list, oldest first.

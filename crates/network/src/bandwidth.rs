@@ -7,18 +7,26 @@ use crate::error::NetworkError;
 use crate::links::Links;
 use crate::program::run;
 
-/// Caps in bits per second; `None` is no cap.
+/// Caps in bits and in packets a second; `None` is no cap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Bandwidth {
     /// Traffic into the instance.
     pub ingress: Option<u64>,
     /// Traffic out of the instance.
     pub egress: Option<u64>,
+    /// Packets into the instance.
+    pub ingress_packets: Option<u64>,
+    /// Packets out of the instance.
+    pub egress_packets: Option<u64>,
 }
 
 impl Bandwidth {
     pub fn is_unlimited(&self) -> bool {
-        self.ingress.is_none() && self.egress.is_none()
+        *self == Self::default()
+    }
+
+    pub(crate) fn has_packets(&self) -> bool {
+        self.ingress_packets.is_some() || self.egress_packets.is_some()
     }
 }
 
@@ -36,6 +44,9 @@ pub(crate) async fn apply(
         if let Err(error) = run("tc", &["qdisc", "del", "dev", interface, "ingress"], "").await {
             tracing::debug!(%interface, %error, "no ingress queue to replace");
         }
+    }
+    if bandwidth.ingress.is_none() && bandwidth.egress.is_none() {
+        return Ok(());
     }
     let mut batch = String::new();
     if let Some(rate) = bandwidth.ingress {

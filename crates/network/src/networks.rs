@@ -27,7 +27,7 @@ use crate::holder::Holder;
 use crate::links::Links;
 use crate::namespace::{self, GATEWAY, Plan};
 use crate::place::{Assignment, Place};
-use crate::{check, rules};
+use crate::{check, packets, rules};
 
 /// Crash points of this crate, in the order in which they are met (see [`joey_model::checkpoint`]).
 pub const CHECKPOINTS: [&str; 6] = [
@@ -255,6 +255,7 @@ impl Networks {
         }
         inner.remove_interfaces().await?;
         rules::remove(&inner.names.table).await?;
+        packets::remove(&inner.names.table).await?;
         // Another daemon's instances still need it.
         if Links::with_prefix(FAMILY).is_empty()
             && let Some(before) = inner.place.forwarding_before()
@@ -383,6 +384,10 @@ impl Inner {
             return Ok(());
         }
         let (interface, ifb) = (self.names.outside(address), self.names.ifb(address));
+        if caps.has_packets() {
+            self.place.set_limited(address)?;
+            packets::apply(&self.names.table, &interface, address, caps).await?;
+        }
         bandwidth::apply(&self.links, &interface, &ifb, self.names.group, caps).await?;
         checkpoint::reached("network-capped");
         self.place.assign(id, Assignment { address, due: Bandwidth::default() })
@@ -410,6 +415,10 @@ impl Inner {
     /// The part of removal that must not fail unseen; the kernel does the rest.
     pub(crate) async fn begin_take_down(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
         self.place.clear_ready(address)?;
+        if self.place.is_limited(address) {
+            packets::lift(&self.names.table, &self.names.outside(address), address).await?;
+            self.place.clear_limited(address)?;
+        }
         self.links.delete(&self.names.ifb(address)).await?;
         self.holder.let_go(address.to_string()).await
     }

@@ -4,7 +4,9 @@
 //! holder             mount namespace that holds the network namespaces
 //! netns              symbolic link to the folder in there with a file an ADDRESS, valid while the daemon lives
 //! ready/ADDRESS      the namespace is whole: a namespace without it is half made and taken down
-//! assigned/INSTANCE  symbolic link to ADDRESS, or to ADDRESS+INGRESS+EGRESS while these caps are not in place yet
+//! assigned/INSTANCE  symbolic link to ADDRESS, or to ADDRESS+CAPS while these caps are not in place yet: bits in and out, and
+//!                    where there are such caps packets in and out
+//! limited/ADDRESS    its packets have caps, which are to be lifted
 //! cursor             first address never given out
 //! ip_forward         the host's setting before it was changed
 //! ```
@@ -37,7 +39,16 @@ impl std::fmt::Display for Assignment {
             return Ok(());
         }
         // A cap of 0 cannot be: it stands for none.
-        write!(formatter, "+{}+{}", self.due.ingress.unwrap_or(0), self.due.egress.unwrap_or(0))
+        write!(formatter, "+{}+{}", self.due.ingress.unwrap_or(0), self.due.egress.unwrap_or(0))?;
+        match self.due.has_packets() {
+            true => write!(
+                formatter,
+                "+{}+{}",
+                self.due.ingress_packets.unwrap_or(0),
+                self.due.egress_packets.unwrap_or(0)
+            ),
+            false => Ok(()),
+        }
     }
 }
 
@@ -46,7 +57,9 @@ impl Assignment {
         let mut parts = text.split('+');
         let address = parts.next()?.parse().ok()?;
         let mut cap = || parts.next().and_then(|part| part.parse().ok()).filter(|&rate| rate > 0);
-        Some(Self { address, due: Bandwidth { ingress: cap(), egress: cap() } })
+        let due =
+            Bandwidth { ingress: cap(), egress: cap(), ingress_packets: cap(), egress_packets: cap() };
+        Some(Self { address, due })
     }
 }
 
@@ -60,7 +73,7 @@ impl Place {
         }
         mount(None::<&str>, root, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
             .map_err(NetworkError::errno("make private", root.display()))?;
-        for folder in ["ready", "assigned"] {
+        for folder in ["ready", "assigned", "limited"] {
             let path = root.join(folder);
             std::fs::create_dir_all(&path).map_err(NetworkError::io("create", path.display()))?;
         }
@@ -90,6 +103,19 @@ impl Place {
 
     pub(crate) fn clear_ready(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
         remove(&self.root.join("ready").join(address.to_string()))
+    }
+
+    pub(crate) fn set_limited(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
+        let path = self.root.join("limited").join(address.to_string());
+        std::fs::write(&path, "").map_err(NetworkError::io("create", path.display()))
+    }
+
+    pub(crate) fn clear_limited(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
+        remove(&self.root.join("limited").join(address.to_string()))
+    }
+
+    pub(crate) fn is_limited(&self, address: Ipv4Addr) -> bool {
+        self.root.join("limited").join(address.to_string()).exists()
     }
 
     pub(crate) fn is_ready(&self, address: Ipv4Addr) -> bool {
@@ -192,8 +218,9 @@ mod tests {
         let address = Ipv4Addr::new(10, 9, 0, 2);
         for (due, text) in [
             (Bandwidth::default(), "10.9.0.2"),
-            (Bandwidth { ingress: None, egress: Some(7) }, "10.9.0.2+0+7"),
-            (Bandwidth { ingress: Some(5), egress: Some(7) }, "10.9.0.2+5+7"),
+            (Bandwidth { egress: Some(7), ..Bandwidth::default() }, "10.9.0.2+0+7"),
+            (Bandwidth { ingress: Some(5), egress: Some(7), ..Bandwidth::default() }, "10.9.0.2+5+7"),
+            (Bandwidth { ingress: Some(5), egress_packets: Some(9), ..Bandwidth::default() }, "10.9.0.2+5+0+0+9"),
         ] {
             let assignment = Assignment { address, due };
             assert_eq!(assignment.to_string(), text);

@@ -1,6 +1,5 @@
 //! The typed client of the REST API, over a unix socket or inside the process.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,6 +7,7 @@ use bytes::Bytes;
 use futures::Stream;
 use futures::stream::BoxStream;
 use http::Method;
+use joey_api::change::InstanceChange;
 use joey_api::image::{ImageSummary, PullEvent, PullRequest};
 use joey_api::instance::{ExecRequest, Host, Instance, InstanceSpec, LogOptions, Usage, WatchEvent};
 use joey_model::{ErrorKind, Fault};
@@ -47,15 +47,9 @@ impl PoolClient {
         self.rpc.call(Method::POST, "/v1/instances", Some(spec)).await
     }
 
-    /// Replaces labels and annotations.
-    pub async fn relabel(
-        &self,
-        name: &str,
-        labels: &BTreeMap<String, String>,
-        annotations: &BTreeMap<String, String>,
-    ) -> Result<Instance, RpcError> {
-        let change = json!({ "labels": labels, "annotations": annotations });
-        self.rpc.call(Method::PATCH, &instance(name)?, Some(&change)).await
+    /// Changes what may change of a living instance.
+    pub async fn change(&self, name: &str, change: &InstanceChange) -> Result<Instance, RpcError> {
+        self.rpc.call(Method::PATCH, &instance(name)?, Some(change)).await
     }
 
     pub async fn delete(&self, name: &str, grace: Option<u32>) -> Result<(), RpcError> {
@@ -105,6 +99,39 @@ impl PoolClient {
         frames: impl Stream<Item = Bytes> + Send + 'static,
     ) -> Result<ByteStream, RpcError> {
         self.interact("attach", name, container, request, frames).await
+    }
+
+    /// A connection to a port on loopback of the instance; bytes both ways.
+    pub async fn forward(
+        &self,
+        name: &str,
+        port: u16,
+        bytes: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, RpcError> {
+        self.rpc.duplex(Method::POST, &format!("{}/forward?port={port}", instance(name)?), bytes).await
+    }
+
+    /// What is at a path of a container, as tar.
+    pub async fn read_files(&self, name: &str, container: &str, path: &str) -> Result<ByteStream, RpcError> {
+        let query = joey_rpc::query(&json!({ "path": path }));
+        self.rpc.bytes(Method::GET, &format!("{}/files?{query}", container_path(name, container)?)).await
+    }
+
+    /// Unpacks an archive into a directory of a container, or as that path.
+    pub async fn write_files(
+        &self,
+        name: &str,
+        container: &str,
+        path: &str,
+        archive: impl Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+    ) -> Result<(), RpcError> {
+        let query = joey_rpc::query(&json!({ "path": path }));
+        let request = http::Request::builder()
+            .method(Method::PUT)
+            .uri(format!("{}/files?{query}", container_path(name, container)?))
+            .body(joey_rpc::stream(archive))
+            .map_err(|error| RpcError::Request { source: error.into() })?;
+        self.rpc.accepted(request).await.map(drop)
     }
 
     pub async fn usage(&self, name: &str) -> Result<Usage, RpcError> {

@@ -73,6 +73,14 @@ impl Host for FakeHost {
         Ok(())
     }
 
+    async fn change(&self, id: &InstanceId, spec: InstanceSpec) -> Result<(), Fault> {
+        self.known(id)?;
+        if let Some(entry) = self.lock().get_mut(id) {
+            entry.0 = spec;
+        }
+        Ok(())
+    }
+
     async fn delete(&self, id: &InstanceId, _grace: Option<u32>) -> Result<(), Fault> {
         self.known(id)?;
         if !self.hold_deletions.load(std::sync::atomic::Ordering::Relaxed) {
@@ -120,6 +128,29 @@ impl Host for FakeHost {
         input: Frames,
     ) -> Result<ByteStream, Fault> {
         self.exec(id, container, request, input).await
+    }
+
+    /// Sends back what it is sent.
+    async fn forward(&self, id: &InstanceId, _port: u16, bytes: Frames) -> Result<ByteStream, Fault> {
+        self.known(id)?;
+        Ok(bytes.map(Ok).boxed())
+    }
+
+    async fn read_files(&self, id: &InstanceId, _container: &str, path: &str) -> Result<ByteStream, Fault> {
+        self.known(id)?;
+        Err(Fault::new(ErrorKind::NotFound, "NoSuchFile", format!("{path}: there are no files here")))
+    }
+
+    async fn write_files(
+        &self,
+        id: &InstanceId,
+        _container: &str,
+        _path: &str,
+        mut archive: ByteStream,
+    ) -> Result<(), Fault> {
+        self.known(id)?;
+        while archive.next().await.is_some() {}
+        Ok(())
     }
 
     async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault> {

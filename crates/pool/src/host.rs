@@ -22,6 +22,10 @@ pub trait Host: Send + Sync + 'static {
     /// Accepts an instance; durable when it returns, running later. Called again with the same id it does nothing.
     async fn create(&self, id: &InstanceId, spec: InstanceSpec) -> Result<(), Fault>;
 
+    /// Brings an instance to a changed specification (`joey_api::change`); durable when it returns, in force soon after. The
+    /// same again changes nothing. `NotFound`: it is not here (any more).
+    async fn change(&self, id: &InstanceId, spec: InstanceSpec) -> Result<(), Fault>;
+
     /// Begins the end: SIGTERM, SIGKILL after `grace` seconds (the instance's own when not given). Durable intent; the event
     /// `None` follows. Called again, the shorter grace counts. `NotFound`: it is not here (any more).
     async fn delete(&self, id: &InstanceId, grace: Option<u32>) -> Result<(), Fault>;
@@ -51,6 +55,21 @@ pub trait Host: Send + Sync + 'static {
         request: ExecRequest,
         input: Frames,
     ) -> Result<ByteStream, Fault>;
+
+    /// A connection to a port on loopback of the instance; bytes both ways.
+    async fn forward(&self, id: &InstanceId, port: u16, bytes: Frames) -> Result<ByteStream, Fault>;
+
+    /// What is at a path of a container, as tar.
+    async fn read_files(&self, id: &InstanceId, container: &str, path: &str) -> Result<ByteStream, Fault>;
+
+    /// Unpacks an archive into a directory of a container, or as that path.
+    async fn write_files(
+        &self,
+        id: &InstanceId,
+        container: &str,
+        path: &str,
+        archive: ByteStream,
+    ) -> Result<(), Fault>;
 
     async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault>;
 

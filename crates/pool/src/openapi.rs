@@ -3,14 +3,17 @@
 use serde_json::{Map, Value, json};
 
 /// Method, path, what it does.
-const CALLS: [(&str, &str, &str); 17] = [
+const CALLS: [(&str, &str, &str); 20] = [
     ("get", "/v1/instances", "List instances; with watch=true a WatchEvent a line, present ones first"),
     ("post", "/v1/instances", "Create an instance from an InstanceSpec; 200 when the client token is known already"),
     ("get", "/v1/instances/{name}", "Read an instance by id or name"),
-    ("patch", "/v1/instances/{name}", "Replace labels and annotations"),
+    ("patch", "/v1/instances/{name}", "Change what may change of a living instance (InstanceChange)"),
     ("delete", "/v1/instances/{name}", "End an instance; grace in seconds"),
     ("post", "/v1/instances/{name}/restart", "Restart every container"),
     ("get", "/v1/instances/{name}/usage", "CPU, memory and traffic used"),
+    ("post", "/v1/instances/{name}/forward", "Connect to a port on loopback of the instance; bytes both ways"),
+    ("get", "/v1/instances/{name}/containers/{container}/files", "What is at a path of a container, as tar"),
+    ("put", "/v1/instances/{name}/containers/{container}/files", "Unpack an archive into a container"),
     ("get", "/v1/instances/{name}/containers/{container}/logs", "Log of a container (LogOptions)"),
     ("post", "/v1/instances/{name}/containers/{container}/exec", "Run a command (ExecRequest), frames both ways"),
     ("post", "/v1/instances/{name}/containers/{container}/attach", "Join the main process, frames both ways"),

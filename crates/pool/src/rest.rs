@@ -1,6 +1,5 @@
 //! The REST API: each handler parses, calls and converts. Who may call is decided by who may open the socket (mode 0600).
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Router;
@@ -9,6 +8,7 @@ use axum::extract::{Path, RawQuery, State};
 use axum::routing::{get, post};
 use futures::{Stream, StreamExt};
 use http::{Response, StatusCode};
+use joey_api::change::InstanceChange;
 use joey_api::image::PullRequest;
 use joey_api::instance::{ExecRequest, Instance, LogOptions, WatchEvent};
 use joey_model::{ErrorKind, Fault, ImageRef};
@@ -29,9 +29,11 @@ impl Pool {
     pub fn router(self: &Arc<Self>) -> Router {
         Router::new()
             .route("/v1/instances", get(list).post(create))
-            .route("/v1/instances/{name}", get(read).patch(relabel).delete(delete))
+            .route("/v1/instances/{name}", get(read).patch(change).delete(delete))
             .route("/v1/instances/{name}/restart", post(restart))
             .route("/v1/instances/{name}/usage", get(usage))
+            .route("/v1/instances/{name}/forward", post(forward))
+            .route("/v1/instances/{name}/containers/{container}/files", get(read_files).put(write_files))
             .route("/v1/instances/{name}/containers/{container}/logs", get(logs))
             .route("/v1/instances/{name}/containers/{container}/exec", post(exec))
             .route("/v1/instances/{name}/containers/{container}/attach", post(attach))
@@ -65,10 +67,14 @@ struct DeleteQuery {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct Change {
-    labels: Option<BTreeMap<String, String>>,
-    annotations: Option<BTreeMap<String, String>>,
+#[serde(default)]
+struct PortQuery {
+    port: u16,
+}
+
+#[derive(Deserialize)]
+struct PathQuery {
+    path: String,
 }
 
 #[derive(Deserialize)]
@@ -112,11 +118,11 @@ async fn read(State(pool): Service, Path(name): Path<String>) -> Answer {
     answer(pool.get(&name).map(|instance| json_answer(&instance)))
 }
 
-async fn relabel(State(pool): Service, Path(name): Path<String>, body: Incoming) -> Answer {
+async fn change(State(pool): Service, Path(name): Path<String>, body: Incoming) -> Answer {
     answer(
         async {
-            let Change { labels, annotations } = joey_rpc::read_json(body, BODY_LIMIT).await?;
-            Ok(json_answer(&pool.relabel(&name, labels, annotations).await?))
+            let change = InstanceChange::read(&name, joey_rpc::read_json(body, BODY_LIMIT).await?)?;
+            Ok(json_answer(&pool.change(&name, &change).await?))
         }
         .await,
     )
@@ -145,6 +151,55 @@ async fn restart(State(pool): Service, Path(name): Path<String>) -> Answer {
 
 async fn usage(State(pool): Service, Path(name): Path<String>) -> Answer {
     answer(async { Ok(json_answer(&pool.host.usage(&pool.id(&name)?).await?)) }.await)
+}
+
+async fn forward(
+    State(pool): Service,
+    Path(name): Path<String>,
+    RawQuery(query): RawQuery,
+    body: Incoming,
+) -> Answer {
+    answer(
+        async {
+            let PortQuery { port } = parse_query(&query.unwrap_or_default())?;
+            if port == 0 {
+                return Err(Fault::new(ErrorKind::Invalid, "InvalidPort", "a connection needs a port from 1 to 65535"));
+            }
+            Ok(stream_answer(pool.host.forward(&pool.id(&name)?, port, frames(body)).await?))
+        }
+        .await,
+    )
+}
+
+async fn read_files(
+    State(pool): Service,
+    Path((name, container)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    answer(
+        async {
+            let PathQuery { path } = parse_query(&query.unwrap_or_default())?;
+            Ok(stream_answer(pool.host.read_files(&pool.id(&name)?, &container, &path).await?))
+        }
+        .await,
+    )
+}
+
+async fn write_files(
+    State(pool): Service,
+    Path((name, container)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    body: Incoming,
+) -> Answer {
+    answer(
+        async {
+            let PathQuery { path } = parse_query(&query.unwrap_or_default())?;
+            let archive: ByteStream = body.into_data_stream().map(|part| part.map_err(std::io::Error::other)).boxed();
+            pool.host.write_files(&pool.id(&name)?, &container, &path, archive).await?;
+            Ok(empty_answer(StatusCode::NO_CONTENT))
+        }
+        .await,
+    )
 }
 
 async fn logs(

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use futures::StreamExt;
 use jiff::Timestamp;
+use joey_api::change::InstanceChange;
 use joey_api::instance::{Instance, InstanceSpec, InstanceStatus, WatchEvent, WirePhase};
 use joey_api::validate;
 use joey_model::{ErrorKind, Fault, InstanceId, checkpoint};
@@ -21,8 +22,8 @@ use crate::persist::{INSTANCES, Record, instance_key, name_key, token_key};
 use crate::state::{Reserved, State, name_taken, not_found, shown};
 
 /// Durable steps at which a process may be told to stop (`joey_model::checkpoint`).
-pub const CHECKPOINTS: [&str; 4] =
-    ["pool.recorded", "pool.host-accepted", "pool.deletion-recorded", "pool.record-removed"];
+pub const CHECKPOINTS: [&str; 5] =
+    ["pool.recorded", "pool.host-accepted", "pool.change-recorded", "pool.deletion-recorded", "pool.record-removed"];
 
 /// Longest client token, in bytes.
 const LONGEST_TOKEN: usize = 256;
@@ -78,6 +79,7 @@ impl Pool {
                 (Some(before), Some(now)) => Some(before.min(now)),
                 (before, now) => now.or(before),
             };
+            Ok(())
         };
         let instance = self.rewrite(&id, mark).await?;
         checkpoint::reached("pool.deletion-recorded");
@@ -89,23 +91,35 @@ impl Pool {
         Ok(instance)
     }
 
-    /// Replaces labels and annotations, the only parts that change.
-    pub async fn relabel(
-        &self,
-        name: &str,
-        labels: Option<std::collections::BTreeMap<String, String>>,
-        annotations: Option<std::collections::BTreeMap<String, String>>,
-    ) -> Result<Instance, Fault> {
+    /// Changes what may change of a living instance; durable when it returns, and soon in force.
+    pub async fn change(&self, name: &str, change: &InstanceChange) -> Result<Instance, Fault> {
         let id = self.id(name)?;
-        self.rewrite(&id, |record| {
-            if let Some(labels) = &labels {
-                record.spec.labels.clone_from(labels);
+        let apply = |record: &mut Record| {
+            change.apply(&mut record.spec)?;
+            validate::instance(&record.spec)
+        };
+        let instance = self.rewrite(&id, apply).await?;
+        checkpoint::reached("pool.change-recorded");
+        match self.tell_host(&id).await {
+            Err(fault) if fault.kind == ErrorKind::NotFound && instance.deleted_at.is_some() => {}
+            other => other?,
+        }
+        Ok(instance)
+    }
+
+    /// Tells the host what an instance shall be. Of calls at once the last word is the newest record's.
+    async fn tell_host(&self, id: &InstanceId) -> Result<(), Fault> {
+        let key = instance_key(id);
+        let mut told = 0;
+        loop {
+            let Some(entry) = self.store.get(&key).await?.0 else { return Err(not_found(id.as_str())) };
+            if entry.mod_revision == told {
+                return Ok(());
             }
-            if let Some(annotations) = &annotations {
-                record.spec.annotations.clone_from(annotations);
-            }
-        })
-        .await
+            let (_, record) = Record::decode(&key, &entry.value)?;
+            self.host.change(id, record.spec).await?;
+            told = entry.mod_revision;
+        }
     }
 
     pub fn get(&self, name: &str) -> Result<Instance, Fault> {
@@ -178,12 +192,16 @@ impl Pool {
     }
 
     /// Reads, changes and writes a record; again when somebody else wrote meanwhile.
-    async fn rewrite(&self, id: &InstanceId, change: impl Fn(&mut Record)) -> Result<Instance, Fault> {
+    async fn rewrite(
+        &self,
+        id: &InstanceId,
+        change: impl Fn(&mut Record) -> Result<(), Fault>,
+    ) -> Result<Instance, Fault> {
         let key = instance_key(id);
         loop {
             let Some(entry) = self.store.get(&key).await?.0 else { return Err(not_found(id.as_str())) };
             let (_, mut record) = Record::decode(&key, &entry.value)?;
-            change(&mut record);
+            change(&mut record)?;
             let value = record.encode()?;
             if value != entry.value {
                 let condition = Condition::ModRevision { key: key.clone(), equals: entry.mod_revision };
@@ -243,7 +261,12 @@ impl Pool {
             match (record.deleted_at, known.contains(&id)) {
                 (Some(_), true) => forgiving(self.host.delete(&id, record.grace).await)?,
                 (Some(_), false) => self.remove(&id).await?,
-                (None, true) => {}
+                (None, true) => {
+                    // A change may have been recorded that the host was not told of.
+                    if let Err(fault) = self.host.change(&id, record.spec).await {
+                        tracing::warn!(instance = %id, %fault, "host did not take over what the instance shall be");
+                    }
+                }
                 (None, false) => {
                     tracing::info!(instance = %id, "host does not have the instance, creating it");
                     if let Err(fault) = self.host.create(&id, record.spec).await {

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use futures::StreamExt;
+use joey_api::change::InstanceChange;
 use joey_api::instance::{InstanceSpec, WatchEvent, WirePhase};
-use joey_model::ErrorKind;
+use joey_model::{ErrorKind, InstanceId};
 use joey_pool::fake::FakeHost;
-use joey_pool::{Pool, PoolClient};
+use joey_pool::{Host, Pool, PoolClient};
 use joey_rpc::RpcError;
 use joey_store::Store;
 
@@ -77,4 +78,36 @@ async fn a_start_compares_records_and_host() {
     // A store that knows nothing: the host's instances go.
     let (_pool, client) = open(&joey_store::memory(), &empty).await;
     assert!(empty.instances().is_empty() && client.list().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn contents_change_in_a_living_instance() {
+    let (store, host) = (joey_store::memory(), Arc::new(FakeHost::default()));
+    let (pool, client) = open(&store, &host).await;
+    let made = client.create(&spec("web", "t1")).await.unwrap();
+    let change = |source: serde_json::Value| -> InstanceChange {
+        serde_json::from_value(serde_json::json!({ "volumes": [{ "name": "v", "source": source }] })).unwrap()
+    };
+    let files = |path: &str, base64: &str| change(serde_json::json!({ "files": [{ "path": path, "base64": base64, "mode": 420 }] }));
+    let given = |host: &FakeHost| serde_json::to_string(&host.instances().into_values().next().unwrap()).unwrap();
+    let old = host.instances().into_values().next().unwrap();
+    let changed = client.change("web", &files("new", "bmV3")).await.unwrap();
+    let shown = serde_json::to_string(&changed).unwrap();
+    assert!(shown.contains("\"new\"") && !shown.contains("bmV3"), "names are told, contents are not: {shown}");
+    assert!(given(&host).contains("bmV3") && !given(&host).contains("c2VjcmV0"));
+    for wrong in [
+        files("../x", ""),
+        files("..data", ""),
+        change(serde_json::json!({ "emptyDir": {} })),
+        InstanceChange { volumes: serde_json::from_str(r#"[{"name":"none","source":{"files":[]}}]"#).unwrap(), ..InstanceChange::default() },
+    ] {
+        assert_eq!(kind(client.change("web", &wrong).await.unwrap_err()), ErrorKind::Invalid, "{wrong:?}");
+    }
+    assert!(given(&host).contains("bmV3"));
+    // A host that was not told is told by the next start of the service.
+    host.change(&InstanceId::parse(&made.id).unwrap(), old).await.unwrap();
+    assert!(!given(&host).contains("bmV3"));
+    drop((pool, client));
+    let (_pool, _client) = open(&store, &host).await;
+    assert!(given(&host).contains("bmV3"));
 }

@@ -23,12 +23,18 @@ pub async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
 ///
 /// Whoever calls this holds a lock of its own over the directory: a living listener is displaced too.
 pub fn listen_unix(path: &Path) -> io::Result<UnixListener> {
+    UnixListener::from_std(bind_unix(path)?)
+}
+
+/// As [`listen_unix`], before there is a runtime to wait in.
+pub fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let (_directory, short) = shorten(path)?;
-    let listener = UnixListener::bind(short.as_deref().unwrap_or(path))?;
+    let listener = std::os::unix::net::UnixListener::bind(short.as_deref().unwrap_or(path))?;
+    listener.set_nonblocking(true)?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
     Ok(listener)
 }

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use futures::Stream;
 use futures::stream::BoxStream;
 use http::Method;
-use joey_api::agent::{AgentState, ExecQuery};
-use joey_api::instance::{LogOptions, Usage};
+use joey_api::agent::{AgentContainer, AgentState, Deadline, ExecQuery, VolumeFiles, VolumeUpdated};
+use joey_api::instance::{FileContent, LogOptions, Resources, Usage};
 use joey_rpc::{Client, RpcError, query};
 
 /// Bytes as they come.
@@ -75,6 +75,59 @@ impl AgentClient {
     pub async fn logs(&self, container: &str, options: &LogOptions) -> Result<ByteStream, RpcError> {
         let path = format!("/v1/containers/{container}/logs?{}", query(options));
         self.client.bytes(Method::GET, &path).await
+    }
+
+    /// A connection to a port on loopback of the Pod; bytes both ways.
+    pub async fn forward(
+        &self,
+        port: u16,
+        bytes: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, RpcError> {
+        self.client.duplex(Method::POST, &format!("/v1/forward?port={port}"), bytes).await
+    }
+
+    /// What is at a path of a container, as tar.
+    pub async fn read_files(&self, container: &str, path: &str) -> Result<ByteStream, RpcError> {
+        let query = query(&serde_json::json!({ "path": path }));
+        self.client.bytes(Method::GET, &format!("/v1/containers/{container}/files?{query}")).await
+    }
+
+    /// Unpacks an archive into a container.
+    pub async fn write_files(
+        &self,
+        container: &str,
+        path: &str,
+        archive: impl Stream<Item = io::Result<Bytes>> + Send + 'static,
+    ) -> Result<(), RpcError> {
+        let query = query(&serde_json::json!({ "path": path }));
+        let request = http::Request::put(format!("/v1/containers/{container}/files?{query}"))
+            .body(joey_rpc::stream(archive))
+            .map_err(|source| RpcError::Request { source: Box::new(source) })?;
+        self.client.accepted(request).await.map(drop)
+    }
+
+    /// Starts a further debug container, or one that is there again as this.
+    pub async fn put(&self, container: &AgentContainer) -> Result<(), RpcError> {
+        let path = format!("/v1/containers/{}", container.name);
+        self.client.call::<_, ()>(Method::PUT, &path, Some(container)).await
+    }
+
+    /// Sets a container's limits in place.
+    pub async fn limit(&self, container: &str, resources: &Resources) -> Result<(), RpcError> {
+        let path = format!("/v1/containers/{container}/resources");
+        self.client.call::<_, ()>(Method::PUT, &path, Some(resources)).await
+    }
+
+    /// Sets when everything is ended.
+    pub async fn end_at(&self, deadline: Deadline) -> Result<(), RpcError> {
+        self.client.call::<_, ()>(Method::PUT, "/v1/deadline", Some(&deadline)).await
+    }
+
+    /// Brings a volume of files to these contents; false: it had them.
+    pub async fn renew_volume(&self, name: &str, files: Vec<FileContent>) -> Result<bool, RpcError> {
+        let path = format!("/v1/volumes/{name}");
+        let updated: VolumeUpdated = self.client.call(Method::PUT, &path, Some(&VolumeFiles { files })).await?;
+        Ok(updated.changed)
     }
 
     pub async fn usage(&self) -> Result<Usage, RpcError> {

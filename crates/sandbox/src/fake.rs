@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
 use jiff::Timestamp;
-use joey_api::agent::{AgentConfig, AgentContainerState, AgentState, VERSION};
+use joey_api::agent::{AgentConfig, AgentContainerState, AgentState, VERSION, VolumeUpdated};
 use joey_api::frame::{STATUS, STDOUT, encode};
 use joey_api::instance::{ContainerState, ExecRequest, Termination, Usage};
 use joey_model::{ErrorKind, Fault, InstanceId};
@@ -111,10 +111,20 @@ impl FakeAgent {
                 running_since: exit.is_none().then_some(now),
                 started: exit.is_none(),
                 ready: exit.is_none(),
+                image_id: container.image_id.clone(),
+                image: container.image.clone(),
+                resources: container.resources.clone(),
             });
         }
-        let state =
-            AgentState { version: VERSION, sequence: 1, containers, events: Vec::new(), stopping: false, failed: None };
+        let state = AgentState {
+            version: VERSION,
+            sequence: 1,
+            containers,
+            events: Vec::new(),
+            stopping: false,
+            deadline: config.deadline,
+            failed: None,
+        };
         Self {
             state: Arc::new(watch::Sender::new(state)),
             logs: Arc::new(logs),
@@ -147,6 +157,7 @@ impl FakeAgent {
                 self.gone.send_replace(true);
                 empty_answer(StatusCode::ACCEPTED)
             }
+            (&Method::PUT, ["v1", "volumes", _]) => json_answer(&VolumeUpdated { changed: false }),
             (_, ["v1", "containers", name, verb]) => self.container(name, verb, request.uri().query()),
             _ => fault_answer(Fault::new(ErrorKind::NotFound, "NotFound", format!("no such call: {path}"))),
         }

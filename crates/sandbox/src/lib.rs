@@ -23,7 +23,7 @@ pub use runc::{RuncConfig, runc};
 #[derive(Debug, Clone)]
 pub struct CreateRequest {
     pub instance: InstanceId,
-    /// The instance's directory, mode 0700, with `agent.json` and `volumes/NAME` in place. The caller makes and removes it.
+    /// The instance's directory, mode 0700, with `agent.json` in place. The caller makes and removes it.
     pub dir: PathBuf,
     /// A network namespace that is set up already; without one the containers have loopback only.
     pub netns: Option<PathBuf>,
@@ -61,6 +61,11 @@ pub trait Sandbox: Send + Sync {
 
     /// Resolves when the agent is gone.
     async fn exited(&self);
+
+    /// Makes further layers, mounted on this host, known to the agent under the same paths. Those it knows already stay.
+    async fn provide(&self, _layers: Vec<PathBuf>) -> Result<(), SandboxError> {
+        Ok(())
+    }
 
     /// The agent's process on this host, where it has one.
     fn pid(&self) -> Option<u32> {

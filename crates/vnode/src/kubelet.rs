@@ -1,6 +1,5 @@
-//! The kubelet endpoints: logs, exec and attach of this node's Pods, for the API server. HTTP/1.1 over TLS.
-//!
-//! Portforward is not here yet and says so.
+//! The kubelet endpoints: logs, exec, attach, port forwarding and figures of this node's Pods, for the API server. HTTP/1.1
+//! over TLS.
 
 use std::sync::Arc;
 
@@ -22,6 +21,8 @@ use crate::pods::Registry;
 use crate::provider::{ByteStream, Frames, Provider};
 use crate::serving::{self, Caller};
 
+mod figures;
+mod forward;
 mod session;
 mod spdy_session;
 mod spdy_transport;
@@ -34,6 +35,7 @@ pub(crate) struct Kubelet {
     provider: Arc<dyn Provider>,
     registry: Arc<Registry>,
     config: Arc<Config>,
+    figures: Arc<figures::Figures>,
 }
 
 type Answer = Response<Body>;
@@ -104,7 +106,7 @@ impl Kubelet {
         registry: Arc<Registry>,
         config: Arc<Config>,
     ) -> Self {
-        Self { client, provider, registry, config }
+        Self { client, provider, registry, config, figures: Arc::default() }
     }
 
     async fn connection(self, acceptor: TlsAcceptor, stream: TcpStream) {
@@ -152,7 +154,16 @@ impl Kubelet {
                 let attach = parts[0] == "attach";
                 self.interact(attach, (namespace, pod, container), request).await
             }
-            ["portForward", ..] => text(StatusCode::NOT_IMPLEMENTED, "port-forward is not supported by this node yet"),
+            ["portForward", namespace, pod] | ["portForward", namespace, pod, _] => {
+                self.port_forward(namespace, pod, request)
+            }
+            ["stats", "summary"] => {
+                let (registry, provider) = (&self.registry, &*self.provider);
+                joey_rpc::json_answer(&self.figures.summary(registry, provider, &self.config).await)
+            }
+            ["metrics", "resource"] => {
+                text(StatusCode::OK, self.figures.metrics(&self.registry, &*self.provider).await)
+            }
             _ => text(StatusCode::NOT_FOUND, "404 page not found"),
         }
     }
@@ -170,7 +181,9 @@ impl Kubelet {
             .registry
             .find(namespace, pod)
             .ok_or_else(|| missing(format!("pod \"{namespace}/{pod}\" is not on this node")))?;
-        if !found.spec.iter().flat_map(all_containers).any(|(_, known)| known.name == container) {
+        let main = found.spec.iter().flat_map(all_containers).any(|(_, known)| known.name == container);
+        let debug = found.spec.iter().flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+        if !main && !debug.into_iter().any(|known| known.name == container) {
             return Err(missing(format!("container \"{container}\" is not in pod \"{namespace}/{pod}\"")));
         }
         Ok((found, instance))
@@ -219,9 +232,38 @@ impl Kubelet {
         };
         let upgrade = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         match upgrade.to_ascii_lowercase().as_str() {
-            "websocket" => websocket::answer(request, call),
-            "spdy/3.1" => spdy_transport::answer(request, call),
+            "websocket" => {
+                websocket::answer(request, &websocket::REMOTE_COMMAND, |_, socket| websocket::carry(socket, call))
+            }
+            "spdy/3.1" => spdy_transport::answer(request, spdy_transport::REMOTE_COMMAND, |socket| {
+                spdy_session::carry(socket, call)
+            }),
             _ => text(StatusCode::BAD_REQUEST, "exec and attach need an upgrade to websocket or SPDY/3.1"),
+        }
+    }
+
+    fn port_forward(&self, namespace: &str, pod: &str, request: Request<Incoming>) -> Answer {
+        let Some((_, instance)) = self.registry.find(namespace, pod) else {
+            return text(StatusCode::NOT_FOUND, format!("pod \"{namespace}/{pod}\" is not on this node"));
+        };
+        let Some(instance) = instance else {
+            return text(StatusCode::BAD_REQUEST, format!("pod \"{namespace}/{pod}\" is not running"));
+        };
+        let pod = format!("{pod}_{namespace}");
+        let target = forward::Target { provider: self.provider.clone(), id: instance.id.clone(), pod };
+        let ports = ports(request.uri().query().unwrap_or_default());
+        let upgrade = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        match upgrade.to_ascii_lowercase().as_str() {
+            "websocket" => {
+                websocket::answer(request, &[forward::TUNNEL, forward::CHANNELS], |protocol, socket| async move {
+                    match protocol {
+                        forward::TUNNEL => forward::tunnel(socket, target).await,
+                        _ => forward::channels(socket, target, ports).await,
+                    }
+                })
+            }
+            "spdy/3.1" => spdy_transport::answer(request, forward::PROTOCOL, |socket| forward::spdy(socket, target)),
+            _ => text(StatusCode::BAD_REQUEST, "port forwarding needs an upgrade to websocket or SPDY/3.1"),
         }
     }
 }
@@ -284,6 +326,13 @@ fn pairs(query: &str) -> Vec<(String, String)> {
         .collect()
 }
 
+/// The ports of a connection whose protocol cannot name them later.
+fn ports(query: &str) -> Vec<u16> {
+    let named = pairs(query).into_iter().filter(|(name, _)| matches!(name.as_str(), "port" | "ports"));
+    let words = named.flat_map(|(_, value)| value.split(',').map(str::to_owned).collect::<Vec<_>>());
+    words.filter_map(|word| word.trim().parse().ok()).filter(|port| *port != 0).collect()
+}
+
 fn is_on(value: &str) -> bool {
     matches!(value, "1" | "true" | "True")
 }
@@ -336,6 +385,7 @@ mod tests {
 
     #[test]
     fn queries() {
+        assert_eq!(ports("port=80&ports=443,8080&port=0&other=5"), [80, 443, 8080]);
         let request = exec_request("command=sh&command=-c&command=echo+a%20b&input=1&output=1&error=1&tty=1");
         assert_eq!(request.command, ["sh", "-c", "echo a b"]);
         assert!(request.stdin && request.stdout && request.tty && !request.stderr);

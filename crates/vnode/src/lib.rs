@@ -17,6 +17,7 @@ pub mod node;
 pub mod pods;
 pub mod pool;
 pub mod provider;
+mod refresh;
 pub mod resolve;
 pub mod services;
 mod serving;

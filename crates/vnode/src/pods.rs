@@ -24,8 +24,11 @@ use crate::config::Config;
 use crate::convert::{LABEL_NODE, LABEL_UID};
 use crate::events::Events;
 use crate::provider::Provider;
+use crate::refresh::Shown;
 use crate::services::Services;
 
+mod change;
+mod contents;
 mod reconcile;
 mod registry;
 
@@ -40,6 +43,7 @@ pub(crate) struct Context {
     registry: Arc<Registry>,
     config: Arc<Config>,
     services: Services,
+    shown: Shown,
     events: Events,
     workers: Semaphore,
     shutdown: CancellationToken,
@@ -91,12 +95,14 @@ pub(crate) async fn run(
 ) {
     let (events, writer) = Events::new(client.clone(), config.node_name.clone());
     let workers = Semaphore::new(config.workers.max(1));
+    let (shown, mut waking) = Shown::new(client.clone());
     let context = Arc::new(Context {
         client,
         provider,
         registry,
         config,
         services: Services::default(),
+        shown,
         events,
         workers,
         shutdown: shutdown.clone(),
@@ -107,6 +113,7 @@ pub(crate) async fn run(
         () = watch_instances(context.clone()) => {}
         () = context.services.keep(context.client.clone()) => {}
         () = writer => {}
+        () = async { while let Some(uid) = waking.recv().await { context.wake(&uid) } } => {}
     }
 }
 

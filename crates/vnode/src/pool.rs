@@ -1,13 +1,11 @@
 //! The provider that speaks to Joey's instance service over its REST API.
 
-use std::collections::BTreeMap;
-
 use async_trait::async_trait;
 use futures::StreamExt;
 use http::Method;
+use joey_api::change::InstanceChange;
 use joey_api::instance::{ExecRequest, Host, Instance, InstanceSpec, LogOptions, Usage, WatchEvent};
 use joey_model::Fault;
-use serde_json::json;
 
 use crate::provider::{ByteStream, Capacity, Frames, InstanceEvents, Provider};
 
@@ -53,14 +51,8 @@ impl Provider for PoolProvider {
         self.service.call(Method::POST, "/v1/instances", Some(&spec)).await.map_err(Fault::from)
     }
 
-    async fn update(
-        &self,
-        id: &str,
-        labels: BTreeMap<String, String>,
-        annotations: BTreeMap<String, String>,
-    ) -> Result<Instance, Fault> {
-        let change = json!({ "labels": labels, "annotations": annotations });
-        self.service.call(Method::PATCH, &path(id)?, Some(&change)).await.map_err(Fault::from)
+    async fn change(&self, id: &str, change: &InstanceChange) -> Result<Instance, Fault> {
+        self.service.call(Method::PATCH, &path(id)?, Some(change)).await.map_err(Fault::from)
     }
 
     async fn delete(&self, id: &str, grace: Option<u32>) -> Result<(), Fault> {
@@ -104,6 +96,10 @@ impl Provider for PoolProvider {
         input: Frames,
     ) -> Result<ByteStream, Fault> {
         self.interact("attach", id, container, request, input).await
+    }
+
+    async fn forward(&self, id: &str, port: u16, input: Frames) -> Result<ByteStream, Fault> {
+        Ok(self.service.duplex(Method::POST, &format!("{}/forward?port={port}", path(id)?), input).await?)
     }
 
     async fn usage(&self, id: &str) -> Result<Usage, Fault> {

@@ -1,12 +1,12 @@
 //! What a virtual node needs from whoever runs its Pods: lifecycle verbs and streams. No Kubernetes in it.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::Stream;
+use joey_api::change::InstanceChange;
 use joey_api::instance::{ExecRequest, Instance, InstanceSpec, LogOptions, Usage, WatchEvent};
 use joey_model::Fault;
 
@@ -38,13 +38,8 @@ pub trait Provider: Send + Sync + 'static {
     /// it runs. `Conflict`: the name is taken by another, perhaps one that is just ending.
     async fn create(&self, spec: InstanceSpec) -> Result<Instance, Fault>;
 
-    /// Replaces labels and annotations, the only parts that change.
-    async fn update(
-        &self,
-        id: &str,
-        labels: BTreeMap<String, String>,
-        annotations: BTreeMap<String, String>,
-    ) -> Result<Instance, Fault>;
+    /// Changes what may change of a living instance; the same again changes nothing.
+    async fn change(&self, id: &str, change: &InstanceChange) -> Result<Instance, Fault>;
 
     /// Begins the end: SIGTERM, then SIGKILL after `grace` seconds (its own grace when not given). Idempotent; called again, the
     /// shorter grace counts. `NotFound`: it is gone already.
@@ -73,6 +68,9 @@ pub trait Provider: Send + Sync + 'static {
         request: &ExecRequest,
         input: Frames,
     ) -> Result<ByteStream, Fault>;
+
+    /// A connection to a port on loopback of the instance; bytes both ways, each with its own end.
+    async fn forward(&self, id: &str, port: u16, input: Frames) -> Result<ByteStream, Fault>;
 
     async fn usage(&self, id: &str) -> Result<Usage, Fault>;
 

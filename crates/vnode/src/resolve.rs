@@ -1,10 +1,12 @@
 //! What a Pod names and conversion needs: ConfigMaps, Secrets, tokens, registry credentials. Fetched here, judged in `convert`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures::future::try_join_all;
+use jiff::{SignedDuration, Timestamp};
 use joey_api::image::RegistryCredential;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, ServiceAccount};
@@ -48,13 +50,40 @@ impl std::fmt::Display for Missing {
 
 impl std::error::Error for Missing {}
 
-type Values = BTreeMap<String, Vec<u8>>;
+/// What an object holds, by key.
+pub(crate) type Values = BTreeMap<String, Vec<u8>>;
+/// Tokens by audience and by the life that was asked for in seconds.
+pub(crate) type Tokens = BTreeMap<TokenWish, Token>;
+pub(crate) type TokenWish = (Option<String>, Option<i64>);
+
+/// A token of the Pod's service account.
+#[derive(Clone)]
+pub struct Token {
+    pub(crate) text: String,
+    /// When another shall take its place.
+    pub(crate) due: Timestamp,
+}
+
+/// The longest life of a token in a Pod, however long it is good.
+const LONGEST: SignedDuration = SignedDuration::from_hours(24);
+/// How much earlier than it must a token is replaced at most: Pods that began together do not ask together.
+const SPREAD: u64 = 10;
+
+/// When a token made now is to be replaced: when four fifths of its life are over, and once a day, as the kubelet has it.
+fn due(now: Timestamp, expires: Timestamp, text: &str) -> Timestamp {
+    let life = expires.duration_since(now).max(SignedDuration::ZERO);
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let early = SignedDuration::from_secs(i64::try_from(hasher.finish() % SPREAD).unwrap_or(0));
+    let after = ((life / 5) * 4).min(LONGEST) - early;
+    now.checked_add(after.max(SignedDuration::from_secs(1))).unwrap_or(expires)
+}
 
 /// Everything fetched for one Pod. Holds secrets: never logged, not `Debug`.
 #[derive(Clone, Default)]
 pub struct Objects {
     pub(crate) values: BTreeMap<(Kind, String), Values>,
-    pub(crate) tokens: BTreeMap<(Option<String>, Option<i64>), String>,
+    pub(crate) tokens: Tokens,
     pub(crate) credentials: Vec<RegistryCredential>,
     /// Variables that tell of Services.
     pub(crate) services: Vec<(String, String)>,
@@ -88,7 +117,7 @@ impl Objects {
     }
 
     pub(crate) fn token(&self, audience: Option<&str>, seconds: Option<i64>) -> Option<&str> {
-        self.tokens.get(&(audience.map(str::to_owned), seconds)).map(String::as_str)
+        self.tokens.get(&(audience.map(str::to_owned), seconds)).map(|token| token.text.as_str())
     }
 }
 
@@ -100,14 +129,11 @@ pub async fn fetch(client: &kube::Client, pod: &Pod, capacity: Option<&Capacity>
         let namespace = &namespace;
         async move { Ok::<_, kube::Error>(((*kind, name.clone()), value(client, namespace, *kind, name).await?)) }
     }));
-    let tokens = try_join_all(needs.tokens.iter().map(|wanted| {
-        let namespace = &namespace;
-        async move { Ok::<_, kube::Error>((wanted.clone(), token(client, namespace, pod, wanted).await?)) }
-    }));
+    let tokens = tokens(client, pod, &needs.tokens);
     let (values, tokens, credentials) = tokio::try_join!(values, tokens, credentials(client, &namespace, pod))?;
     Ok(Objects {
         values: values.into_iter().filter_map(|(key, value)| Some((key, value?))).collect(),
-        tokens: tokens.into_iter().collect(),
+        tokens,
         credentials,
         services: Vec::new(),
         node_cpu_milli: capacity.map_or(0, |c| c.cpu_milli),
@@ -115,15 +141,18 @@ pub async fn fetch(client: &kube::Client, pod: &Pod, capacity: Option<&Capacity>
     })
 }
 
+/// What a Pod names.
 #[derive(Default)]
-struct Needs {
-    objects: BTreeSet<(Kind, String)>,
-    tokens: BTreeSet<(Option<String>, Option<i64>)>,
+pub(crate) struct Needs {
+    pub(crate) objects: BTreeSet<(Kind, String)>,
+    pub(crate) tokens: BTreeSet<TokenWish>,
+    /// It shows fields of its own, some of which change.
+    pub(crate) fields: bool,
 }
 
 impl Needs {
     fn of(pod: &Pod) -> Self {
-        let mut needs = Self::default();
+        let mut needs = Self::shown(pod);
         let Some(spec) = &pod.spec else { return needs };
         let mut object = |kind, name: &str| {
             needs.objects.insert((kind, name.to_owned()));
@@ -138,12 +167,24 @@ impl Needs {
                 source.secret_key_ref.iter().for_each(|r| object(Kind::Secret, &r.name));
             }
         }
+        needs
+    }
+
+    /// What its volumes show: this is kept up to date while it runs.
+    pub(crate) fn shown(pod: &Pod) -> Self {
+        let mut needs = Self::default();
+        let Some(spec) = &pod.spec else { return needs };
+        let mut object = |kind, name: &str| {
+            needs.objects.insert((kind, name.to_owned()));
+        };
         for volume in spec.volumes.iter().flatten() {
+            needs.fields |= volume.downward_api.is_some();
             volume.config_map.iter().for_each(|r| object(Kind::ConfigMap, &r.name));
             volume.secret.iter().filter_map(|r| r.secret_name.as_ref()).for_each(|n| object(Kind::Secret, n));
             for source in volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten()) {
                 source.config_map.iter().for_each(|r| object(Kind::ConfigMap, &r.name));
                 source.secret.iter().for_each(|r| object(Kind::Secret, &r.name));
+                needs.fields |= source.downward_api.is_some();
                 if let Some(token) = &source.service_account_token {
                     needs.tokens.insert((token.audience.clone(), token.expiration_seconds));
                 }
@@ -157,16 +198,36 @@ async fn value(client: &kube::Client, namespace: &str, kind: Kind, name: &str) -
     match kind {
         Kind::ConfigMap => {
             let found = Api::<ConfigMap>::namespaced(client.clone(), namespace).get_opt(name).await?;
-            Ok(found.map(|map| {
-                let text = map.data.into_iter().flatten().map(|(key, value)| (key, value.into_bytes()));
-                text.chain(map.binary_data.into_iter().flatten().map(|(key, value)| (key, value.0))).collect()
-            }))
+            Ok(found.map(of_config_map))
         }
         Kind::Secret => {
             let found = Api::<Secret>::namespaced(client.clone(), namespace).get_opt(name).await?;
-            Ok(found.map(|secret| secret.data.into_iter().flatten().map(|(key, value)| (key, value.0)).collect()))
+            Ok(found.map(of_secret))
         }
     }
+}
+
+pub(crate) fn of_config_map(map: ConfigMap) -> Values {
+    let text = map.data.into_iter().flatten().map(|(key, value)| (key, value.into_bytes()));
+    text.chain(map.binary_data.into_iter().flatten().map(|(key, value)| (key, value.0))).collect()
+}
+
+pub(crate) fn of_secret(secret: Secret) -> Values {
+    secret.data.into_iter().flatten().map(|(key, value)| (key, value.0)).collect()
+}
+
+/// Tokens of the Pod's service account, made now.
+pub(crate) async fn tokens(
+    client: &kube::Client,
+    pod: &Pod,
+    wanted: &BTreeSet<TokenWish>,
+) -> Result<Tokens, kube::Error> {
+    let namespace = pod.metadata.namespace.clone().unwrap_or_default();
+    let made = try_join_all(wanted.iter().map(|wish| {
+        let namespace = &namespace;
+        async move { Ok::<_, kube::Error>((wish.clone(), token(client, namespace, pod, wish).await?)) }
+    }));
+    Ok(made.await?.into_iter().collect())
 }
 
 /// A token of the Pod's service account, bound to the Pod: it ends with it.
@@ -174,8 +235,8 @@ async fn token(
     client: &kube::Client,
     namespace: &str,
     pod: &Pod,
-    (audience, seconds): &(Option<String>, Option<i64>),
-) -> Result<String, kube::Error> {
+    (audience, seconds): &TokenWish,
+) -> Result<Token, kube::Error> {
     let account = account(pod);
     let request = TokenRequest {
         spec: Some(TokenRequestSpec {
@@ -192,7 +253,9 @@ async fn token(
     };
     let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), namespace);
     let made = accounts.create_token_request(&account, &PostParams::default(), &request).await?;
-    Ok(made.status.and_then(|status| status.token).unwrap_or_default())
+    let (now, status) = (Timestamp::now(), made.status.unwrap_or_default());
+    let (text, expires) = (status.token.unwrap_or_default(), status.expiration_timestamp.map_or(now, |time| time.0));
+    Ok(Token { due: due(now, expires, &text), text })
 }
 
 fn account(pod: &Pod) -> String {
@@ -251,6 +314,31 @@ fn read_credential(server: &str, entry: &serde_json::Value) -> Option<RegistryCr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_are_replaced_before_they_end() {
+        let now: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        for (life, after) in [(600, 480), (3607, 2885), (7 * 24 * 3600, 24 * 3600)] {
+            for text in ["a", "b", "c", "d"] {
+                let due = due(now, now + SignedDuration::from_secs(life), text).duration_since(now).as_secs();
+                assert!((after - 10..=after).contains(&due), "{life}: {due}");
+            }
+        }
+        assert!(due(now, now - SignedDuration::from_secs(9), "a") > now, "one that is over is not asked for endlessly");
+    }
+
+    #[test]
+    fn what_volumes_show_is_a_part_of_what_is_named() {
+        let pod: Pod = serde_json::from_value(serde_json::json!({"metadata": {}, "spec": {
+            "containers": [{"name": "c", "envFrom": [{"secretRef": {"name": "env"}}]}],
+            "volumes": [{"name": "v", "projected": {"sources": [{"configMap": {"name": "map"}},
+                {"serviceAccountToken": {"path": "t", "expirationSeconds": 600}}, {"downwardAPI": {}}]}}]}}))
+        .unwrap();
+        let names = |needs: &Needs| needs.objects.iter().map(|(_, name)| name.clone()).collect::<Vec<_>>();
+        let (all, shown) = (Needs::of(&pod), Needs::shown(&pod));
+        assert_eq!((names(&all), names(&shown)), (vec!["map".into(), "env".into()], vec!["map".to_owned()]));
+        assert!(shown.fields && shown.tokens == BTreeSet::from([(None, Some(600))]));
+    }
 
     #[test]
     fn docker_configurations() {

@@ -34,14 +34,19 @@ fn seconds(at: Timestamp) -> Time {
 pub fn of_instance(pod: &Pod, before: &PodStatus, instance: &Instance, host: IpAddr, now: Timestamp) -> PodStatus {
     let spec = pod.spec.clone().unwrap_or_default();
     let status = &instance.status;
-    let (inits, containers) =
-        of_containers(&spec, |name, image| match status.containers.iter().find(|container| container.name == name) {
-            Some(container) => container_status(container),
+    let (inits, containers) = of_containers(&spec, |wanted, name, image| {
+        match status.containers.iter().find(|container| container.name == name) {
+            Some(container) => {
+                let resources = in_force(wanted, container);
+                let allocated_resources = resources.as_ref().and_then(|resources| resources.requests.clone());
+                ContainerStatus { resources, allocated_resources, ..container_status(container) }
+            }
             None => {
                 let reason = status.reason.as_deref().unwrap_or("ContainerCreating");
                 waiting(name, image, reason, status.message.as_deref().unwrap_or_default())
             }
-        });
+        }
+    });
     let phase = match status.phase {
         WirePhase::Pending | WirePhase::Starting => "Pending",
         WirePhase::Running => "Running",
@@ -62,15 +67,64 @@ pub fn of_instance(pod: &Pod, before: &PodStatus, instance: &Instance, host: IpA
     made.conditions = Some(conditions(pod, before, (&inits, &containers), phase, status.address.is_some(), now));
     made.container_statuses = Some(containers);
     made.init_container_statuses = Some(inits).filter(|inits| !inits.is_empty());
+    made.ephemeral_container_statuses = debug(&spec, before, instance);
     made
+}
+
+/// The statuses of ephemeral containers; those of an instance that is gone stay as they ended.
+fn debug(spec: &PodSpec, before: &PodStatus, instance: &Instance) -> Option<Vec<ContainerStatus>> {
+    let of = |one: &core::EphemeralContainer| {
+        if let Some(now) = instance.status.containers.iter().find(|now| now.name == one.name) {
+            return ContainerStatus { ready: false, started: None, ..container_status(now) };
+        }
+        let told = before.ephemeral_container_statuses.iter().flatten().find(|told| told.name == one.name);
+        match told.filter(|told| told.container_id.is_some()) {
+            Some(told) if told.state.as_ref().is_some_and(|state| state.terminated.is_some()) => told.clone(),
+            Some(told) => ContainerStatus {
+                state: Some(ContainerState {
+                    terminated: Some(ContainerStateTerminated {
+                        exit_code: 137,
+                        reason: Some("ContainerStatusUnknown".to_owned()),
+                        message: Some("The container could not be located when the pod was made again".to_owned()),
+                        ..ContainerStateTerminated::default()
+                    }),
+                    ..ContainerState::default()
+                }),
+                ..told.clone()
+            },
+            None => waiting(&one.name, one.image.as_deref().unwrap_or_default(), "ContainerCreating", ""),
+        }
+    };
+    let all: Vec<ContainerStatus> = spec.ephemeral_containers.iter().flatten().map(of).collect();
+    Some(all).filter(|all| !all.is_empty())
+}
+
+/// The resources in force: limits as the instance tells them, requests as the Pod has them.
+fn in_force(wanted: &core::Container, now: &Container) -> Option<core::ResourceRequirements> {
+    let told = now.resources?;
+    let asked = wanted.resources.clone().unwrap_or_default();
+    let mut limits = asked.limits.clone().unwrap_or_default();
+    let milli = |text: &str| joey_model::quantity::parse_milli(text).ok();
+    let units = |text: &str| joey_model::quantity::parse_units(text).ok();
+    if let Some(cpu) = limits.get_mut("cpu").filter(|cpu| told.cpu_milli.is_some() && milli(&cpu.0) != told.cpu_milli) {
+        cpu.0 = format!("{}m", told.cpu_milli.unwrap_or_default());
+    }
+    let own = told.memory_bytes;
+    if let Some(memory) = limits.get_mut("memory").filter(|memory| own.is_some() && units(&memory.0) != own) {
+        memory.0 = own.unwrap_or_default().to_string();
+    }
+    let limits = Some(limits).filter(|limits| !limits.is_empty());
+    Some(core::ResourceRequirements { claims: None, limits, requests: asked.requests })
 }
 
 /// The statuses of the init containers and of the main ones, made from name and image.
 fn of_containers(
     spec: &PodSpec,
-    status: impl Fn(&str, &str) -> ContainerStatus,
+    status: impl Fn(&core::Container, &str, &str) -> ContainerStatus,
 ) -> (Vec<ContainerStatus>, Vec<ContainerStatus>) {
-    let made = |container: &core::Container| status(&container.name, container.image.as_deref().unwrap_or_default());
+    let made = |container: &core::Container| {
+        status(container, &container.name, container.image.as_deref().unwrap_or_default())
+    };
     (spec.init_containers.iter().flatten().map(made).collect(), spec.containers.iter().map(made).collect())
 }
 
@@ -143,7 +197,7 @@ fn containers_wait<'a>(
         waiting(name, image, reason, &message)
     };
     let spec = pod.spec.clone().unwrap_or_default();
-    let (inits, containers) = of_containers(&spec, wait);
+    let (inits, containers) = of_containers(&spec, |_, name, image| wait(name, image));
     PodStatus {
         phase: Some("Pending".into()),
         conditions: Some(conditions(pod, before, (&inits, &containers), "Pending", false, now)),

@@ -67,7 +67,7 @@ pub fn ground(name: &str) -> Option<Ground> {
     std::fs::copy(busybox, layer.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "sleep", "cat", "ls", "mount", "id", "hostname", "grep", "mknod", "seq", "stty", "ps", "dd", "chmod",
-        "touch", "readlink", "ln", "stat", "rm",
+        "touch", "readlink", "ln", "stat", "rm", "mkdir",
     ] {
         std::os::unix::fs::symlink("busybox", layer.join("bin").join(applet)).unwrap();
     }

@@ -79,7 +79,7 @@ fn check_name<'a>(container: &'a Value, field: &str, names: &mut HashSet<&'a str
     }
 }
 
-fn check_container(container: &Value, field: &str, volumes: &HashSet<&str>, faults: &mut Vec<FieldFault>) {
+pub fn check_container(container: &Value, field: &str, volumes: &HashSet<&str>, faults: &mut Vec<FieldFault>) {
     let image = text(container, "/image");
     if image.is_empty() {
         faults.push(FieldFault::required(format!("{field}.image"), ""));
@@ -172,7 +172,7 @@ fn check_mount<'a>(
     }
 }
 
-fn check_resources(container: &Value, field: &str, faults: &mut Vec<FieldFault>) {
+pub fn check_resources(container: &Value, field: &str, faults: &mut Vec<FieldFault>) {
     let resources = container.get("resources").unwrap_or(&Value::Null);
     for kind in ["limits", "requests"] {
         for (name, amount) in resources.get(kind).and_then(Value::as_object).into_iter().flatten() {

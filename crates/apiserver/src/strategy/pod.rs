@@ -10,6 +10,11 @@ use crate::status::FieldFault;
 /// Seconds between the wish to stop and the end, when a Pod does not say.
 const GRACE: i64 = 30;
 
+/// What is said where anything else of a Pod would change.
+const FIXED: &str = "pod updates may not change fields other than `spec.containers[*].image`,\
+    `spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing \
+    tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
+
 pub struct Pod;
 
 impl Strategy for Pod {
@@ -124,12 +129,11 @@ impl Strategy for Pod {
         deadline_only_shrinks(new, before, faults);
         if new == before || changeable_removed(new, before) == changeable_removed(before, before) {
             tolerations_only_grow(new, before, faults);
+            deadline_only_shrinks(new, before, faults);
+            grace_only_begins(new, before, faults);
             return;
         }
-        let why = "pod updates may not change fields other than `spec.containers[*].image`,\
-            `spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing \
-            tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
-        faults.push(FieldFault::forbidden("spec", why));
+        faults.push(FieldFault::forbidden("spec", FIXED));
     }
 
     fn admit(&self, value: &Value) -> Result<(), String> {
@@ -201,6 +205,33 @@ fn tolerations_only_grow(new: &Value, before: &Value, faults: &mut Vec<FieldFaul
     }
 }
 
+fn deadline_only_shrinks(new: &Value, before: &Value, faults: &mut Vec<FieldFault>) {
+    let seconds = |spec: &Value| spec.get("activeDeadlineSeconds").and_then(Value::as_i64);
+    let field = "spec.activeDeadlineSeconds";
+    match (seconds(before), seconds(new)) {
+        (Some(before), Some(now)) if now > before => {
+            faults.push(FieldFault::invalid(field, &now.into(), "must be less than or equal to previous value"));
+        }
+        (Some(_), None) => {
+            faults.push(FieldFault::invalid(
+                field,
+                &Value::Null,
+                "must not update from a positive integer to nil value",
+            ));
+        }
+        _ => {}
+    }
+}
+
+/// A grace that was never valid may become the shortest; no other changes.
+fn grace_only_begins(new: &Value, before: &Value, faults: &mut Vec<FieldFault>) {
+    let seconds = |spec: &Value| spec.get("terminationGracePeriodSeconds").and_then(Value::as_i64);
+    let (before, now) = (seconds(before), seconds(new));
+    if before != now && !(before.is_some_and(|before| before < 0) && now == Some(1)) {
+        faults.push(FieldFault::forbidden("spec", FIXED));
+    }
+}
+
 /// Five minutes on a node that does not answer, as every cluster gives.
 fn tolerate_bad_nodes(tolerations: &mut Value) {
     let Some(all) = tolerations.as_array_mut() else { return };
@@ -217,10 +248,13 @@ fn tolerate_bad_nodes(tolerations: &mut Value) {
 }
 
 /// Quality of service: from requests and limits of CPU and memory of all containers.
-fn qos_class(pod: &Value) -> &'static str {
+pub fn qos_class(pod: &Value) -> &'static str {
     let mut any = false;
     let mut guaranteed = true;
-    let all = list(pod, "/spec/containers").iter().chain(list(pod, "/spec/initContainers"));
+    // Where the Pod says what it needs as a whole, that alone counts.
+    let whole: Option<&Value> = pod.get("spec").filter(|spec| spec.get("resources").is_some());
+    let each = list(pod, "/spec/containers").iter().chain(list(pod, "/spec/initContainers"));
+    let all = whole.into_iter().chain(each.filter(|_| whole.is_none()));
     for container in all {
         for resource in ["cpu", "memory"] {
             let amount = |kind: &str| {
@@ -303,6 +337,22 @@ mod tests {
         new["spec"]["containers"][0]["command"] = json!(["x"]);
         Pod.validate_update(&new, &old, &mut faults);
         assert_eq!(faults[0].field, "spec");
+        let said = |change: fn(&mut Value), old: &Value| {
+            let (mut new, mut faults) = (old.clone(), Vec::new());
+            change(&mut new["spec"]);
+            Pod.validate_update(&new, old, &mut faults);
+            faults.iter().map(|fault| fault.message.clone()).collect::<String>()
+        };
+        let mut bounded = old.clone();
+        bounded["spec"]["activeDeadlineSeconds"] = 60.into();
+        assert_eq!(said(|spec| spec["activeDeadlineSeconds"] = 60.into(), &old), "");
+        assert_eq!(said(|spec| spec["activeDeadlineSeconds"] = 30.into(), &bounded), "");
+        assert!(said(|spec| spec["activeDeadlineSeconds"] = 90.into(), &bounded).contains("previous value"));
+        assert!(said(|spec| spec["terminationGracePeriodSeconds"] = 5.into(), &old).contains("may not change"));
+        assert!(said(|spec| spec["ephemeralContainers"] = json!([{"name": "e"}]), &old).contains("may not change"));
+        assert!(
+            said(|spec| spec["containers"][0]["resources"] = json!({"limits": {"cpu": "1"}}), &old).contains("may not")
+        );
     }
 
     #[test]

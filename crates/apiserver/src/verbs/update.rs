@@ -10,7 +10,7 @@ use crate::convert;
 use crate::kinds::Resource;
 use crate::object::{self, is_deleting, list, metadata, text};
 use crate::status::{self, ApiError, ApiResult};
-use crate::strategy;
+use crate::strategy::{self, in_place};
 use crate::typing::{Admitted, UnknownFields, same_but_for_times};
 
 /// Attempts when others write the same object at the same time and the caller named no version.
@@ -24,6 +24,10 @@ pub enum Part {
     Status,
     /// A namespace's `spec.finalizers`.
     Finalize,
+    /// A Pod's debug containers.
+    Debug,
+    /// The resources of a Pod's containers.
+    Resources,
 }
 
 impl Part {
@@ -31,6 +35,8 @@ impl Part {
         match subresource {
             "status" => Self::Status,
             "finalize" => Self::Finalize,
+            "ephemeralcontainers" => Self::Debug,
+            "resize" => Self::Resources,
             _ => Self::Main,
         }
     }
@@ -80,13 +86,15 @@ pub async fn replace(call: &Call<'_>, current: &Current, wanted: &Admitted) -> A
             resource.strategy.validate(&value, &mut faults);
             resource.strategy.validate_update(&value, &current.value, &mut faults);
         }
+        Part::Debug => in_place::check_debug(&value, &current.value, &mut faults),
+        Part::Resources => in_place::check_resources(&value, &current.value, &mut faults),
         Part::Status | Part::Finalize => {}
     }
     let faults = status::together(faults, wanted.faults.clone());
     if !faults.is_empty() {
         return Err(ApiError::invalid(resource, name, &faults));
     }
-    if part == Part::Main
+    if matches!(part, Part::Main | Part::Debug | Part::Resources)
         && let Err(why) = resource.strategy.admit(&value)
     {
         return Err(ApiError::forbidden(resource, name, &why));
@@ -177,6 +185,8 @@ fn merge(resource: &Resource, part: Part, admitted: &Admitted, old: &Value) -> V
             }
             value
         }
+        Part::Debug => in_place::take_debug(old, &wanted),
+        Part::Resources => in_place::take_resources(old, &wanted),
         Part::Finalize => {
             let mut value = old.clone();
             let finalizers = wanted.pointer("/spec/finalizers").cloned().unwrap_or_else(|| Value::Array(Vec::new()));

@@ -8,7 +8,12 @@ use joey_network::{Bandwidth, CHECKPOINTS, Config, Networks};
 use crate::scene::{PATIENCE, config, greet, inside, is_greeted, run, traces};
 use crate::{UNLIMITED, id};
 
-const CAPS: Bandwidth = Bandwidth { ingress: Some(5_000_000), egress: Some(5_000_000) };
+const CAPS: Bandwidth = Bandwidth {
+    ingress: Some(5_000_000),
+    egress: Some(5_000_000),
+    ingress_packets: None,
+    egress_packets: Some(100_000),
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_later_life_finds_what_was_attached() {

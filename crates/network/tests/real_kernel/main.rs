@@ -12,7 +12,8 @@ use joey_model::{ErrorKind, Fault, InstanceId};
 use joey_network::{Bandwidth, Config, Networks};
 use scene::{Outside, PATIENCE, SILENCE, config, greet, heard, inside, is_greeted, run, send_from, traces};
 
-const UNLIMITED: Bandwidth = Bandwidth { ingress: None, egress: None };
+const UNLIMITED: Bandwidth =
+    Bandwidth { ingress: None, egress: None, ingress_packets: None, egress_packets: None };
 
 fn id(bits: u64) -> InstanceId {
     InstanceId::from_bits(bits)
@@ -23,7 +24,7 @@ async fn instances_reach_each_other_and_nothing_stays() {
     let config = config("a", 0, 24);
     let networks = Networks::open(config.clone()).await.unwrap();
     let a = networks.attach(&id(1), UNLIMITED).await.unwrap();
-    let capped = Bandwidth { ingress: Some(50_000_000), egress: Some(50_000_000) };
+    let capped = Bandwidth { ingress: Some(50_000_000), egress: Some(50_000_000), ..UNLIMITED };
     let b = networks.attach(&id(2), capped).await.unwrap();
     assert_eq!(networks.attach(&id(1), UNLIMITED).await.unwrap(), a, "attach is idempotent");
     let (port, from) = greet(&b.netns);

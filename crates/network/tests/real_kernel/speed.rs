@@ -62,7 +62,7 @@ async fn cost() {
     }
     times.sort();
     println!("attach from prepared: median {:?}, worst {:?}, cpu {:?}", times[10], times[19], (cpu() - used) / 20);
-    let caps = Bandwidth { ingress: Some(5_000_000), egress: Some(5_000_000) };
+    let caps = Bandwidth { ingress: Some(5_000_000), egress: Some(5_000_000), ..Bandwidth::default() };
     let start = Instant::now();
     networks.attach(&id(0), caps).await.unwrap();
     println!("caps both ways: {:?}", start.elapsed());

@@ -1,6 +1,7 @@
 //! Class `runc`: the agent is a process on the host, and containers are namespaces and cgroups below it.
 
 mod cgroup;
+mod layers;
 mod process;
 mod program;
 
@@ -48,6 +49,7 @@ struct Runc {
 }
 
 struct RuncSandbox {
+    instance: InstanceId,
     client: Client,
     pid: u32,
     gone: watch::Receiver<bool>,
@@ -62,6 +64,17 @@ impl Sandbox for RuncSandbox {
     async fn exited(&self) {
         // An error means that the watcher is gone, which it is only after it saw the end.
         let _ = self.gone.clone().wait_for(|gone| *gone).await;
+    }
+
+    async fn provide(&self, layers: Vec<PathBuf>) -> Result<(), SandboxError> {
+        let (pid, gone) = (self.pid, self.gone.clone());
+        let shown = tokio::task::spawn_blocking(move || match *gone.borrow() {
+            true => Err(io::ErrorKind::NotFound.into()),
+            false => layers::show(pid, layers),
+        });
+        let operation = "show further layers to the agent";
+        let failed = |source| SandboxError::Host { instance: self.instance.clone(), operation, source };
+        shown.await.map_err(|error| failed(io::Error::other(error)))?.map_err(failed)
     }
 
     fn pid(&self) -> Option<u32> {
@@ -88,7 +101,7 @@ impl SandboxClass for Runc {
     async fn adopt(&self, instance: &InstanceId, dir: &Path) -> Result<Option<Arc<dyn Sandbox>>, SandboxError> {
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         match Process::recorded(&dir.join("agent.pid")).map_err(host("read the agent's record"))? {
-            Some(process) => Ok(Some(watched(process, None, dir).map_err(host("watch the agent"))?)),
+            Some(process) => Ok(Some(watched(instance, process, None, dir).map_err(host("watch the agent"))?)),
             None => Ok(None),
         }
     }
@@ -136,7 +149,7 @@ impl Runc {
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         // On cgroup v2 the agent is a second child, which took the first one's place.
         match Process::recorded(&request.dir.join("agent.pid")).map_err(host("read the agent's record"))? {
-            Some(process) => watched(process, Some(child), &request.dir).map_err(host("watch the agent")),
+            Some(process) => watched(instance, process, Some(child), &request.dir).map_err(host("watch the agent")),
             None => {
                 end(child);
                 let message = last_words(&request.dir.join("agent.err"));
@@ -187,7 +200,12 @@ fn end(mut child: Child) {
 }
 
 /// Watches the agent until it is gone, and reaps it where it is this process's child. `child` is what this process started.
-fn watched(process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc<dyn Sandbox>> {
+fn watched(
+    instance: &InstanceId,
+    process: Process,
+    child: Option<Child>,
+    dir: &Path,
+) -> io::Result<Arc<dyn Sandbox>> {
     if let Some(mut child) = child.filter(|child| child.id() != process.pid()) {
         // It has ended, or is about to: it had nothing to do but to make the agent.
         child.wait()?;
@@ -200,7 +218,7 @@ fn watched(process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc
         process.reap();
         gone.send_replace(true);
     });
-    Ok(Arc::new(RuncSandbox { client, pid, gone: seen }))
+    Ok(Arc::new(RuncSandbox { instance: instance.clone(), client, pid, gone: seen }))
 }
 
 async fn first_line(ready: OwnedFd) -> io::Result<String> {

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::resolve::Kind;
-use joey_api::instance::VolumeSource;
+use joey_api::instance::{Mount, Resources, VolumeSource};
 
 fn config() -> Config {
     Config::new("virtual", "192.0.2.1".parse().unwrap())
@@ -21,9 +21,7 @@ fn pod(spec: Value, container: Value) -> core::Pod {
 }
 
 fn taken(pod: &core::Pod) -> InstanceSpec {
-    let converted = convert(pod, &Objects::default(), &config()).unwrap();
-    assert_eq!(converted.without_effect, Vec::<String>::new());
-    converted.spec
+    convert(pod, &Objects::default(), &config()).unwrap().spec
 }
 
 fn faults(pod: &core::Pod) -> Vec<String> {
@@ -65,21 +63,17 @@ fn an_image_whose_name_cannot_be_read_is_not_a_refusal_for_good() {
 #[test]
 fn unsupported_fields_of_the_pod_are_named() {
     for (field, value) in [
-        ("ephemeralContainers", json!([{ "name": "x" }])),
         ("hostIPC", json!(true)),
         ("hostNetwork", json!(true)),
         ("hostPID", json!(true)),
         ("hostUsers", json!(false)),
         ("os", json!({ "name": "windows" })),
         ("resourceClaims", json!([{ "name": "gpu" }])),
-        ("resources", json!({})),
-        ("setHostnameAsFQDN", json!(true)),
-        ("shareProcessNamespace", json!(true)),
     ] {
         let found = faults(&pod(json!({ field: value }), json!({})));
         assert!(found.len() == 1 && found[0].starts_with(&format!("spec.{field}")), "{field}: {found:?}");
     }
-    for field in ["hostIPC", "hostNetwork", "hostPID", "setHostnameAsFQDN", "shareProcessNamespace"] {
+    for field in ["hostIPC", "hostNetwork", "hostPID"] {
         taken(&pod(json!({ field: false }), json!({})));
     }
 }
@@ -92,6 +86,7 @@ fn unsupported_fields_of_a_container_are_named() {
         ("startupProbe", json!({ "tcpSocket": { "port": 0 } })),
         ("lifecycle", json!({ "preStop": { "tcpSocket": { "port": 80 } } })),
         ("restartPolicy", json!("Sometimes")),
+        ("restartPolicyRules", json!([{ "action": "RestartAllContainers", "exitCodes": { "operator": "In", "values": [1] } }])),
         ("volumeDevices", json!([{ "name": "d", "devicePath": "/dev/d" }])),
     ] {
         let found = faults(&pod(json!({}), json!({ field: value })));
@@ -99,13 +94,17 @@ fn unsupported_fields_of_a_container_are_named() {
     }
     for (field, value, named) in [
         ("ports", json!([{ "containerPort": 80, "hostPort": 80 }]), "hostPort"),
+        ("securityContext", json!({ "capabilities": { "add": ["SYS_PTRACE"] } }), "a debug container"),
+        ("securityContext", json!({ "capabilities": { "add": ["CAP_NET_ADMIN"] } }), "caps are set by annotations"),
+        ("securityContext", json!({ "seccompProfile": { "type": "Localhost", "localhostProfile": "p" } }), "Localhost"),
+        ("securityContext", json!({ "appArmorProfile": { "type": "Localhost" } }), "appArmorProfile Localhost"),
         ("image", json!(""), "an empty image"),
         ("securityContext", json!({ "privileged": true }), "securityContext.privileged"),
         ("securityContext", json!({ "procMount": "Unmasked" }), "securityContext.procMount"),
         ("securityContext", json!({ "seLinuxOptions": {} }), "securityContext.seLinuxOptions"),
         ("securityContext", json!({ "seccompProfile": { "type": "Unconfined" } }), "seccompProfile Unconfined"),
         ("securityContext", json!({ "runAsUser": -1 }), "securityContext.runAsUser is not an id"),
-        ("volumeMounts", json!([{ "name": "v", "mountPath": "/v", "subPath": "a" }]), "subPath"),
+        ("volumeMounts", json!([{ "name": "v", "mountPath": "/v", "subPath": "../a" }]), "subPath"),
         ("volumeMounts", json!([{ "name": "v", "mountPath": "/v", "mountPropagation": "Bidirectional" }]), "mountP"),
     ] {
         let found = faults(&pod(json!({}), json!({ field: value })));
@@ -136,17 +135,6 @@ fn every_fault_is_told_at_once() {
 }
 
 #[test]
-fn what_has_no_effect_is_remarked() {
-    let pod = pod(
-        json!({ "subdomain": "peers", "securityContext": { "fsGroup": 7 } }),
-        json!({ "resources": { "limits": { "ephemeral-storage": "1Gi" } } }),
-    );
-    let converted = convert(&pod, &Objects::default(), &config()).unwrap();
-    assert_eq!(converted.without_effect.len(), 3, "{:?}", converted.without_effect);
-    assert_eq!(converted.spec.containers[0].security.supplemental_groups, [7]);
-}
-
-#[test]
 fn resources() {
     let limited = |limits: Value| pod(json!({}), json!({ "resources": { "limits": limits } }));
     for (cpu, memory, milli, bytes) in
@@ -156,9 +144,13 @@ fn resources() {
         let found = &spec.containers[0].resources;
         assert_eq!((found.cpu_milli, found.memory_bytes), (Some(milli), Some(bytes)), "{cpu} {memory}");
     }
-    // A request alone limits nothing.
-    let requested = pod(json!({}), json!({ "resources": { "requests": { "cpu": "1", "memory": "1Gi" } } }));
-    assert_eq!(taken(&requested).containers[0].resources, Resources::default());
+    // A request is a limit where there is none, but where the Pod as a whole is limited.
+    let requests = json!({ "resources": { "requests": { "cpu": "1", "memory": "1Gi" }, "limits": { "cpu": "2" } } });
+    let found = taken(&pod(json!({}), requests.clone())).containers[0].resources;
+    assert_eq!((found.cpu_milli, found.memory_bytes), (Some(2000), Some(1 << 30)));
+    let spec = taken(&pod(json!({ "resources": { "limits": { "cpu": "3" }, "requests": { "memory": "2Gi" } } }), requests));
+    assert_eq!((spec.limits.cpu_milli, spec.limits.memory_bytes), (Some(3000), Some(2 << 30)));
+    assert_eq!(spec.containers[0].resources.memory_bytes, None);
     for (limits, named) in [
         (json!({ "example.org/gpu": "1" }), "limit of example.org/gpu"),
         (json!({ "cpu": "much" }), "limit of cpu"),
@@ -167,6 +159,33 @@ fn resources() {
         let found = faults(&limited(limits));
         assert!(found.len() == 1 && found[0].contains(named), "{found:?}");
     }
+}
+
+#[test]
+fn limits_of_the_pod_by_annotation() {
+    let mut pod = pod(json!({}), json!({}));
+    let annotations = [
+        ("k8s.aliyun.com/eci-use-specs", "small, 2-4Gi"),
+        ("joey.dev/pids", "100"),
+        ("joey.dev/disk-bytes-per-second", "10Mi"),
+        ("joey.dev/disk-operations-per-second", "200"),
+        ("joey.dev/egress-packets-per-second", "5k"),
+    ];
+    pod.metadata.annotations = Some(annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect());
+    let spec = taken(&pod);
+    assert_eq!(spec.use_specs, ["small", "2-4Gi"]);
+    let limits = spec.limits;
+    assert_eq!((limits.pids, limits.disk_bytes_per_second), (Some(100), Some(10 << 20)));
+    assert_eq!(limits.disk_operations_per_second, Some(200));
+    assert_eq!(spec.network.egress_packets_per_second, Some(5000));
+}
+
+#[test]
+fn kernel_settings() {
+    let of = |name: &str| pod(json!({ "securityContext": { "sysctls": [{ "name": name, "value": "1" }] } }), json!({}));
+    assert_eq!(taken(&of("net/ipv4/tcp_syncookies")).sysctls["net.ipv4.tcp_syncookies"], "1");
+    let found = faults(&of("kernel.msgmax"));
+    assert!(found[0].contains("safe ones are kernel.shm_rmid_forced"), "{found:?}");
 }
 
 #[test]
@@ -256,7 +275,7 @@ fn variables_and_files_of_objects() {
     assert!(spec.containers[0].env.iter().any(|variable| variable.name == "IP" && variable.address));
     let VolumeSource::Files(files) = &spec.volumes[0].source else { panic!("{:?}", spec.volumes) };
     assert_eq!((files[0].path.as_str(), files[0].mode), ("key", 0o400));
-    assert_eq!(spec.containers[0].mounts, [Mount { volume: "conf".into(), path: "/conf".into(), read_only: true }]);
+    assert_eq!(spec.containers[0].mounts, [Mount { volume: "conf".into(), path: "/conf".into(), read_only: true, ..Mount::default() }]);
 }
 
 #[test]
@@ -284,7 +303,12 @@ fn host_names() {
         pod.metadata.name = Some(name.to_owned());
         taken(&pod).hostname.unwrap()
     };
-    assert_eq!(of(json!({}), "a.b"), "a-b");
+    assert_eq!(of(json!({}), "a.b"), "a.b");
     assert_eq!(of(json!({ "hostname": "given" }), "a"), "given");
+    assert_eq!(of(json!({ "hostname": "given", "hostnameOverride": "x.y" }), "a"), "x.y");
+    let below = taken(&pod(json!({ "subdomain": "peers", "setHostnameAsFQDN": true }), json!({})));
+    assert_eq!((below.domain.as_deref(), below.full_hostname), (Some("peers.shop.svc.cluster.local"), true));
+    let long = json!({ "hostname": "h".repeat(60), "subdomain": "peers", "setHostnameAsFQDN": true });
+    assert!(faults(&pod(long, json!({})))[0].contains("64 characters"));
     assert_eq!(of(json!({}), &format!("{}-{}", "x".repeat(62), "y".repeat(40))), "x".repeat(62));
 }

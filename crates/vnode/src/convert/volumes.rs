@@ -1,16 +1,24 @@
-//! Volumes: emptyDir, and everything that is files known beforehand (configMap, secret, projected, downwardAPI).
+//! Volumes and their mounts: emptyDir, images, and everything that is files whose contents are known (configMap, secret,
+//! projected, downwardAPI). What files hold is made again while the Pod runs: [`files`].
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use joey_api::instance::{FileContent, Volume, VolumeSource};
+use joey_api::instance::{FileContent, Mount, PullPolicy, Volume, VolumeSource};
+use joey_model::ImageRef;
 use joey_model::quantity::parse_units;
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Notes, Refusal, environment};
+use super::{Notes, Refusal, all_containers, environment};
 use crate::config::Config;
-use crate::resolve::{Kind, Objects};
+use crate::resolve::{Kind, Missing, Objects};
 
 const DEFAULT_MODE: i32 = 0o644;
+
+/// What is said of volumes that are kept elsewhere than in the Pod.
+const KEPT_ELSEWHERE: &str =
+    "volumes outlive no Pod here for now; use an emptyDir, and keep what must last in a service that is reached over the network";
+/// What is said of volumes that are a provider's or a driver's.
+const NO_DRIVER: &str = "there are no storage drivers here; use emptyDir, configMap, secret, projected, downwardAPI or image";
 
 pub(super) fn volumes(
     pod: &core::Pod,
@@ -25,6 +33,85 @@ pub(super) fn volumes(
         }
     }
     Ok(volumes)
+}
+
+/// The volumes of files as they are to be now, and those that cannot be for want of an object. What else is asked for was judged
+/// when the instance was made.
+pub(crate) fn files(pod: &core::Pod, objects: &Objects) -> (Vec<Volume>, Vec<(String, Missing)>) {
+    let (mut found, mut missing) = (Vec::new(), Vec::new());
+    let empty = core::PodSpec::default();
+    let spec = pod.spec.as_ref().unwrap_or(&empty);
+    for volume in spec.volumes.iter().flatten() {
+        match source(pod, spec, volume, objects, &mut Notes::default()) {
+            Ok(Some(source @ VolumeSource::Files(_))) => found.push(Volume { name: volume.name.clone(), source }),
+            Err(Refusal::Missing(object)) => missing.push((volume.name.clone(), object)),
+            Ok(_) | Err(Refusal::Unsupported(_)) => {}
+        }
+    }
+    (found, missing)
+}
+
+/// The group that owns what is in the volumes.
+pub(super) fn fs_group(security: &core::PodSecurityContext, notes: &mut Notes) -> Option<u32> {
+    let group = u32::try_from(security.fs_group?).ok();
+    if group.is_none() {
+        notes.faults.push("spec.securityContext.fsGroup is not an id".to_owned());
+    }
+    group
+}
+
+/// What a container is shown of the volumes, and where.
+pub(super) fn mounts(at: &str, container: &core::Container, notes: &mut Notes) -> Vec<Mount> {
+    let mut mounts = Vec::new();
+    for mount in container.volume_mounts.iter().flatten() {
+        let core::VolumeMount {
+            mount_path,
+            mount_propagation,
+            name,
+            read_only,
+            recursive_read_only,
+            sub_path,
+            sub_path_expr,
+        } = mount;
+        let read_only = *read_only == Some(true);
+        let at = format!("{at}mount at {mount_path}");
+        // Nothing is ever mounted into a volume from outside, so that what would come from there has come.
+        notes.refuse_if(
+            mount_propagation.as_deref() == Some("Bidirectional"),
+            format!("{at}: mountPropagation Bidirectional"),
+            "leave it out; no container may mount anything, and nothing is shared with the host",
+        );
+        // No volume has mounts within itself: what is read-only is so all the way down.
+        if recursive_read_only.as_deref() == Some("Enabled") && !read_only {
+            notes.faults.push(format!("{at}: recursiveReadOnly needs readOnly: true"));
+        }
+        let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        let sub_path = filled(sub_path).and_then(|path| match inside(&path) {
+            Ok(path) => path,
+            Err(why) => {
+                notes.faults.push(format!("{at}: subPath \"{path}\" {why}"));
+                None
+            }
+        });
+        mounts.push(Mount {
+            volume: name.clone(),
+            path: mount_path.clone(),
+            read_only,
+            sub_path,
+            sub_path_expr: filled(sub_path_expr),
+        });
+    }
+    mounts
+}
+
+/// A path within a volume without what says nothing; `None`: the volume itself.
+fn inside(path: &str) -> Result<Option<String>, &'static str> {
+    let parts: Vec<&str> = path.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+    match () {
+        () if path.starts_with('/') => Err("must be relative"),
+        () if parts.contains(&"..") => Err("must not contain \"..\""),
+        () => Ok(Some(parts.join("/")).filter(|path| !path.is_empty())),
+    }
 }
 
 /// Goes through every kind of volume; `None`: a kind that was refused.
@@ -75,18 +162,12 @@ fn source(
         (cephfs.is_some(), "cephfs"),
         (cinder.is_some(), "cinder"),
         (csi.is_some(), "csi"),
-        (ephemeral.is_some(), "ephemeral"),
         (fc.is_some(), "fc"),
         (flex_volume.is_some(), "flexVolume"),
         (flocker.is_some(), "flocker"),
         (gce_persistent_disk.is_some(), "gcePersistentDisk"),
-        (git_repo.is_some(), "gitRepo"),
         (glusterfs.is_some(), "glusterfs"),
-        (host_path.is_some(), "hostPath"),
-        (image.is_some(), "image"),
         (iscsi.is_some(), "iscsi"),
-        (nfs.is_some(), "nfs"),
-        (persistent_volume_claim.is_some(), "persistentVolumeClaim"),
         (photon_persistent_disk.is_some(), "photonPersistentDisk"),
         (portworx_volume.is_some(), "portworxVolume"),
         (quobyte.is_some(), "quobyte"),
@@ -95,8 +176,19 @@ fn source(
         (storageos.is_some(), "storageos"),
         (vsphere_volume.is_some(), "vsphereVolume"),
     ] {
-        let alternative = "use emptyDir, configMap, secret, projected or downwardAPI";
+        notes.refuse_if(present, format!("volume \"{name}\": {kind}"), NO_DRIVER);
+    }
+    for (present, kind, alternative) in [
+        (nfs.is_some(), "nfs", KEPT_ELSEWHERE),
+        (persistent_volume_claim.is_some(), "persistentVolumeClaim", KEPT_ELSEWHERE),
+        (ephemeral.is_some(), "ephemeral", "claims come later; use an emptyDir with a sizeLimit"),
+        (host_path.is_some(), "hostPath", "there is no node to look into; use emptyDir, configMap, secret or image"),
+        (git_repo.is_some(), "gitRepo", "clone into an emptyDir in an init container, or put the files into an image volume"),
+    ] {
         notes.refuse_if(present, format!("volume \"{name}\": {kind}"), alternative);
+    }
+    if let Some(source) = image {
+        return Ok(Some(of_image(name, source, notes)));
     }
     let mut files = Files { pod, spec, objects, notes, volume: name, files: Vec::new(), mode: DEFAULT_MODE };
     if let Some(source) = empty_dir {
@@ -120,6 +212,30 @@ fn source(
         return Ok(None);
     }
     Ok(Some(VolumeSource::Files(files.files)))
+}
+
+fn of_image(name: &str, source: &core::ImageVolumeSource, notes: &mut Notes) -> VolumeSource {
+    let core::ImageVolumeSource { pull_policy, reference } = source;
+    let reference = reference.clone().unwrap_or_default();
+    notes.refuse_if(reference.is_empty(), format!("volume \"{name}\": an image without a reference"), "name one");
+    let pull_policy = match pull_policy.as_deref() {
+        Some("Always") => PullPolicy::Always,
+        Some("Never") => PullPolicy::Never,
+        Some("IfNotPresent") => PullPolicy::IfNotPresent,
+        _ if ImageRef::parse(&reference).is_ok_and(|image| image.is_latest()) => PullPolicy::Always,
+        _ => PullPolicy::IfNotPresent,
+    };
+    VolumeSource::Image { reference, pull_policy }
+}
+
+/// The user who owns tokens: the one whom all containers run as, where they say so.
+fn common_user(spec: &core::PodSpec) -> Option<u32> {
+    let of_pod = spec.security_context.as_ref().and_then(|context| context.run_as_user);
+    let mut users = all_containers(spec).map(|(_, container)| {
+        container.security_context.as_ref().and_then(|context| context.run_as_user).or(of_pod)
+    });
+    let first = users.next()??;
+    users.all(|user| user == Some(first)).then(|| u32::try_from(first).ok()).flatten()
 }
 
 fn empty(name: &str, source: &core::EmptyDirVolumeSource, notes: &mut Notes) -> VolumeSource {
@@ -147,7 +263,17 @@ impl Files<'_> {
     fn add(&mut self, path: &str, bytes: &[u8], mode: Option<i32>) {
         let mode = u32::try_from(mode.unwrap_or(self.mode)).unwrap_or(0o644) & 0o777;
         self.files.retain(|file| file.path != path);
-        self.files.push(FileContent { path: path.to_owned(), base64: STANDARD.encode(bytes), mode });
+        self.files.push(FileContent { path: path.to_owned(), base64: STANDARD.encode(bytes), mode, user: None });
+    }
+
+    /// A token is for its user alone where the Pod says who that is, and for the group of the volumes.
+    fn add_token(&mut self, path: &str, token: &str) {
+        let user = common_user(self.spec);
+        let group = self.spec.security_context.as_ref().and_then(|context| context.fs_group);
+        self.add(path, token.as_bytes(), (user.is_some() || group.is_some()).then_some(0o600));
+        if let Some(file) = self.files.last_mut() {
+            file.user = user;
+        }
     }
 
     fn object(
@@ -223,9 +349,142 @@ impl Files<'_> {
         if let Some(source) = service_account_token {
             let token = self.objects.token(source.audience.as_deref(), source.expiration_seconds);
             if let Some(token) = token {
-                self.add(&source.path, token.as_bytes(), None);
+                self.add_token(&source.path, token);
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::convert::convert;
+    use crate::resolve::Token;
+
+    fn pod(spec: Value, mounts: Value) -> core::Pod {
+        let container = json!({ "name": "main", "image": "app:1", "volumeMounts": mounts });
+        let mut whole = json!({ "containers": [container] });
+        whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        let metadata = json!({ "name": "web", "namespace": "shop", "uid": "u-1", "labels": { "app": "web" } });
+        serde_json::from_value(json!({ "metadata": metadata, "spec": whole })).unwrap()
+    }
+
+    fn converted(pod: &core::Pod, objects: &Objects) -> Result<joey_api::instance::InstanceSpec, Refusal> {
+        let config = Config::new("virtual", "192.0.2.1".parse().unwrap());
+        convert(pod, objects, &config).map(|converted| converted.spec)
+    }
+
+    fn fault(pod: &core::Pod) -> String {
+        match converted(pod, &Objects::default()) {
+            Err(Refusal::Unsupported(faults)) => faults.join("; "),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_kept_elsewhere_is_refused_with_an_alternative() {
+        for (source, word) in [
+            (json!({ "nfs": { "server": "s", "path": "/" } }), "emptyDir"),
+            (json!({ "persistentVolumeClaim": { "claimName": "c" } }), "emptyDir"),
+            (json!({ "hostPath": { "path": "/" } }), "no node"),
+            (json!({ "csi": { "driver": "d" } }), "drivers"),
+            (json!({ "gitRepo": { "repository": "r" } }), "init container"),
+            (json!({ "image": {} }), "without a reference"),
+        ] {
+            let mut volume = source.clone();
+            volume["name"] = json!("v");
+            let text = fault(&pod(json!({ "volumes": [volume] }), json!([])));
+            let kind = source.as_object().unwrap().keys().next().unwrap().clone();
+            assert!(text.contains("volume \"v\"") && text.contains(&kind) && text.contains(word), "{text}");
+        }
+    }
+
+    #[test]
+    fn mounts_within_volumes() {
+        let volumes = json!({ "volumes": [{ "name": "v", "emptyDir": {} }] });
+        let mount = |more: Value| {
+            let mut mount = json!({ "name": "v", "mountPath": "/v" });
+            mount.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            pod(volumes.clone(), json!([mount]))
+        };
+        let made = |more: Value| converted(&mount(more), &Objects::default()).unwrap().containers[0].mounts[0].clone();
+        assert_eq!(made(json!({ "subPath": "./a//b/" })).sub_path.as_deref(), Some("a/b"));
+        assert_eq!(made(json!({ "subPath": "." })).sub_path, None);
+        assert_eq!(made(json!({ "subPathExpr": "$(POD)/a" })).sub_path_expr.as_deref(), Some("$(POD)/a"));
+        assert!(made(json!({ "readOnly": true, "recursiveReadOnly": "Enabled" })).read_only);
+        made(json!({ "mountPropagation": "HostToContainer" }));
+        for (more, word) in [
+            (json!({ "subPath": "a/../b" }), "subPath"),
+            (json!({ "subPath": "/a" }), "relative"),
+            (json!({ "recursiveReadOnly": "Enabled" }), "needs readOnly"),
+            (json!({ "mountPropagation": "Bidirectional" }), "Bidirectional"),
+        ] {
+            let text = fault(&mount(more));
+            assert!(text.contains("mount at /v") && text.contains(word), "{text}");
+        }
+    }
+
+    #[test]
+    fn images_as_volumes() {
+        let of = |source: Value| {
+            let spec = json!({ "volumes": [{ "name": "v", "image": source }] });
+            converted(&pod(spec, json!([])), &Objects::default()).unwrap().volumes[0].source.clone()
+        };
+        let image = |reference: &str, pull_policy| VolumeSource::Image { reference: reference.to_owned(), pull_policy };
+        assert_eq!(of(json!({ "reference": "data:1" })), image("data:1", PullPolicy::IfNotPresent));
+        assert_eq!(of(json!({ "reference": "data" })), image("data", PullPolicy::Always));
+        assert_eq!(of(json!({ "reference": "data", "pullPolicy": "Never" })), image("data", PullPolicy::Never));
+    }
+
+    fn projected() -> core::Pod {
+        pod(
+            json!({ "securityContext": { "runAsUser": 1000 }, "volumes": [
+                { "name": "all", "projected": { "sources": [
+                    { "serviceAccountToken": { "path": "token", "expirationSeconds": 600 } },
+                    { "configMap": { "name": "cm" } },
+                    { "secret": { "name": "s", "optional": true } },
+                    { "downwardAPI": { "items": [{ "path": "labels", "fieldRef": { "fieldPath": "metadata.labels" } }] } }] } },
+                { "name": "e", "emptyDir": {} },
+                { "name": "late", "configMap": { "name": "late" } }] }),
+            json!([{ "name": "all", "mountPath": "/all" }]),
+        )
+    }
+
+    #[test]
+    fn files_are_made_again_one_volume_at_a_time() {
+        let mut objects = Objects::default();
+        let due = jiff::Timestamp::UNIX_EPOCH;
+        objects.tokens.insert((None, Some(600)), Token { text: "t".to_owned(), due });
+        objects.values.insert((Kind::ConfigMap, "cm".into()), [("k".to_owned(), b"1".to_vec())].into());
+        let (found, missing) = files(&projected(), &objects);
+        assert_eq!(missing.iter().map(|(volume, missing)| (volume.as_str(), missing.name.as_str())).collect::<Vec<_>>(),
+            [("late", "late")]);
+        let VolumeSource::Files(made) = &found[0].source else { panic!("{found:?}") };
+        assert_eq!(found.len(), 1, "an empty directory holds nothing of ours");
+        let names: Vec<_> = made.iter().map(|file| (file.path.as_str(), file.mode, file.user)).collect();
+        // A token is its user's alone.
+        assert_eq!(names, [("token", 0o600, Some(1000)), ("k", 0o644, None), ("labels", 0o644, None)]);
+        objects.values.insert((Kind::Secret, "s".into()), [("k".to_owned(), b"2".to_vec())].into());
+        let (found, _) = files(&projected(), &objects);
+        let VolumeSource::Files(made) = &found[0].source else { panic!("{found:?}") };
+        let key = made.iter().find(|file| file.path == "k").unwrap();
+        assert_eq!((made.len(), key.base64.as_str()), (3, "Mg=="), "what comes later takes the place");
+    }
+
+    #[test]
+    fn the_owner_of_tokens() {
+        let spec = |users: [Option<i64>; 2], of_pod: Option<i64>| -> core::PodSpec {
+            let container = |user: Option<i64>| json!({ "name": "c", "securityContext": { "runAsUser": user } });
+            let containers = users.map(container);
+            serde_json::from_value(json!({ "containers": containers, "securityContext": { "runAsUser": of_pod } })).unwrap()
+        };
+        assert_eq!(common_user(&spec([Some(1), Some(1)], None)), Some(1));
+        assert_eq!(common_user(&spec([Some(1), None], Some(1))), Some(1));
+        assert_eq!(common_user(&spec([Some(1), Some(2)], None)), None);
+        assert_eq!(common_user(&spec([Some(1), None], None)), None);
+        assert_eq!(common_user(&spec([None, None], None)), None);
     }
 }

@@ -1,4 +1,5 @@
-//! Exec and attach over WebSocket: `v5.channel.k8s.io` and `v4.channel.k8s.io`, one channel byte before each message.
+//! WebSocket: its upgrade, and exec and attach over it by `v5.channel.k8s.io` and `v4.channel.k8s.io`, one channel byte before
+//! each message.
 
 use futures::{SinkExt, StreamExt};
 use http::{HeaderValue, Request, Response, StatusCode, header};
@@ -15,16 +16,29 @@ use super::{Answer, Call, session, text};
 
 /// In v5, a message on this channel closes the channel its one byte names.
 const CLOSE: u8 = 255;
+/// Exec and attach, the newest first.
+pub(super) const REMOTE_COMMAND: [&str; 2] = ["v5.channel.k8s.io", "v4.channel.k8s.io"];
 /// How long a client may take to answer a closure.
 const CLOSE_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
 
-pub(super) fn answer(request: Request<Incoming>, call: Call) -> Answer {
+/// An upgraded connection.
+pub(super) type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
+
+/// Takes the upgrade with the first of `known` that the client offers, and has `carry` go on with it.
+pub(super) fn answer<F>(
+    request: Request<Incoming>,
+    known: &[&'static str],
+    carry: impl FnOnce(&'static str, Socket) -> F + Send + 'static,
+) -> Answer
+where
+    F: Future<Output = ()> + Send + 'static,
+{
     let offered = |wanted: &str| {
         let values = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
         values.filter_map(|value| value.to_str().ok()).flat_map(|v| v.split(',')).any(|p| p.trim() == wanted)
     };
-    let Some(protocol) = ["v5.channel.k8s.io", "v4.channel.k8s.io"].into_iter().find(|p| offered(p)) else {
-        return text(StatusCode::BAD_REQUEST, "none of v5.channel.k8s.io and v4.channel.k8s.io is offered");
+    let Some(protocol) = known.iter().copied().find(|p| offered(p)) else {
+        return text(StatusCode::BAD_REQUEST, format!("none of {} is offered", known.join(" and ")));
     };
     let Some(key) = request.headers().get(header::SEC_WEBSOCKET_KEY) else {
         return text(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key is missing");
@@ -35,7 +49,7 @@ pub(super) fn answer(request: Request<Incoming>, call: Call) -> Answer {
         if let Ok(upgraded) = hyper::upgrade::on(request).await {
             let config = WebSocketConfig::default().max_message_size(Some(1 << 20));
             let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
-            carry(socket, call).await;
+            carry(protocol, socket).await;
         }
     });
     let mut answer = Response::new(joey_rpc::empty());
@@ -48,10 +62,13 @@ pub(super) fn answer(request: Request<Incoming>, call: Call) -> Answer {
     answer
 }
 
-async fn carry<S>(socket: WebSocketStream<S>, call: Call)
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
+/// Without a code, clients take the end for a failure (RFC 6455, 7.4.1: 1000 is a normal closure).
+pub(super) fn normal_closure() -> Message {
+    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }))
+}
+
+/// Exec or attach: [`REMOTE_COMMAND`].
+pub(super) async fn carry(socket: Socket, call: Call) {
     let (mut sink, mut source) = socket.split();
     let (input, frames) = mpsc::channel(8);
     let (output, mut answers) = mpsc::channel::<(u8, Vec<u8>)>(8);
@@ -75,9 +92,7 @@ where
                 return;
             }
         }
-        // Without a code, clients take the end for a failure (RFC 6455, 7.4.1: 1000 is a normal closure).
-        let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
-        let _ = sink.send(Message::Close(Some(normal))).await;
+        let _ = sink.send(normal_closure()).await;
     };
     let running = async { tokio::join!(session::run(call, frames, output), writing) };
     tokio::pin!(reading);

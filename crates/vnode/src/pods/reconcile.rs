@@ -19,7 +19,7 @@ use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::wait::await_condition;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, change, contents};
 use crate::convert::{self, InvalidImage, Refusal};
 use crate::resolve::{self, Kind, Missing};
 use crate::status;
@@ -33,6 +33,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Duration> {
     let (pod, instance, sent) =
         context.registry.read(uid, |entry| (entry.pod.clone(), entry.instance.clone(), entry.sent.clone()))?;
+    let lives = matches!((&pod, &instance), (Some(pod), Some(_)) if pod.metadata.deletion_timestamp.is_none());
+    if !lives {
+        context.shown.release(uid);
+    }
     let done = match (pod, instance) {
         (None, None) => Ok(()),
         (None, Some(instance)) => end(context, uid, &instance, Some(FORCED_GRACE)).await,
@@ -45,7 +49,11 @@ pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Durat
                     let ended = end(context, uid, &instance, grace).await;
                     tell(context, uid, &pod, &known, &instance).await.and(ended)
                 }
-                (false, Some(instance)) => tell(context, uid, &pod, &known, &instance).await,
+                (false, Some(instance)) => {
+                    let followed = change::follow(context, uid, &pod, &known, &instance).await;
+                    let told = tell(context, uid, &pod, &known, &instance).await;
+                    contents::renew(context, uid, &pod, &instance).await.and(told).and(followed)
+                }
                 (false, None) if status::is_terminal(&known) => Ok(()),
                 (false, None) => start(context, uid, &pod, &known).await,
             }
@@ -67,7 +75,7 @@ pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Durat
     }
 }
 
-fn away(error: kube::Error) -> Fault {
+pub(super) fn away(error: kube::Error) -> Fault {
     Fault::new(ErrorKind::Retryable, "ClusterAway", error.to_string())
 }
 
@@ -139,11 +147,12 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
     if let Err(fault) = joey_api::validate::instance(&converted.spec) {
         return refuse(context, uid, pod, known, "UnsupportedPod", &fault.message).await;
     }
+    // A create that is asked for again may be one that was made, with what it had then.
+    let first = context.registry.read(uid, |entry| entry.attempts == 0) == Some(true);
+    let files = first.then(|| contents::brief(&converted.spec.volumes));
     match context.provider.create(converted.spec).await {
         Ok(instance) => {
-            for remark in converted.without_effect {
-                context.events.say(pod, None, true, "FieldWithoutEffect", &remark, now);
-            }
+            contents::sent(context, uid, objects.tokens, files);
             context.registry.instance(uid, instance, false);
             // The watch may have told it already; one more look never harms, and none is lost.
             context.wake(uid);
@@ -168,7 +177,7 @@ fn needs_capacity(pod: &Pod) -> bool {
     spec.flat_map(convert::all_containers)
         .flat_map(|(_, container)| container.env.iter().flatten())
         .any(|variable| variable.value_from.as_ref().is_some_and(|from| from.resource_field_ref.is_some()))
-        || pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).any(|v| v.downward_api.is_some())
+        || resolve::Needs::shown(pod).fields
 }
 
 async fn refuse(
@@ -243,7 +252,7 @@ async fn wait_for(
 }
 
 /// Says why a Pod does not run, unless it was just said: a Pod is looked at much more often than it has news.
-fn warn(context: &Context, uid: &str, pod: &Pod, reason: &str, message: &str, now: Timestamp) {
+pub(super) fn warn(context: &Context, uid: &str, pod: &Pod, reason: &str, message: &str, now: Timestamp) {
     if context.registry.warns(uid, reason, message, now) {
         context.events.say(pod, None, true, reason, message, now);
     }
@@ -298,33 +307,8 @@ async fn tell(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, instan
         }
     }
     let now = Timestamp::now();
-    if known.observed_generation != pod.metadata.generation {
-        for message in not_taken_over(pod, instance) {
-            warn(context, uid, pod, "ChangeWithoutEffect", &message, now);
-        }
-    }
     let status = status::of_instance(pod, &before, instance, context.config.address, now);
     send(context, uid, pod, known, status).await
-}
-
-/// What the Pod says now and its instance was not made with: changes in place are not carried out yet.
-fn not_taken_over(pod: &Pod, instance: &Instance) -> Vec<String> {
-    let containers = pod.spec.iter().flat_map(convert::all_containers).map(|(_, container)| container);
-    let changed = containers.filter(|container| {
-        let made = instance.spec.containers.iter().find(|made| made.name == container.name);
-        made.is_some_and(|made| container.image.as_ref().is_some_and(|image| *image != made.image))
-    });
-    let mut told: Vec<String> = changed
-        .map(|container| {
-            let name = &container.name;
-            format!("container \"{name}\" keeps the image it was started with: delete the Pod and create it again")
-        })
-        .collect();
-    let deadline = pod.spec.as_ref().and_then(|spec| spec.active_deadline_seconds).and_then(|s| u64::try_from(s).ok());
-    if deadline != instance.spec.active_deadline_seconds {
-        told.push("spec.activeDeadlineSeconds of a Pod that runs stays as it was: create the Pod again".to_owned());
-    }
-    told
 }
 
 /// Writes a status unless it is the one last written.
@@ -341,7 +325,10 @@ async fn send(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, status
         // Those who wait for a condition wait until it speaks of the specification they know.
         (own, status.phase.clone(), words, status.pod_ip.clone(), status.observed_generation)
     };
-    let containers = |status: &PodStatus| (status.init_container_statuses.clone(), status.container_statuses.clone());
+    let containers = |status: &PodStatus| {
+        let PodStatus { init_container_statuses: init, container_statuses: main, .. } = status.clone();
+        (init, main, status.ephemeral_container_statuses.clone())
+    };
     if parts(known) == parts(&status) && containers(known) == containers(&status) {
         return Ok(());
     }

@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
-use joey_api::instance::{Instance, InstanceEvent};
+use joey_api::instance::{Instance, InstanceEvent, WirePhase};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 
-use crate::resolve::Missing;
+use crate::resolve::{Missing, Tokens};
 
 /// A Pod that goes on waiting for the same reason says so this often; the cluster forgets events after an hour.
 const WARN_AGAIN: SignedDuration = SignedDuration::from_mins(10);
@@ -38,13 +38,25 @@ pub(super) struct Entry {
     /// The shortest grace an end was asked for with, for the instance of that id.
     pub ending: Option<(String, u32)>,
     pub attempts: u32,
+    /// The generation of the Pod that its instance was brought to.
+    pub followed: Option<i64>,
     /// Objects of which somebody waits for the appearance.
     pub awaited: Vec<Missing>,
+    pub files: Files,
     /// The warning last said about why it does not run.
     warned: Option<Warned>,
     pub said: HashSet<(i64, String, Option<String>)>,
     working: bool,
     again: bool,
+}
+
+/// What its volumes of files hold.
+#[derive(Default)]
+pub(super) struct Files {
+    pub tokens: Tokens,
+    /// What the files sent last were made from, and the files themselves; both in brief.
+    pub made_from: Option<u64>,
+    pub sent: Option<u64>,
 }
 
 struct Warned {
@@ -85,6 +97,13 @@ impl Registry {
     /// Every Pod of this node.
     pub fn pods(&self) -> Vec<Arc<Pod>> {
         self.lock().entries.values().filter_map(|entry| entry.pod.clone()).collect()
+    }
+
+    /// The Pods whose instances run.
+    pub fn running(&self) -> Vec<(Arc<Pod>, Arc<Instance>)> {
+        let state = self.lock();
+        let both = state.entries.values().filter_map(|entry| Some((entry.pod.clone()?, entry.instance.clone()?)));
+        both.filter(|(_, instance)| instance.status.phase == WirePhase::Running).collect()
     }
 
     pub(super) fn synced(&self) -> bool {

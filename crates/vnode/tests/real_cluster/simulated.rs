@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use jiff::Timestamp;
+use joey_api::change::InstanceChange;
 use joey_api::frame::{self, ExecStatus};
 use joey_api::instance::{
     ContainerState, ContainerStatus, ExecRequest, Instance, InstanceSpec, InstanceStatus, LogOptions, Termination,
@@ -75,13 +76,13 @@ impl Simulated {
     pub fn exit(&self, name: &str, code: i32) {
         let id = self.lock().instances.values().find(|instance| instance.spec.name == name).map(|i| i.id.clone());
         let phase = if code == 0 { WirePhase::Succeeded } else { WirePhase::Failed };
-        self.change(&id.expect("the instance is there"), |instance| {
+        self.alter(&id.expect("the instance is there"), |instance| {
             instance.status.phase = phase;
             end_containers(instance, code);
         });
     }
 
-    fn change(&self, id: &str, change: impl FnOnce(&mut Instance)) {
+    fn alter(&self, id: &str, change: impl FnOnce(&mut Instance)) {
         let mut state = self.lock();
         state.revision += 1;
         let revision = state.revision;
@@ -123,6 +124,7 @@ fn running(instance: &mut Instance) {
             image: container.image.clone(),
             image_id: format!("{}@sha256:{}", container.image, "0".repeat(64)),
             container_id: format!("joey://{}/{}/0", instance.id, container.name),
+            resources: None,
         })
         .collect();
 }
@@ -165,20 +167,14 @@ impl Provider for Simulated {
         let _ = self.changes.send(WatchEvent::Set { instance: Box::new(instance.clone()) });
         drop(state);
         let simulated = self.clone();
-        tokio::spawn(async move { simulated.change(&id, running) });
+        tokio::spawn(async move { simulated.alter(&id, running) });
         Ok(instance)
     }
 
-    async fn update(
-        &self,
-        id: &str,
-        labels: BTreeMap<String, String>,
-        annotations: BTreeMap<String, String>,
-    ) -> Result<Instance, Fault> {
-        self.change(id, |instance| {
-            instance.spec.labels = labels;
-            instance.spec.annotations = annotations;
-        });
+    async fn change(&self, id: &str, change: &InstanceChange) -> Result<Instance, Fault> {
+        let mut applied = Ok(());
+        self.alter(id, |instance| applied = change.apply(&mut instance.spec));
+        applied?;
         self.get(id).await
     }
 
@@ -186,13 +182,13 @@ impl Provider for Simulated {
         let instance = self.get(id).await?;
         self.lock().ends.push((instance.spec.name.clone(), grace));
         let stubborn = instance.spec.containers.iter().any(|c| c.args.iter().any(|argument| argument == STUBBORN));
-        self.change(id, |instance| instance.status.phase = WirePhase::Terminating);
+        self.alter(id, |instance| instance.status.phase = WirePhase::Terminating);
         let (simulated, id) = (self.clone(), id.to_owned());
         tokio::spawn(async move {
             if stubborn {
                 tokio::time::sleep(Duration::from_secs(grace.unwrap_or(30).into())).await;
             }
-            simulated.change(&id, |instance| end_containers(instance, if stubborn { 137 } else { 143 }));
+            simulated.alter(&id, |instance| end_containers(instance, if stubborn { 137 } else { 143 }));
             simulated.gone(&id);
         });
         Ok(())
@@ -241,6 +237,14 @@ impl Provider for Simulated {
         input: Frames,
     ) -> Result<ByteStream, Fault> {
         Ok(program(&["cat".to_owned()], request.stdin, input))
+    }
+
+    /// Sends back what it is sent.
+    async fn forward(&self, id: &str, _port: u16, input: Frames) -> Result<ByteStream, Fault> {
+        match self.lock().instances.contains_key(id) {
+            true => Ok(input.map(Ok).boxed()),
+            false => Err(missing(id)),
+        }
     }
 
     async fn usage(&self, _id: &str) -> Result<Usage, Fault> {

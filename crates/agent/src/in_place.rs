@@ -1,0 +1,111 @@
+//! Changes of a Pod that lives: a further container to look at it, a container started again from another image, other limits,
+//! another deadline. Each may be asked for again and then changes nothing more.
+
+use std::sync::Arc;
+
+use joey_api::agent::{AgentContainer, AgentContainerState, Deadline};
+use joey_api::instance::Resources;
+use joey_api::lifecycle::Role;
+use joey_model::{ErrorKind, Fault};
+
+use crate::life::Life;
+use crate::supervisor::{Agent, waiting};
+
+fn refused(kind: ErrorKind, reason: &str, message: String) -> Fault {
+    Fault::new(kind, reason, message)
+}
+
+/// Starts a container that is not there, or starts one again as it shall be from now on.
+pub fn put(agent: &Arc<Agent>, name: &str, container: AgentContainer) -> Result<(), Fault> {
+    let known = joey_model::id::check_label("container name", name).is_ok() && name != "agent";
+    if !known || container.name != name || container.args.is_empty() {
+        let message = format!("container \"{name}\" has no program or no valid name");
+        return Err(refused(ErrorKind::Invalid, "InvalidContainer", message));
+    }
+    if agent.stopping() {
+        let message = format!("container \"{name}\" is not started: the Pod is ending");
+        return Err(refused(ErrorKind::Conflict, "Stopping", message));
+    }
+    match agent.find(name) {
+        Some(life) => become_anew(agent, &life, container),
+        None => add(agent, container),
+    }
+}
+
+fn add(agent: &Arc<Agent>, container: AgentContainer) -> Result<(), Fault> {
+    let name = &container.name;
+    if container.role != Role::Debug {
+        let message = format!("container \"{name}\" cannot be added: only debug containers can");
+        return Err(refused(ErrorKind::Invalid, "InvalidContainer", message));
+    }
+    if let Some(target) = container.target.as_deref().filter(|target| agent.find(target).is_none()) {
+        let message = format!("container \"{name}\": there is no target container \"{target}\"");
+        return Err(refused(ErrorKind::Invalid, "InvalidContainer", message));
+    }
+    let state = AgentContainerState {
+        name: name.clone(),
+        state: waiting("ContainerCreating", String::new()),
+        last_termination: None,
+        restart_count: 0,
+        running_since: None,
+        started: false,
+        ready: false,
+        image_id: container.image_id.clone(),
+        image: container.image.clone(),
+        resources: container.resources.clone(),
+    };
+    let life = agent.admit(container, state);
+    // It ends with the Pod's stop, which reaches every life.
+    tokio::spawn(agent.clone().live(life.at));
+    Ok(())
+}
+
+fn become_anew(agent: &Agent, life: &Life, container: AgentContainer) -> Result<(), Fault> {
+    let before = life.container();
+    if before.image == container.image && before.image_id == container.image_id {
+        return Ok(());
+    }
+    if before.role == Role::Debug || before.role != container.role {
+        let message = format!("container \"{}\" is there already and stays what it is", before.name);
+        return Err(refused(ErrorKind::Conflict, "AlreadyExists", message));
+    }
+    agent.change(|state| {
+        let now = &mut state.containers[life.at];
+        now.image.clone_from(&container.image);
+        now.image_id.clone_from(&container.image_id);
+        now.resources.clone_from(&container.resources);
+    });
+    let restarts = before.role != Role::Init && !life.has_settled();
+    life.become_anew(container);
+    if restarts {
+        let message = format!("Container {} definition changed, will be restarted", before.name);
+        agent.event(false, "Killing", message, &before);
+        agent.restart(life);
+    }
+    Ok(())
+}
+
+/// Sets the limits of a container; its processes go on.
+pub fn limit(agent: &Agent, life: &Life, resources: &Resources) -> Result<(), Fault> {
+    let before = life.container();
+    if life.running().is_some() {
+        let done = agent.cgroup.child(&before.name).resize(resources);
+        done.map_err(|error| {
+            let message = format!("limits of container \"{}\" cannot be set: {error}", before.name);
+            refused(ErrorKind::Conflict, "ResizeFailed", message)
+                .with_hint("a memory limit below what is in use waits until less is used")
+        })?;
+    }
+    life.become_anew(AgentContainer { resources: resources.clone(), ..AgentContainer::clone(&before) });
+    agent.change(|state| state.containers[life.at].resources.clone_from(resources));
+    agent.event(false, "ResizeCompleted", format!("Set the limits of container {}", before.name), &before);
+    Ok(())
+}
+
+/// Sets when everything ends.
+pub fn deadline(agent: &Agent, deadline: Deadline) {
+    if *agent.deadline.borrow() != deadline.at {
+        agent.deadline.send_replace(deadline.at);
+        agent.change(|state| state.deadline = deadline.at);
+    }
+}

@@ -1,0 +1,162 @@
+//! What of a Pod changes while its instance lives: images, limits, the deadline, and ephemeral (debug) containers. The rest of a
+//! Pod is fixed by the API server, and made once in the parent module.
+
+use joey_api::change::InstanceChange;
+use joey_api::instance::{ContainerSpec, InstanceSpec};
+use joey_api::lifecycle::Role;
+use k8s_openapi::api::core::v1 as core;
+
+use super::{Notes, Refusal, all_containers, container, limits};
+use crate::config::Config;
+use crate::resolve::Objects;
+
+/// What a living instance has to change to be what its Pod says, debug containers apart.
+pub(crate) fn changed(pod: &core::Pod, instance: &InstanceSpec) -> Result<InstanceChange, Refusal> {
+    let spec = pod.spec.clone().unwrap_or_default();
+    let mut notes = Notes::default();
+    let mut change = InstanceChange::default();
+    let limited = limits::pod_is_limited(pod, &spec);
+    for (_, wanted) in all_containers(&spec) {
+        let Some(now) = instance.containers.iter().find(|now| now.name == wanted.name) else { continue };
+        let image = wanted.image.clone().unwrap_or_default();
+        if image != now.image {
+            change.images.insert(now.name.clone(), image);
+        }
+        let at = format!("container \"{}\": ", wanted.name);
+        let resources = limits::container(&at, wanted.resources.as_ref(), limited, &mut notes);
+        if resources != now.resources {
+            change.resources.insert(now.name.clone(), resources);
+        }
+    }
+    let deadline = spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    change.active_deadline_seconds = deadline.filter(|_| deadline != instance.active_deadline_seconds);
+    match notes.faults.is_empty() {
+        true => Ok(change),
+        false => Err(Refusal::Unsupported(notes.faults)),
+    }
+}
+
+/// Ephemeral containers as an instance has them.
+pub(crate) fn debug(
+    pod: &core::Pod,
+    wanted: &[core::EphemeralContainer],
+    objects: &Objects,
+    config: &Config,
+) -> Result<Vec<ContainerSpec>, Refusal> {
+    let spec = pod.spec.clone().unwrap_or_default();
+    let security = spec.security_context.clone().unwrap_or_default();
+    let mut notes = Notes::default();
+    let mut made = Vec::new();
+    for one in wanted {
+        let target = one.target_container_name.clone().filter(|name| !name.is_empty());
+        let alike = as_container(one.clone());
+        let converted = container(pod, &spec, &alike, &security, objects, config, &mut notes)?;
+        // It is run once, and nothing is asked of it.
+        made.push(ContainerSpec { role: Role::Debug, target, restart_policy: None, ..converted });
+    }
+    match notes.faults.is_empty() {
+        true => Ok(made),
+        false => Err(Refusal::Unsupported(notes.faults)),
+    }
+}
+
+/// The fields that an ephemeral container shares with others, which are all but its target.
+fn as_container(one: core::EphemeralContainer) -> core::Container {
+    let core::EphemeralContainer {
+        args,
+        command,
+        env,
+        env_from,
+        image,
+        image_pull_policy,
+        lifecycle,
+        liveness_probe,
+        name,
+        ports,
+        readiness_probe,
+        resize_policy,
+        resources,
+        restart_policy,
+        restart_policy_rules,
+        security_context,
+        startup_probe,
+        stdin,
+        stdin_once,
+        target_container_name: _,
+        termination_message_path,
+        termination_message_policy,
+        tty,
+        volume_devices,
+        volume_mounts,
+        working_dir,
+    } = one;
+    core::Container {
+        args,
+        command,
+        env,
+        env_from,
+        image,
+        image_pull_policy,
+        lifecycle,
+        liveness_probe,
+        name,
+        ports,
+        readiness_probe,
+        resize_policy,
+        resources,
+        restart_policy,
+        restart_policy_rules,
+        security_context,
+        startup_probe,
+        stdin,
+        stdin_once,
+        termination_message_path,
+        termination_message_policy,
+        tty,
+        volume_devices,
+        volume_mounts,
+        working_dir,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::convert::convert;
+
+    fn pod(change: impl Fn(&mut Value)) -> core::Pod {
+        let mut pod = json!({"metadata": {"name": "web", "namespace": "shop", "uid": "u"}, "spec": {"containers": [
+            {"name": "a", "image": "img:1", "resources": {"limits": {"memory": "64Mi"}}}, {"name": "b", "image": "img:1"}]}});
+        change(&mut pod);
+        serde_json::from_value(pod).unwrap()
+    }
+
+    #[test]
+    fn only_what_changed_is_told() {
+        let config = Config::new("node", "192.0.2.1".parse().unwrap());
+        let before = convert(&pod(|_| {}), &Objects::default(), &config).unwrap().spec;
+        assert!(changed(&pod(|_| {}), &before).unwrap().is_empty());
+        let after = pod(|pod| {
+            pod["spec"]["containers"][0]["resources"]["limits"]["memory"] = "128Mi".into();
+            pod["spec"]["containers"][1]["image"] = "img:2".into();
+            pod["spec"]["activeDeadlineSeconds"] = 60.into();
+        });
+        let change = changed(&after, &before).unwrap();
+        assert_eq!(change.images.into_iter().collect::<Vec<_>>(), [("b".to_owned(), "img:2".to_owned())]);
+        assert_eq!(change.resources["a"].memory_bytes, Some(128 << 20));
+        assert_eq!((change.resources.len(), change.active_deadline_seconds), (1, Some(60)));
+    }
+
+    #[test]
+    fn a_debug_container_keeps_its_target() {
+        let config = Config::new("node", "192.0.2.1".parse().unwrap());
+        let wanted: Vec<core::EphemeralContainer> = serde_json::from_value(json!([
+            {"name": "look", "image": "tools", "stdin": true, "tty": true, "targetContainerName": "a"}]))
+        .unwrap();
+        let made = debug(&pod(|_| {}), &wanted, &Objects::default(), &config).unwrap();
+        assert_eq!((made[0].role, made[0].target.as_deref()), (Role::Debug, Some("a")));
+        assert!(made[0].stdin && made[0].tty);
+    }
+}

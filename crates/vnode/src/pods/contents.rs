@@ -1,0 +1,160 @@
+//! What the volumes of a running Pod hold, kept as they are to be: changes of ConfigMaps, Secrets and of the Pod's own labels and
+//! annotations reach it, and tokens are replaced in time. What a virtual node before this one sent is not known, so that everything
+//! is sent once after a start.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use joey_api::change::InstanceChange;
+use joey_api::instance::{Instance, Volume, VolumeSource, WirePhase};
+use joey_model::{ErrorKind, Fault};
+use k8s_openapi::api::core::v1::Pod;
+
+use super::Context;
+use super::reconcile::{away, warn};
+use crate::convert;
+use crate::resolve::{self, Needs, Objects, Tokens};
+
+/// Sends what a Pod's volumes hold, where that is something else than before.
+pub(super) async fn renew(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, instance: &Instance) -> Result<(), Fault> {
+    let needs = Needs::shown(pod);
+    if matches!(instance.status.phase, WirePhase::Succeeded | WirePhase::Failed | WirePhase::Terminating) {
+        context.shown.release(uid);
+        return Ok(());
+    }
+    if needs.objects.is_empty() && needs.tokens.is_empty() && !needs.fields {
+        return Ok(());
+    }
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let Some(contents) = context.shown.hold(uid, namespace, &needs.objects) else { return Ok(()) };
+    let tokens = tokens(context, uid, pod, &needs).await?;
+    let made_from = source(pod, contents.revision, &tokens);
+    if context.registry.read(uid, |entry| entry.files.made_from) == Some(Some(made_from)) {
+        return Ok(());
+    }
+    let capacity = match needs.fields {
+        true => Some(context.provider.capacity().await?),
+        false => None,
+    };
+    let objects = Objects {
+        values: contents.values.into_iter().map(|(key, values)| (key, Arc::unwrap_or_clone(values))).collect(),
+        tokens,
+        node_cpu_milli: capacity.as_ref().map_or(0, |capacity| capacity.cpu_milli),
+        node_memory_bytes: capacity.as_ref().map_or(0, |capacity| capacity.memory_bytes),
+        ..Objects::default()
+    };
+    let (volumes, missing) = convert::files(pod, &objects);
+    for (volume, object) in missing {
+        // As under the kubelet, what was there before stays.
+        let message = format!("MountVolume.SetUp failed for volume \"{volume}\" : {object}");
+        warn(context, uid, pod, "FailedMount", &message, Timestamp::now());
+    }
+    let files = brief(&volumes);
+    if context.registry.read(uid, |entry| entry.files.sent) != Some(Some(files)) {
+        let change = InstanceChange { volumes, ..InstanceChange::default() };
+        match context.provider.change(&instance.id, &change).await {
+            Ok(_) => tracing::debug!(uid, "contents of volumes were renewed"),
+            // The watch says that it is gone.
+            Err(fault) if fault.kind == ErrorKind::NotFound => return Ok(()),
+            Err(fault) if fault.kind == ErrorKind::Invalid => {
+                warn(context, uid, pod, "FailedMount", &fault.message, Timestamp::now());
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+    context.registry.read(uid, |entry| {
+        entry.files.made_from = Some(made_from);
+        entry.files.sent = Some(files);
+    });
+    Ok(())
+}
+
+/// Takes note of what an instance was made with, as far as that is known.
+pub(super) fn sent(context: &Arc<Context>, uid: &str, tokens: Tokens, files: Option<u64>) {
+    wake_in_time(context, uid, &tokens);
+    context.registry.read(uid, |entry| {
+        entry.files.tokens = tokens;
+        entry.files.sent = files;
+        entry.files.made_from = None;
+    });
+}
+
+/// Volumes of files in brief: another number means other contents.
+pub(super) fn brief(volumes: &[Volume]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for volume in volumes {
+        let VolumeSource::Files(files) = &volume.source else { continue };
+        (&volume.name, files.len()).hash(&mut hasher);
+        for file in files {
+            (&file.path, &file.base64, file.mode, file.user).hash(&mut hasher);
+        }
+    }
+    hasher.finish()
+}
+
+/// What a Pod's files are made from, in brief.
+fn source(pod: &Pod, revision: u64, tokens: &Tokens) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (revision, &pod.metadata.labels, &pod.metadata.annotations).hash(&mut hasher);
+    for (wish, token) in tokens {
+        (wish, &token.text).hash(&mut hasher);
+    }
+    hasher.finish()
+}
+
+/// The Pod's tokens; those whose time has come are made anew.
+async fn tokens(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, needs: &Needs) -> Result<Tokens, Fault> {
+    let mut tokens = context.registry.read(uid, |entry| entry.files.tokens.clone()).unwrap_or_default();
+    let now = Timestamp::now();
+    let is_due = |wish: &&resolve::TokenWish| tokens.get(*wish).is_none_or(|token| token.due <= now);
+    let due = needs.tokens.iter().filter(is_due).cloned().collect::<std::collections::BTreeSet<_>>();
+    if due.is_empty() {
+        return Ok(tokens);
+    }
+    let fresh = resolve::tokens(&context.client, pod, &due).await.map_err(away)?;
+    wake_in_time(context, uid, &fresh);
+    tokens.extend(fresh);
+    context.registry.read(uid, |entry| entry.files.tokens = tokens.clone());
+    Ok(tokens)
+}
+
+/// Has the Pod looked at when the first of these tokens is to be replaced.
+fn wake_in_time(context: &Arc<Context>, uid: &str, tokens: &Tokens) {
+    let Some(due) = tokens.values().map(|token| token.due).min() else { return };
+    let left = Duration::try_from(due.duration_since(Timestamp::now())).unwrap_or_default();
+    let (context, uid) = (context.clone(), uid.to_owned());
+    tokio::spawn(async move {
+        tokio::select! {
+            () = context.shutdown.cancelled() => {}
+            () = tokio::time::sleep(left) => context.wake(&uid),
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_makes_another_content() {
+        let volumes = |path: &str, text: &str, mode: u32| -> Vec<Volume> {
+            let files = json!([{ "path": path, "base64": text, "mode": mode }]);
+            serde_json::from_value(json!([{ "name": "e", "source": { "emptyDir": {} } },
+                { "name": "v", "source": { "files": files } }]))
+            .unwrap()
+        };
+        let first = brief(&volumes("a", "MQ==", 0o644));
+        assert_eq!(first, brief(&volumes("a", "MQ==", 0o644)));
+        for other in [volumes("b", "MQ==", 0o644), volumes("a", "Mg==", 0o644), volumes("a", "MQ==", 0o600), vec![]] {
+            assert_ne!(first, brief(&other));
+        }
+        let mut pod = Pod::default();
+        let before = source(&pod, 1, &Tokens::new());
+        assert_ne!(before, source(&pod, 2, &Tokens::new()));
+        pod.metadata.annotations = Some([("a".to_owned(), "b".to_owned())].into());
+        assert_ne!(before, source(&pod, 1, &Tokens::new()));
+    }
+}

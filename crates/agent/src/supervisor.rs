@@ -47,6 +47,8 @@ pub struct Agent {
     /// When what still runs is killed; `None`: no stop was asked for.
     stop: watch::Sender<Option<Instant>>,
     pub shutdown: Notify,
+    /// True once nothing more will happen.
+    pub over: watch::Sender<bool>,
     pub lives: HashMap<String, Arc<Life>>,
 }
 
@@ -151,6 +153,7 @@ impl Agent {
             state: watch::Sender::new(state),
             stop: watch::Sender::new(None),
             shutdown: Notify::new(),
+            over: watch::Sender::new(false),
             lives,
         }
     }

@@ -63,7 +63,7 @@ impl Agent {
             ready: false,
             image_id: container.image_id.clone(),
             image: container.image.clone(),
-            resources: container.resources.clone(),
+            resources: container.resources,
         });
         let sequence = std::fs::read(dir.join("state.json"))
             .ok()
@@ -89,8 +89,6 @@ impl Agent {
             state: watch::Sender::new(state),
             shutdown: Notify::new(),
             over: watch::Sender::new(false),
-    /// True once nothing more will happen.
-    pub over: watch::Sender<bool>,
             lives: Mutex::new(lives),
             stop: watch::Sender::new(None),
             again,

@@ -148,7 +148,10 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         faults.0.push(format!("--docker-config: there is no file {}", file.display()));
     }
     let agent = faults.take("--agent", agent(flags.agent.as_deref()));
-    let sizes = flags.config.as_deref().map_or_else(|| Some(Sizes::new()), |file| faults.take("--config", configuration::read(file)));
+    let sizes = flags
+        .config
+        .as_deref()
+        .map_or_else(|| Some(Sizes::new()), |file| faults.take("--config", configuration::read(file)));
     Some(HostSettings {
         place,
         host_name: machine_name(),

@@ -211,12 +211,7 @@ fn end(mut child: Child) {
 }
 
 /// Watches the agent until it is gone, and reaps it where it is this process's child. `child` is what this process started.
-fn watched(
-    instance: &InstanceId,
-    process: Process,
-    child: Option<Child>,
-    dir: &Path,
-) -> io::Result<Arc<dyn Sandbox>> {
+fn watched(instance: &InstanceId, process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc<dyn Sandbox>> {
     if let Some(mut child) = child.filter(|child| child.id() != process.pid()) {
         // It has ended, or is about to: it had nothing to do but to make the agent.
         child.wait()?;

@@ -127,7 +127,8 @@ fn a_followed_log_ends_with_its_container() {
         &registry.demo(),
         &["sh", "-c", "trap 'echo end; exit 0' QUIT; echo begin; sleep 1000 & wait"],
     );
-    let mut follow = Program::start(&mut joey.kubectl_command(&["logs", "-f", "deleted"]), &joey.scratch().join("ends"));
+    let mut follow =
+        Program::start(&mut joey.kubectl_command(&["logs", "-f", "deleted"]), &joey.scratch().join("ends"));
     wait_until("it is followed", seconds(20), || holds(follow.output() == "begin\n", follow.output()));
     joey.kubectl(&["delete", "pod", "deleted", "--timeout=30s"]).ok();
     assert_eq!((follow.wait(seconds(30)), follow.output().as_str()), (0, "begin\nend\n"));

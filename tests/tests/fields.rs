@@ -145,7 +145,7 @@ fn containers_share_their_processes() {
     let mut object = pod("shared", &image, &["sh", "-c", "exec sleep 1001"]);
     object["spec"]["shareProcessNamespace"] = json!(true);
     object["spec"]["restartPolicy"] = json!("Always");
-    let beside = json!({"name": "beside", "image": image, "command": ["sh", "-c", "(sleep 0.2 & exec sleep 1002)"]});
+    let beside = json!({"name": "beside", "image": image, "command": ["sh", "-c", "(sleep 0.2 &); exec sleep 1002"]});
     object["spec"]["containers"].as_array_mut().expect("a list").push(beside);
     joey.apply(&object);
     joey.wait_for("shared", "Ready", seconds(30));

@@ -50,7 +50,7 @@ start)
     # What each container costs beside itself: the proportional memory of its shim.
     memory=0 shims=0
     for entry in /proc/[0-9]*; do
-        tr '\0' ' ' <"$entry/cmdline" 2>/dev/null | grep -q -- "containerd-shim-runc-v2 .*$work" || continue
+        { tr '\0' ' ' <"$entry/cmdline"; } 2>/dev/null | grep -q -- "containerd-shim-runc-v2 .*$work" || continue
         pss=$(sed -n 's/^Pss: *\([0-9]*\).*/\1/p' "$entry/smaps_rollup" 2>/dev/null || echo 0)
         memory=$((memory + ${pss:-0})) shims=$((shims + 1))
     done

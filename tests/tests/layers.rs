@@ -100,7 +100,10 @@ fn each_broken_layer_is_told_by_the_pod_s_events() {
         let left: Vec<_> = entries.map(|entry| entry.path()).collect();
         holds(left.is_empty(), left)
     });
-    assert!(joey.joey(&["ps", "-o", "json"]).json().as_array().is_some_and(Vec::is_empty));
+    wait_until("the instances are gone", seconds(20), || {
+        let instances = joey.joey(&["ps", "-o", "json"]).json();
+        holds(instances.as_array().is_some_and(Vec::is_empty), instances)
+    });
 }
 
 #[test]

@@ -343,6 +343,10 @@ fn what_may_change_changes_in_place() {
     });
     assert!(!process_runs(first));
     assert_eq!(status(&joey, "other"), other, "the other one goes on");
+    // kubectl waits for conditions that speak of the changed specification.
+    joey.kubectl(&["wait", "--for=condition=Ready", "pod/pair", "--timeout=20s"]).ok();
+    let told = joey.get("pod", "pair");
+    assert_eq!(told["status"]["observedGeneration"], told["metadata"]["generation"]);
     let text = joey.kubectl(&["exec", "pair", "-c", "main", "--", "sh", "-c", limit]).ok();
     assert_eq!(text.trim(), (96 << 20).to_string(), "limits stay");
 

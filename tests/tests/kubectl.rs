@@ -316,4 +316,3 @@ fn callers_without_rights_get_health_and_version_only() {
     let kubeconfig = std::fs::metadata(joey.data().join("kubeconfig")).expect("it is there");
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&kubeconfig.permissions()) & 0o777, 0o600);
 }
-

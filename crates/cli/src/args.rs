@@ -148,7 +148,7 @@ pub struct HostFlags {
     /// Largest layer accepted, unpacked
     #[arg(long, value_name = "AMOUNT", default_value = "16Gi")]
     pub max_layer_bytes: String,
-    /// Configuration file (YAML or JSON): sizes of instances by name
+    /// Configuration file (YAML or JSON): sizes of instances by name, guards of calls to others
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The program joey-agent; looked for beside joey when not given

@@ -21,7 +21,7 @@ use joey_api::agent::AgentContainer;
 use joey_api::frame::STATUS;
 use joey_api::instance::{ContainerState, InstanceEvent, Termination};
 use joey_api::lifecycle::Role;
-use joey_model::RestartPolicy;
+use joey_model::{RestartPolicy, checkpoint};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
@@ -393,7 +393,9 @@ impl Agent {
             cgroup.make()?;
             cgroup.limit(&container.resources)
         };
-        prepared().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))
+        prepared().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))?;
+        checkpoint::reached("agent.container-prepared");
+        Ok(())
     }
 
     async fn launch(&self, container: &AgentContainer, upper: &Path, cgroup: &Cgroup) -> Result<Started, Failure> {
@@ -468,8 +470,11 @@ impl Agent {
         self.begin_log(container, life, run);
         let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: "" };
         let mut carried = tokio::spawn(sink.carry(streams));
+        checkpoint::reached("agent.container-started");
         let health = watch::Sender::new(self.tell_running(container, life, pid, started_at));
+        checkpoint::reached("agent.container-told");
         let (code, signal, why) = self.until_its_end(container, life, &health, &pidfd, pid).await;
+        checkpoint::reached("agent.container-ended");
         life.pid.store(0, Ordering::Relaxed);
         if tokio::time::timeout(DRAIN, &mut carried).await.is_err() {
             carried.abort();

@@ -558,7 +558,12 @@ impl Agent {
 
     /// Does the hook after the start, then asks the probes, and does the hook before it is ready when they say that it is
     /// healthy. Ends when the container has to, with the grace for that.
-    async fn tend(&self, container: &AgentContainer, life: &Arc<Life>, health: &watch::Sender<Health>) -> Option<Duration> {
+    async fn tend(
+        &self,
+        container: &AgentContainer,
+        life: &Arc<Life>,
+        health: &watch::Sender<Health>,
+    ) -> Option<Duration> {
         if let Some(action) = &container.lifecycle.post_start
             && let Err(Unwell(why)) = check::perform(self, life, action, HOOK_LIMIT).await
         {

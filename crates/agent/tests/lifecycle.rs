@@ -231,7 +231,8 @@ async fn a_hook_before_the_start_prepares_the_container() {
         request.config.share_processes = share_processes;
         let container = &mut request.config.containers[0];
         container.env.push("WORD=warm".to_owned());
-        let script = "echo $WORD; id -u > /made; sleep 1234 & while ! test -e /all/go; do sleep 0.05; done; echo -n done >&2";
+        let script =
+            "echo $WORD; id -u > /made; sleep 1234 & while ! test -e /all/go; do sleep 0.05; done; echo -n done >&2";
         container.lifecycle.pre_start = hook(script, 60);
         let agent = started(bench, &request).await;
         let state = state_where(&agent, |state| waits(state, 0, "PreStartHook")).await;

@@ -361,18 +361,30 @@ mod tests {
             count.fetch_add(1, Ordering::Relaxed);
             let well = state.load(Ordering::Relaxed);
             let (code, body) = match well {
-                true => (201, serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
-                    "spec": {"audiences": []}, "status": {"token": "t", "expirationTimestamp": "2099-01-01T00:00:00Z"}})),
-                false => (503, serde_json::json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-                    "message": "not now", "reason": "ServiceUnavailable", "code": 503})),
+                true => (
+                    201,
+                    serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
+                    "spec": {"audiences": []}, "status": {"token": "t", "expirationTimestamp": "2099-01-01T00:00:00Z"}}),
+                ),
+                false => (
+                    503,
+                    serde_json::json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                    "message": "not now", "reason": "ServiceUnavailable", "code": 503}),
+                ),
             };
             let answer = http::Response::builder().status(code).body(joey_rpc::full(body.to_string())).unwrap();
             async move { Ok::<_, std::convert::Infallible>(answer) }
         });
         let client = kube::Client::new(service, "default");
         let rest = (Duration::from_millis(300), Duration::from_millis(300));
-        let guard = Guard::new(joey_guard::Limits { rest, burst: 1000, patience: Duration::ZERO, ..crate::config::token_guard() });
-        let pod: Pod = serde_json::from_value(serde_json::json!({"metadata": {"namespace": "n", "name": "p"}})).unwrap();
+        let guard = Guard::new(joey_guard::Limits {
+            rest,
+            burst: 1000,
+            patience: Duration::ZERO,
+            ..crate::config::token_guard()
+        });
+        let pod: Pod =
+            serde_json::from_value(serde_json::json!({"metadata": {"namespace": "n", "name": "p"}})).unwrap();
         let wanted = BTreeSet::from([(None, Some(600))]);
         let all = futures::future::join_all((0..500).map(|_| tokens(&client, &guard, &pod, &wanted))).await;
         let fault = all.into_iter().map(|one| one.err().unwrap()).last().unwrap();

@@ -30,7 +30,7 @@ use crate::check::{self, Unwell};
 use crate::hook::Refused;
 use crate::launch::{self, Failure, Program, Started};
 use crate::log_write::{self, LogWriter};
-use crate::output::Sink;
+use crate::output::{RunLog, Sink};
 use crate::probe::{self, Health, Verdict};
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock, waiting};
@@ -134,58 +134,6 @@ impl Life {
         self.started.send_replace(false);
         self.settled.store(false, Ordering::Relaxed);
         self.run.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// The log that is shown: that of the run which began last, also while the next one is only being made.
-pub struct RunLog {
-    pub run: u32,
-    /// While the run goes on; not there when it could not be opened.
-    writer: Option<Arc<Mutex<LogWriter>>>,
-    /// 0: the run has not begun. Changes with every write, and is [`LOG_ENDED`] from the run's end on.
-    pub grown: watch::Sender<u64>,
-}
-
-/// Nothing more is written into a log.
-pub const LOG_ENDED: u64 = u64::MAX;
-
-impl RunLog {
-    fn of(run: u32) -> Self {
-        Self { run, writer: None, grown: watch::Sender::new(0) }
-    }
-
-    /// From now on the log of `run` is shown; those who wait for its beginning see it.
-    fn begin(&mut self, run: u32, writer: Option<LogWriter>) {
-        if self.run != run {
-            *self = Self::of(run);
-        }
-        self.writer = writer.map(Mutex::new).map(Arc::new);
-        self.grown.send_replace(1);
-    }
-
-    /// Where what the run writes goes.
-    pub fn writer(&self) -> Option<Arc<Mutex<LogWriter>>> {
-        self.writer.clone()
-    }
-
-    pub fn written(&self) {
-        self.grown.send_modify(|count| *count += 1);
-    }
-
-    /// A run that had begun with a hook goes no further now.
-    fn pause(&mut self) {
-        if self.writer.is_some() {
-            self.end();
-        }
-    }
-
-    fn end(&mut self) {
-        self.writer = None;
-        self.grown.send_replace(LOG_ENDED);
-    }
-
-    pub fn has_ended(&self) -> bool {
-        *self.grown.borrow() == LOG_ENDED
     }
 }
 

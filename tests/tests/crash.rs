@@ -100,7 +100,7 @@ impl Keeper {
 
     /// Up to two more Pods, up to two fewer, six at most; those that shall go.
     fn change_of_mind(&mut self, chance: &mut StdRng) -> Vec<String> {
-        let fewer = chance.random_range(0..=2.min(self.wanted.len()));
+        let fewer = chance.random_range(0..=self.wanted.len().min(2));
         let gone = self.wanted.iter().cloned().choose_multiple(chance, fewer);
         self.wanted.retain(|name| !gone.contains(name));
         for _ in 0..chance.random_range(u8::from(gone.is_empty())..=2) {

@@ -75,7 +75,8 @@ impl Service {
         loop {
             let mut tried = std::pin::pin!(self.tried.notified());
             tried.as_mut().enable();
-            match lock(&self.state).look() {
+            let seen = lock(&self.state).look();
+            match seen {
                 Look::Free => return Ok(Turn { service: self, _place: place, alone: false }),
                 Look::Alone => return Ok(Turn { service: self, _place: place, alone: true }),
                 Look::Rests(left, why) => return Err(Held::new(why, left)),

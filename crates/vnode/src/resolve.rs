@@ -236,7 +236,7 @@ pub(crate) async fn tokens(
                 let message = format!("token of service account \"{application}\" cannot be made: {refused}");
                 Fault::new(ErrorKind::Retryable, "TokenNotMade", message)
             })?;
-            Ok((wish.clone(), token))
+            Ok::<_, Fault>((wish.clone(), token))
         }
     }));
     Ok(made.await?.into_iter().collect())

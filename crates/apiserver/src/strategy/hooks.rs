@@ -27,7 +27,7 @@ pub fn check(pod: &Value, faults: &mut Vec<FieldFault>) {
 
 /// A Pod's containers know their hooks from its beginning; what would not be heeded is not taken.
 pub fn check_update(pod: &Value, old: &Value, faults: &mut Vec<FieldFault>) {
-    let of = |value, other: &Value| -> Vec<String> {
+    let of = |value: &Value, other: &Value| -> Vec<String> {
         let others: Vec<_> = annotations(other).collect();
         let own = annotations(value).filter(|(key, _)| hooks::is_hook(key));
         own.filter(|one| !others.contains(one)).map(|(key, _)| key.to_owned()).collect()

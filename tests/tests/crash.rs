@@ -197,6 +197,44 @@ fn random_rounds() {
 }
 
 #[test]
+fn what_ended_with_its_agent_unseen_is_not_run_again() {
+    let registry = Registry::with_demo_image();
+    let mut keeper = Keeper::new(Joey::start(), registry.demo());
+    let counts = |name: &str, policy: &str, script: &str| {
+        let mut object = pod(name, &registry.demo(), &["sh", "-c", script]);
+        object["spec"]["restartPolicy"] = policy.into();
+        object
+    };
+    keeper.joey.apply(&counts("done", "OnFailure", "exit 0"));
+    keeper.joey.apply(&counts("once", "Never", "sleep 1000"));
+    keeper.joey.apply(&counts("again", "Always", "sleep 1000"));
+    for (name, phase) in [("done", "Succeeded"), ("once", "Running"), ("again", "Running")] {
+        wait_until(&format!("{name} is {phase}"), seconds(30), || {
+            let status = keeper.joey.get("pod", name)["status"].clone();
+            holds(status["phase"] == phase, status)
+        });
+    }
+    keeper.joey.kill();
+    let running = keeper.joey.belongings().running();
+    for pid in running.iter().filter(|((_, part), _)| part == "agent").flat_map(|(_, pids)| pids) {
+        kill(Pid::from_raw(i32::try_from(*pid).expect("process ids fit")), Signal::SIGKILL).expect("it runs");
+    }
+    keeper.joey.up();
+    wait_until("what may run runs again", seconds(30), || {
+        let status = keeper.joey.get("pod", "again")["status"].clone();
+        holds(status["phase"] == "Running" && status["containerStatuses"][0]["restartCount"] == 1, status)
+    });
+    wait_until("what may not has failed", seconds(30), || {
+        let status = keeper.joey.get("pod", "once")["status"].clone();
+        holds(status["phase"] == "Failed" && status["reason"] == "AgentLost", status)
+    });
+    let done = keeper.joey.get("pod", "done")["status"].clone();
+    let end = &done["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!((&done["phase"], &end["exitCode"]), (&json!("Succeeded"), &json!(0)), "{done}");
+    keeper.end();
+}
+
+#[test]
 fn agents_end_at_each_step() {
     let steps: Vec<_> = checkpoints().into_iter().filter(|step| step.starts_with("agent.")).collect();
     assert!(steps.len() >= 6, "{steps:?}");

@@ -106,6 +106,12 @@ impl Life {
             self.remember().await;
             // The daemon before this one may have ended between its record and its agent.
             self.behind = true;
+        } else if self.record.deleting.is_none() && self.had_sandbox() {
+            // Its agent ended while no daemon looked: as if it were lost now.
+            self.remember().await;
+            if let Some(grace) = self.agent_lost().await {
+                return self.end(grace).await;
+            }
         }
         let mut sandbox = adopted;
         let grace = loop {
@@ -133,6 +139,11 @@ impl Life {
             }
         };
         self.end(grace).await;
+    }
+
+    /// Whether an agent had begun to tell of a sandbox that was not taken down since.
+    fn had_sandbox(&self) -> bool {
+        self.dir.join("agent.json").exists() && last_state(&self.dir).is_some()
     }
 
     /// What an adopted sandbox was made from: its address, and the images as its configuration names them.

@@ -114,9 +114,10 @@ fn ends_and_failures_have_their_words() {
     shows(&joey, "crash", "0/1", "CrashLoopBackOff");
     assert_ne!(columns(&joey, "crash").2, "0");
     shows(&joey, "greedy", "0/1", "OOMKilled");
-    shows(&joey, "late", "0/1", "DeadlineExceeded");
-    let late = joey.get("pod", "late")["status"].clone();
-    assert_eq!((&late["phase"], &late["reason"]), (&json!("Failed"), &json!("DeadlineExceeded")));
+    wait_until("its time is over", seconds(20), || {
+        let late = joey.get("pod", "late")["status"].clone();
+        holds((&late["phase"], &late["reason"]) == (&json!("Failed"), &json!("DeadlineExceeded")), late)
+    });
 
     joey.run_pod("slow", &image, &["sh", "-c", "trap '' TERM QUIT; while :; do sleep 0.1; done"]);
     joey.kubectl(&["delete", "pod", "slow", "--grace-period=4", "--wait=false"]).ok();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use joey_api::agent::AgentContainer;
 
-use crate::log_read;
+use crate::{log_read, view};
 
 const FROM_FILE: u64 = 4096;
 const FROM_LOG: usize = 2048;
@@ -19,8 +19,7 @@ const LINES: usize = 80;
 pub fn place(upper: &Path) -> PathBuf {
     let mut names = upper.iter().rev().map(|name| name.to_string_lossy());
     let (run, container) = (names.next().unwrap_or_default(), names.next().unwrap_or_default());
-    let dir = upper.ancestors().nth(3).unwrap_or(upper);
-    dir.join("etc").join(format!("last-words.{container}.{run}"))
+    Path::new(view::ETC).join(format!("last-words.{container}.{run}"))
 }
 
 /// Makes the file, for every user of the container to write.

@@ -1,6 +1,6 @@
 //! What the agent sees of the host's files: its own directory, the layers, /proc and the cgroups, on a small file system in
-//! memory that also holds what it makes for all containers ([`ETC`], [`SHM`]). Nothing else is mounted in its namespace: a copy of every mount of the host in every agent would grow with the square of the Pods, and each
-//! container begins with a copy of this.
+//! memory that also holds what it makes for all containers ([`ETC`], [`SHM`]). Nothing else is mounted in its namespace: a copy of
+//! every mount of the host in every agent would grow with the square of the Pods, and each container begins with a copy of this.
 
 use std::collections::BTreeSet;
 use std::io;

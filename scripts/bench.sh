@@ -44,6 +44,11 @@ for parallel in 1 8; do
     "$joey" bench start --data-dir "$work/joey" --image "$image" --count "$count" --parallel $parallel -o json >"$work/joey-$parallel.json"
 done
 
+echo "joey: 200 Pods with probes every second" >&2
+for probe in http exec; do
+    "$joey" bench probes --data-dir "$work/joey" --image "$image" --count 200 --probe $probe -o json >"$work/probes-$probe.json"
+done
+
 echo "containerd: $count containers, one and eight at a time" >&2
 benches/containerd.sh config "$work" "$peers"
 PATH=$peers/usr/bin:$peers/usr/sbin:$PATH "$peers/usr/bin/containerd" --config "$work/containerd.toml" >"$work/containerd.log" 2>&1 &
@@ -58,8 +63,9 @@ result=benches/results/$(date -u +%Y-%m-%d)-start.json
 jq -n --arg date "$(date -u +%Y-%m-%dT%H:%M:%SZ)" --arg kernel "$(uname -r)" --argjson cores "$(nproc)" \
     --arg commit "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" \
     --slurpfile j1 "$work/joey-1.json" --slurpfile j8 "$work/joey-8.json" \
+    --slurpfile ph "$work/probes-http.json" --slurpfile pe "$work/probes-exec.json" \
     --slurpfile c1 "$work/containerd-1.json" --slurpfile c8 "$work/containerd-8.json" \
-    '{date: $date, commit: $commit, kernel: $kernel, cores: $cores, joey: [$j1[0], $j8[0]], containerd: [$c1[0], $c8[0]]}' >"$result"
+    '{date: $date, commit: $commit, kernel: $kernel, cores: $cores, joey: [$j1[0], $j8[0]], probes: [$ph[0], $pe[0]], containerd: [$c1[0], $c8[0]]}' >"$result"
 
 jq -r '
   def two: . * 100 | round / 100;
@@ -70,5 +76,9 @@ jq -r '
     ["a minute", $j.parallel, ($j.pods_per_minute | round), ($c.pods_per_minute | round), ($j.pods_per_minute / $c.pods_per_minute | two)],
     ["memory each, KiB", $j.parallel, ($j.memory_per_pod_kib | round), ($c.memory_per_pod_kib | round), ($j.memory_per_pod_kib / $c.memory_per_pod_kib | two)]),
   ["idle memory, KiB", "", (.joey[0].idle_memory_kib | round), "", ""]
+  | @tsv' "$result" | column -t -s "$(printf '\t')"
+jq -r '
+  ["", "probe", "% of a core", "KiB", "aim"],
+  (.probes[] | ["probed every second, each of \(.count) Pods", .probe, .cpu_percent_per_pod, (.memory_per_pod_kib | round), "0.05 %, 2048 KiB"])
   | @tsv' "$result" | column -t -s "$(printf '\t')"
 echo "written to $result"

@@ -1,7 +1,7 @@
 //! What one Joey has on the host outside of its files: mounts, network namespaces, cgroups, interfaces, routes, nft tables,
 //! processes. Only its own are seen, so that several tests and a Joey of the machine's own can be there at the same time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -117,6 +117,31 @@ impl Belongings {
         }
     }
 
+    /// Running processes by instance and by the cgroup of it that they are in: `agent`, or a container's name.
+    pub fn running(&self) -> BTreeMap<(String, String), Vec<u32>> {
+        let mut found: BTreeMap<_, Vec<u32>> = BTreeMap::new();
+        for pid in processes() {
+            let text = read(format!("/proc/{pid}/cgroup"));
+            let below = text.lines().find_map(|line| line.split_once(&format!("/{}/", self.name)));
+            let Some((instance, rest)) = below.and_then(|(_, below)| below.split_once('/')) else { continue };
+            if process_runs(pid) {
+                let name = rest.rsplit('/').next().unwrap_or(rest);
+                found.entry((instance.to_owned(), name.to_owned())).or_default().push(pid);
+            }
+        }
+        found
+    }
+
+    /// The instances that have a cgroup, of whatever controller.
+    pub fn with_cgroups(&self) -> BTreeSet<String> {
+        let root = Path::new("/sys/fs/cgroup");
+        let controllers = std::fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+        let roots = controllers.chain([root.to_owned()]).map(|controller| controller.join(&self.name));
+        let entries = roots.flat_map(|root| std::fs::read_dir(root).into_iter().flatten().flatten());
+        let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        folders.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+
     fn has(&self, address: Ipv4Addr) -> bool {
         let (base, bits) = self.range.split_once('/').expect("a range has a length");
         let base: Ipv4Addr = base.parse().expect("a range begins with an address");
@@ -135,6 +160,13 @@ pub fn processes() -> Vec<u32> {
 pub fn process_runs(pid: u32) -> bool {
     let stat = read(format!("/proc/{pid}/stat"));
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+/// Whether a process is the first one of its own namespace.
+pub fn is_first(pid: u32) -> bool {
+    let status = read(format!("/proc/{pid}/status"));
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    ids.split_whitespace().count() > 1 && ids.split_whitespace().last() == Some("1")
 }
 
 /// When a process started, in clock ticks after the machine's start: with the pid it names one process for good.

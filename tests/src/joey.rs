@@ -129,7 +129,12 @@ impl Joey {
 
     /// What it has on the host outside of its data directory; nothing after [`Joey::down`].
     pub fn traces(&self) -> BTreeSet<String> {
-        Belongings::new(&self.data(), &self.range).found()
+        self.belongings().found()
+    }
+
+    /// What is its own on the host.
+    pub fn belongings(&self) -> Belongings {
+        Belongings::new(&self.data(), &self.range)
     }
 
     fn log(&self) -> PathBuf {

@@ -47,6 +47,12 @@ pub fn wait_until<T>(what: &str, deadline: Duration, mut condition: impl FnMut()
     }
 }
 
+/// Lets some time pass: the moment of what comes next is what a test varies.
+pub fn pause(length: Duration) {
+    let end = Instant::now() + length;
+    wait_until("time passes", length + seconds(1), || holds(Instant::now() >= end, ""));
+}
+
 /// A condition for [`wait_until`] from a truth and what was seen.
 pub fn holds(truth: bool, seen: impl std::fmt::Debug) -> Result<(), String> {
     if truth { Ok(()) } else { Err(format!("{seen:?}")) }

@@ -38,6 +38,19 @@ fn collect(root: &Path, folder: &Path, ending: &str, found: &mut Vec<Source>) {
     }
 }
 
+/// The durable steps, as the source names them: every `checkpoint::reached("…")`. Those of agents begin with `agent.`.
+pub fn checkpoints() -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files("crates", ".rs").iter().filter(|file| !file.path.starts_with("crates/model/")) {
+        for rest in file.text.split("reached(\"").skip(1) {
+            found.extend(rest.split('"').next().map(str::to_owned));
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
 /// A function of a Rust file.
 #[derive(Debug, Clone)]
 pub struct Function {

@@ -33,6 +33,8 @@ pub struct Tokens {
 struct Shared {
     /// How many of the next tokens have expired when they are handed out.
     stale: usize,
+    /// How many of the next requests are turned away, with which status, and when they are told to come again.
+    turned_away: (usize, &'static str, Option<u32>),
     asked: Vec<Asked>,
 }
 
@@ -82,6 +84,12 @@ impl Tokens {
         self.shared.lock().expect("no holder panics").stale = count;
     }
 
+    /// The next requests are turned away with `status`, such as `503 Service Unavailable`, and told to come again after so many
+    /// seconds.
+    pub fn turn_away(&self, count: usize, status: &'static str, after: Option<u32>) {
+        self.shared.lock().expect("no holder panics").turned_away = (count, status, after);
+    }
+
     /// Every request so far.
     pub fn asked(&self) -> Vec<Asked> {
         self.shared.lock().expect("no holder panics").asked.clone()
@@ -110,14 +118,20 @@ fn answer(mut stream: TcpStream, signer: &Signer, shared: &Mutex<Shared>) -> std
     let scopes: Vec<String> = pairs.filter(|(key, _)| key == "scope").map(|(_, scope)| scope.into_owned()).collect();
     let right = format!("Basic {}", STANDARD.encode(format!("{USER}:{PASSWORD}")));
     let known = credentials.as_ref().is_some_and(|given| *given == right);
-    let stale = {
+    let (stale, turned_away) = {
         let mut shared = shared.lock().expect("no holder panics");
         shared.asked.push(Asked { scope: scopes.join(" "), with_credentials: credentials.is_some() });
         let stale = shared.stale > 0;
         shared.stale = shared.stale.saturating_sub(1);
-        stale
+        let (left, status, after) = shared.turned_away;
+        shared.turned_away.0 = left.saturating_sub(1);
+        (stale, (left > 0).then_some((status, after)))
     };
-    let (status, body) = if credentials.is_some() && !known {
+    let mut more = String::new();
+    let (status, body) = if let Some((status, after)) = turned_away {
+        more = after.map(|seconds| format!("Retry-After: {seconds}\r\n")).unwrap_or_default();
+        (status, json!({"errors": []}))
+    } else if credentials.is_some() && !known {
         ("401 Unauthorized", json!({"errors": [{"code": "UNAUTHORIZED", "message": "unknown user or password"}]}))
     } else {
         let granted: Vec<Value> = scopes.iter().filter_map(|scope| granted(scope, known)).collect();
@@ -126,7 +140,7 @@ fn answer(mut stream: TcpStream, signer: &Signer, shared: &Mutex<Shared>) -> std
     let body = body.to_string();
     write!(
         stream,
-        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n{more}Connection: close\r\n\r\n{body}",
         body.len()
     )
 }

@@ -142,3 +142,22 @@ fn an_interrupted_run_removes_what_it_started() {
     assert_eq!(run.wait(seconds(10)), 130);
     wait_until("it is gone", seconds(10), || holds(joey.joey(&["describe", "brief"]).code == 1, "it is there"));
 }
+
+#[test]
+fn bench_tells_what_pods_take() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let image = registry.demo();
+    let started = joey.joey(&["bench", "start", "--count", "2", "--image", &image, "-o", "json"]).json();
+    for key in ["running_ms", "ready_ms", "pods_per_minute", "memory_per_pod_kib", "idle_memory_kib"] {
+        assert!(!started[key].is_null(), "{key} in {started}");
+    }
+    let arguments = ["bench", "probes", "--count", "2", "--seconds", "3", "--image", &image, "-o", "json"];
+    for (probe, asked) in [("none", 0), ("http", 4), ("exec", 4)] {
+        let told = joey.joey(&[&arguments[..], &["--probe", probe]].concat()).json();
+        assert_eq!((&told["probe"], &told["probes_per_second"]), (&probe.into(), &asked.into()), "{told}");
+        let spent = told["cpu_percent_per_pod"].as_f64().expect("a number");
+        assert!(spent < 20.0 && (asked == 0 || spent > 0.0), "{told}");
+    }
+    assert!(joey.joey(&["ps"]).ok().lines().count() == 1, "nothing is left of it");
+}

@@ -206,3 +206,60 @@ fn hooks_and_last_words() {
         });
     }
 }
+
+#[test]
+fn hooks_before_the_start_and_before_traffic() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let image = registry.demo();
+    let mut object = shared("staged", &image, &[], &["sh", "-c", "echo main; while :; do sleep 0.1; done"]);
+    let mut helper = container("helper", &image, "while :; do sleep 0.1; done");
+    helper["volumeMounts"] = json!([{"name": "all", "mountPath": "/all"}]);
+    object["spec"]["containers"].as_array_mut().expect("a list").push(helper);
+    object["metadata"]["annotations"] = json!({
+        "joey.dev/pre-start.main": "echo preparing; until test -e /all/go; do sleep 0.1; done",
+        "joey.dev/pre-online.main": r#"{"command": ["sh", "-c", "echo warming; test -e /all/warm"], "timeoutSeconds": 5}"#,
+    });
+    joey.apply(&object);
+    let log = |text: &str| {
+        wait_until("the hook's words are in the log", seconds(20), || {
+            let said = joey.kubectl(&["logs", "staged", "-c", "main"]).stdout;
+            holds(said.starts_with(text), said)
+        });
+    };
+    shows(&joey, "staged", "1/2", "PreStartHook");
+    log("[preStart] preparing\n");
+    let described = joey.kubectl(&["describe", "pod", "staged"]).ok();
+    assert!(described.contains("Running preStart hook of container main"), "{described}");
+    assert!(joey.joey(&["logs", "staged.default", "-c", "main"]).ok().starts_with("[preStart] preparing"));
+    touch(&joey, "staged", "helper", "/all/go");
+    shows(&joey, "staged", "1/2", "Running");
+    wait_until("the hook before traffic was tried", seconds(20), || {
+        let said = events(&joey, "staged");
+        holds(said.contains("FailedPreOnlineHook") && said.contains("tried again in"), said)
+    });
+    log("[preStart] preparing\nmain\n[preOnline] warming\n");
+    touch(&joey, "staged", "helper", "/all/warm");
+    joey.wait_for("staged", "Ready", seconds(20));
+
+    let mut fails = pod("unprepared", &image, &["sh", "-c", "echo never"]);
+    fails["metadata"]["annotations"] = json!({"joey.dev/pre-start.main": "echo missing; exit 3"});
+    joey.apply(&fails);
+    shows(&joey, "unprepared", "0/1", "PreStartHookError");
+    let status = joey.get("pod", "unprepared")["status"].clone();
+    let end = &status["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!((&status["phase"], &end["exitCode"]), (&json!("Failed"), &json!(3)));
+    assert_eq!(joey.kubectl(&["logs", "unprepared"]).ok(), "[preStart] missing\n");
+
+    let refused = |name: &str, annotations: Value| {
+        let mut bad = pod(name, &image, &[]);
+        bad["metadata"]["annotations"] = annotations;
+        joey.kubectl_with_input(&["apply", "-f", "-"], &bad.to_string()).fails(1)
+    };
+    let said = refused("wrong", json!({"joey.dev/pre-start.web": "true", "joey.dev/pre-online.main": "[ -e /x ]"}));
+    for part in ["metadata.annotations[joey.dev/pre-start.web]", "there are main", "begins like JSON"] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+    let said = refused("unprepared", json!({"joey.dev/pre-start.main": "true"}));
+    assert!(said.contains("hooks of a Pod may not change"), "{said}");
+}

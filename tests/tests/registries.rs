@@ -99,6 +99,62 @@ fn tokens_that_run_out_during_a_pull_are_replaced() {
 }
 
 #[test]
+fn many_starts_at_once_make_few_calls_for_tokens() {
+    const PODS: usize = 200;
+    let tokens = Tokens::start();
+    let registry = Registry::with_tokens(&tokens);
+    let dir = tempfile::TempDir::with_prefix("joey-docker-").expect("a temporary folder");
+    let file = dir.path().join("config.json");
+    let auths = json!({registry.address(): {"username": USER, "password": PASSWORD}});
+    std::fs::write(&file, json!({"auths": auths}).to_string()).expect("a fresh folder is writable");
+    let arguments = vec!["--docker-config".to_owned(), file.display().to_string()];
+    let range = Some(format!("198.18.{}.0/22", rand::random::<u8>() & 0xfc));
+    let joey = Joey::start_with(Settings { arguments, range, ..Settings::default() });
+    let since = |before: usize| tokens.asked().len() - before;
+
+    // A time that the service names is waited for, once.
+    tokens.turn_away(1, "429 Too Many Requests", Some(2));
+    let (before, begin) = (tokens.asked().len(), std::time::Instant::now());
+    joey.joey(&["image", "pull", &registry.image("public/hello:1")]).ok();
+    assert!(begin.elapsed() >= seconds(2) && since(before) == 2, "{:?} {}", begin.elapsed(), since(before));
+
+    // While the service fails, few calls are made for all Pods together, and every Pod says why it waits.
+    tokens.turn_away(usize::MAX, "503 Service Unavailable", None);
+    let before = tokens.asked().len();
+    let pods: Vec<Value> = (0..PODS)
+        .map(|number| {
+            let mut object = pod(&format!("many-{number}"), &registry.demo(), &["sleep", "1000"]);
+            object["spec"]["containers"][0]["imagePullPolicy"] = "Always".into();
+            object
+        })
+        .collect();
+    joey.apply(&json!({"apiVersion": "v1", "kind": "List", "items": pods}));
+    let in_state = |part: &str| {
+        let table = joey.kubectl(&["get", "pods", "--no-headers"]).ok();
+        table.lines().filter(|line| line.contains(part)).count()
+    };
+    wait_until("every Pod waits", seconds(60), || {
+        let count = in_state("ErrImagePull") + in_state("ImagePullBackOff");
+        joey_tests::holds(count == PODS, count)
+    });
+    let calls = since(before);
+    assert!(calls <= 9, "{calls} calls for {PODS} Pods");
+    let told = events(&joey, "many-0", "call guard");
+    for part in ["token service", "503 Service Unavailable", "lets the next call through at 2"] {
+        assert!(told.contains(part), "{part} in {told}");
+    }
+
+    // When it is well again all start, with one token.
+    tokens.turn_away(0, "", None);
+    let before = tokens.asked().len();
+    wait_until("every Pod runs", seconds(120), || {
+        let count = in_state("Running");
+        joey_tests::holds(count == PODS, count)
+    });
+    assert_eq!(since(before), 1, "{:?}", &tokens.asked()[before..]);
+}
+
+#[test]
 fn credentials_go_to_nobody_else() {
     let served = Served::start();
     let (joey, write, _dir) = with_docker_config(&served.image("")[..served.image("").len() - 1]);

@@ -8,7 +8,8 @@ use joey_tests::host::{process_runs, process_start};
 use joey_tests::image::{Entry, Image, Layer, Packing};
 use joey_tests::joey::{Settings, pod};
 use joey_tests::served::Served;
-use joey_tests::{Joey, Registry, holds, run, seconds, wait_until};
+use joey_tests::source::checkpoints;
+use joey_tests::{Joey, Registry, holds, pause, run, seconds, wait_until};
 
 /// A Pod that counts, ten lines a second.
 const COUNT: [&str; 3] = ["sh", "-c", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.1; done"];
@@ -98,28 +99,6 @@ fn killed_at_random_moments_of_creation_and_deletion() {
     assert!(joey.traces().is_empty(), "{:?}", joey.traces());
 }
 
-/// Lets some time pass: the moment of the kill is what the test varies.
-fn pause(length: Duration) {
-    let end = Instant::now() + length;
-    wait_until("time passes", length + seconds(1), || holds(Instant::now() >= end, ""));
-}
-
-/// The durable steps, as the source names them: every `checkpoint::reached("…")`.
-fn steps() -> Vec<String> {
-    let mut found = Vec::new();
-    for file in joey_tests::source::files("crates", ".rs") {
-        if file.path.starts_with("crates/model/") {
-            continue;
-        }
-        for rest in file.text.split("reached(\"").skip(1) {
-            found.extend(rest.split('"').next().map(str::to_owned));
-        }
-    }
-    found.sort();
-    found.dedup();
-    found
-}
-
 /// An image of which no layer is on the host yet, so that the steps of a pull are reached too.
 fn fresh_image(served: &Served, name: &str) -> String {
     let own = Layer::new(&[Entry::file("name", name.as_bytes())], Packing::Gzip);
@@ -144,7 +123,7 @@ fn provoke(joey: &mut Joey, name: &str, object: &str) -> bool {
 
 #[test]
 fn killed_at_each_durable_step() {
-    let steps = steps();
+    let steps: Vec<_> = checkpoints().into_iter().filter(|step| !step.starts_with("agent.")).collect();
     assert!(steps.len() >= 6, "creation and deletion have durable steps: {steps:?}");
     let (registry, served) = (Registry::with_demo_image(), Served::start());
     // Most of the time is waiting for what the kill left to be noticed: several are killed side by side.

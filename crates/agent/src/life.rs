@@ -10,7 +10,7 @@
 //! ```
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,14 +21,16 @@ use joey_api::agent::AgentContainer;
 use joey_api::frame::STATUS;
 use joey_api::instance::{ContainerState, InstanceEvent, Termination};
 use joey_api::lifecycle::Role;
-use joey_model::RestartPolicy;
+use joey_model::{RestartPolicy, checkpoint};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
 use crate::check::{self, Unwell};
-use crate::launch::{self, Failure, Program, Started, Streams};
-use crate::log_write::{self, LineSplitter, LogWriter};
+use crate::hook::Refused;
+use crate::launch::{self, Failure, Program, Started};
+use crate::log_write::{self, LogWriter};
+use crate::output::{RunLog, Sink};
 use crate::probe::{self, Health, Verdict};
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock, waiting};
@@ -104,6 +106,11 @@ impl Life {
         self.end.send_modify(|end| *end = Some(end.map_or(deadline, |earlier| earlier.min(deadline))));
     }
 
+    /// When it is killed, once it was asked to end for good.
+    pub fn ending(&self) -> watch::Receiver<Option<Instant>> {
+        self.end.subscribe()
+    }
+
     pub fn is_ending(&self) -> bool {
         self.end.borrow().is_some()
     }
@@ -127,42 +134,6 @@ impl Life {
         self.started.send_replace(false);
         self.settled.store(false, Ordering::Relaxed);
         self.run.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// The log that is shown: that of the run which began last, also while the next one is only being made.
-pub struct RunLog {
-    pub run: u32,
-    /// 0: the run has not begun. Changes with every write, and is [`LOG_ENDED`] from the run's end on.
-    pub grown: watch::Sender<u64>,
-}
-
-/// Nothing more is written into a log.
-pub const LOG_ENDED: u64 = u64::MAX;
-
-impl RunLog {
-    fn of(run: u32) -> Self {
-        Self { run, grown: watch::Sender::new(0) }
-    }
-
-    /// From now on the log of `run` is shown; those who wait for its beginning see it.
-    fn begin(&mut self, run: u32) {
-        if self.run != run {
-            *self = Self::of(run);
-        }
-        self.grown.send_replace(1);
-    }
-
-    fn written(&self) {
-        self.grown.send_modify(|count| *count += 1);
-    }
-
-    fn end(&self) {
-        self.grown.send_replace(LOG_ENDED);
-    }
-
-    pub fn has_ended(&self) -> bool {
-        *self.grown.borrow() == LOG_ENDED
     }
 }
 
@@ -307,10 +278,27 @@ impl Agent {
         let upper = self.dir.join("upper").join(&container.name).join(run.to_string());
         let cgroup = self.cgroup.child(&container.name);
         let kills = cgroup.oom_kills();
-        match self.launch(container, &upper, &cgroup).await {
-            Err(failure) => {
+        let launched = match self.prepare(container, &upper, &cgroup) {
+            Err(failure) => Err(Refused::NotMade(failure)),
+            Ok(()) => match self.before_start(container, life, &upper, &cgroup).await {
+                Err(refused) => Err(refused),
+                Ok(()) => self.launch(container, &upper, &cgroup).await.map_err(Refused::NotMade),
+            },
+        };
+        match launched {
+            Err(Refused::Ended { mut end, asked }) => {
+                let words = last_words::read(&self.dir, container, &upper, run, end.exit_code);
+                if !words.is_empty() {
+                    end.message = words;
+                }
+                let _ = std::fs::remove_dir_all(&upper);
+                lock(&life.log).end();
+                Outcome::Ended { end, asked }
+            }
+            Err(Refused::NotMade(failure)) => {
                 self.event(true, "Failed", format!("Error: {}", failure.message()), container);
                 let _ = std::fs::remove_dir_all(&upper);
+                lock(&life.log).pause();
                 match failure {
                     Failure::Config(message) => Outcome::NotMade { reason: "CreateContainerConfigError", message },
                     Failure::Create(message) => Outcome::NotMade { reason: "CreateContainerError", message },
@@ -343,8 +331,9 @@ impl Agent {
         }
     }
 
-    async fn launch(&self, container: &AgentContainer, upper: &Path, cgroup: &Cgroup) -> Result<Started, Failure> {
-        let prepare = || -> io::Result<()> {
+    /// A writable layer of its own, and a cgroup.
+    fn prepare(&self, container: &AgentContainer, upper: &Path, cgroup: &Cgroup) -> Result<(), Failure> {
+        let prepared = || -> io::Result<()> {
             // A restarted container starts from its image, as under the kubelet.
             let _ = std::fs::remove_dir_all(upper);
             ["data", "work", "root"].iter().try_for_each(|name| std::fs::create_dir_all(upper.join(name)))?;
@@ -352,22 +341,40 @@ impl Agent {
             cgroup.make()?;
             cgroup.limit(&container.resources)
         };
-        prepare().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))?;
+        prepared().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))?;
+        checkpoint::reached("agent.container-prepared");
+        Ok(())
+    }
+
+    async fn launch(&self, container: &AgentContainer, upper: &Path, cgroup: &Cgroup) -> Result<Started, Failure> {
         let program = Program { container, args: &container.args, stdin: container.stdin, tty: container.tty };
-        let init = match (self.shared, &container.target) {
-            (None, None) => return launch::container(&self.config, &program, &self.dir, upper, cgroup).await,
+        self.first_process(&program, upper, cgroup).await
+    }
+
+    /// Starts a process in a new container whose writable layer is `upper`.
+    pub async fn first_process(
+        &self,
+        program: &Program<'_>,
+        upper: &Path,
+        cgroup: &Cgroup,
+    ) -> Result<Started, Failure> {
+        let init = match (self.shared, &program.container.target) {
+            (None, None) => return launch::container(&self.config, program, &self.dir, upper, cgroup).await,
             (Some(first), _) => first,
             (None, Some(target)) => self
                 .find(target)
                 .and_then(|life| life.running())
                 .ok_or_else(|| Failure::Create(format!("target container \"{target}\" is not running")))?,
         };
-        launch::beside(&self.config, &program, &self.dir, upper, cgroup, init).await
+        launch::beside(&self.config, program, &self.dir, upper, cgroup, init).await
     }
 
     /// Shows the log of this run. It and that of the run before are kept, as under the kubelet.
-    fn begin_log(&self, container: &AgentContainer, life: &Life, run: u32) {
-        lock(&life.log).begin(run);
+    pub fn begin_log(&self, container: &AgentContainer, life: &Life, run: u32) {
+        let limits = (self.config.log_max_bytes, self.config.log_max_files);
+        let writer = LogWriter::open(&self.dir, &container.name, run, limits.0, limits.1);
+        let writer = writer.inspect_err(|error| eprintln!("cannot open the log of {}: {error}", container.name));
+        lock(&life.log).begin(run, writer.ok());
         if let Some(old) = run.checked_sub(2) {
             log_write::remove(&self.dir, &container.name, old);
         }
@@ -377,12 +384,13 @@ impl Agent {
     fn tell_running(&self, container: &AgentContainer, life: &Life, pid: u32, at: Timestamp) -> Health {
         let lifecycle = &container.lifecycle;
         let started = lifecycle.startup.is_none() && lifecycle.post_start.is_none();
-        let health = Health { started, ready: started && probe::is_ready_unasked(container) };
+        let online = lifecycle.pre_online.is_none();
+        let health = Health { started, ready: started && probe::is_ready_unasked(container), online };
         self.change(|state| {
             let now = &mut state.containers[life.at];
             now.state = ContainerState::Running { started_at: at, pid };
             now.running_since = Some(at);
-            (now.started, now.ready) = (health.started, health.ready);
+            (now.started, now.ready) = (health.started, health.counts_as_ready());
             state.events.push(InstanceEvent {
                 at,
                 warning: false,
@@ -408,16 +416,13 @@ impl Agent {
         *lock(&life.terminal) = streams.terminal.take();
         *lock(&life.input) = streams.stdin.take().and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
         self.begin_log(container, life, run);
-        let mut carried = tokio::spawn(carry(
-            self.dir.clone(),
-            container.name.clone(),
-            run,
-            (self.config.log_max_bytes, self.config.log_max_files),
-            life.clone(),
-            streams,
-        ));
+        let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: "" };
+        let mut carried = tokio::spawn(sink.carry(streams));
+        checkpoint::reached("agent.container-started");
         let health = watch::Sender::new(self.tell_running(container, life, pid, started_at));
+        checkpoint::reached("agent.container-told");
         let (code, signal, why) = self.until_its_end(container, life, &health, &pidfd, pid).await;
+        checkpoint::reached("agent.container-ended");
         life.pid.store(0, Ordering::Relaxed);
         if tokio::time::timeout(DRAIN, &mut carried).await.is_err() {
             carried.abort();
@@ -433,7 +438,7 @@ impl Agent {
     async fn until_its_end(
         &self,
         container: &AgentContainer,
-        life: &Life,
+        life: &Arc<Life>,
         health: &watch::Sender<Health>,
         pidfd: &tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>,
         pid: u32,
@@ -495,12 +500,18 @@ impl Agent {
         }
         self.change(|state| {
             let now = &mut state.containers[life.at];
-            (now.started, now.ready) = (health.started, health.ready);
+            (now.started, now.ready) = (health.started, health.counts_as_ready());
         });
     }
 
-    /// Does the hook after the start, then asks the probes. Ends when the container has to, with the grace for that.
-    async fn tend(&self, container: &AgentContainer, life: &Life, health: &watch::Sender<Health>) -> Option<Duration> {
+    /// Does the hook after the start, then asks the probes, and does the hook before it is ready when they say that it is
+    /// healthy. Ends when the container has to, with the grace for that.
+    async fn tend(
+        &self,
+        container: &AgentContainer,
+        life: &Arc<Life>,
+        health: &watch::Sender<Health>,
+    ) -> Option<Duration> {
         if let Some(action) = &container.lifecycle.post_start
             && let Err(Unwell(why)) = check::perform(self, life, action, HOOK_LIMIT).await
         {
@@ -510,7 +521,14 @@ impl Agent {
             return None;
         }
         life.begun.send_replace(true);
-        let Verdict { probe, grace } = probe::watch(self, life, health).await;
+        let online = async {
+            self.before_ready(container, life, health).await;
+            std::future::pending().await
+        };
+        let Verdict { probe, grace } = tokio::select! {
+            verdict = probe::watch(self, life, health) => verdict,
+            never = online => never,
+        };
         let message = format!("Container {} failed {probe} probe, will be restarted", container.name);
         self.event(false, "Killing", message, container);
         grace
@@ -524,39 +542,6 @@ impl Agent {
             self.event(true, "FailedPreStopHook", format!("PreStopHook failed: {why}"), container);
         }
         let _ = sys::kill(pid, signal::number(&container.stop_signal));
-    }
-}
-
-/// From the streams into the log and to those who attached, at the pace of the log.
-async fn carry(dir: PathBuf, container: String, run: u32, limits: (u64, u32), life: Arc<Life>, streams: Streams) {
-    let log = match LogWriter::open(&dir, &container, run, limits.0, limits.1) {
-        Ok(log) => Mutex::new(log),
-        Err(error) => return eprintln!("cannot open the log of {container}: {error}"),
-    };
-    let one = async |fd: Option<std::os::fd::OwnedFd>, channel: u8, name: &str| -> io::Result<()> {
-        let Some(fd) = fd else { return Ok(()) };
-        let pipe = Pipe::reader(fd)?;
-        let (mut splitter, mut buffer) = (LineSplitter::default(), vec![0; 8 << 10]);
-        loop {
-            let count = pipe.read(&mut buffer).await?;
-            if count == 0 {
-                let done = splitter.finish(&mut lock(&log), name);
-                lock(&life.log).written();
-                return done;
-            }
-            // A full disk must not end the container: what cannot be written is lost, and said.
-            if let Err(error) = splitter.push(&mut lock(&log), name, &buffer[..count]) {
-                eprintln!("cannot write the log of {container}: {error}");
-            }
-            lock(&life.log).written();
-            if life.output.receiver_count() > 0 {
-                let _ = life.output.send((channel, Bytes::copy_from_slice(&buffer[..count])));
-            }
-        }
-    };
-    let both = tokio::join!(one(streams.stdout, 1, "stdout"), one(streams.stderr, 2, "stderr"));
-    for error in [both.0.err(), both.1.err()].into_iter().flatten() {
-        eprintln!("cannot read the output of {container}: {error}");
     }
 }
 

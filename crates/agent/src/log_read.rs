@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use joey_api::instance::LogOptions;
 use tokio::sync::{mpsc, watch};
 
-use crate::life::LOG_ENDED;
 use crate::log_write;
+use crate::output::LOG_ENDED;
 
 /// Which run's log, and how to learn that it grew or ended.
 pub struct Source {

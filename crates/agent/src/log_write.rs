@@ -73,29 +73,42 @@ fn append(path: &Path) -> io::Result<File> {
 }
 
 /// One stream's unfinished line.
-#[derive(Default)]
 pub struct LineSplitter {
     open: Vec<u8>,
+    /// What each line begins with.
+    mark: &'static str,
+    /// The line has begun.
+    within: bool,
 }
 
 impl LineSplitter {
+    /// Each line begins with `mark`.
+    pub fn marked(mark: &'static str) -> Self {
+        Self { open: Vec::new(), mark, within: false }
+    }
+
     /// Writes what is complete and keeps the rest, at most a record of it.
     pub fn push(&mut self, log: &mut LogWriter, stream: &str, mut bytes: &[u8]) -> io::Result<()> {
         while let Some(at) = bytes.iter().position(|&byte| byte == b'\n') {
             self.fill(log, stream, &bytes[..at])?;
             log.record(stream, &self.open, true)?;
             self.open.clear();
+            self.within = false;
             bytes = &bytes[at + 1..];
         }
-        self.fill(log, stream, bytes)
+        if bytes.is_empty() { Ok(()) } else { self.fill(log, stream, bytes) }
     }
 
-    /// The stream ended: what is left is a line without an end.
+    /// The stream ended: what is left is a line without an end, but for what others write behind it.
     pub fn finish(&mut self, log: &mut LogWriter, stream: &str) -> io::Result<()> {
-        if self.open.is_empty() { Ok(()) } else { log.record(stream, &std::mem::take(&mut self.open), false) }
+        let full = !self.mark.is_empty();
+        if self.open.is_empty() { Ok(()) } else { log.record(stream, &std::mem::take(&mut self.open), full) }
     }
 
     fn fill(&mut self, log: &mut LogWriter, stream: &str, bytes: &[u8]) -> io::Result<()> {
+        if !std::mem::replace(&mut self.within, true) {
+            self.open.extend_from_slice(self.mark.as_bytes());
+        }
         for piece in bytes.chunks(RECORD) {
             if self.open.len() + piece.len() > RECORD {
                 log.record(stream, &self.open, false)?;

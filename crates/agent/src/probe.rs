@@ -21,7 +21,17 @@ const QUIET: Duration = Duration::from_secs(300);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Health {
     pub started: bool,
+    /// As its probes see it.
     pub ready: bool,
+    /// Its hook before it is ready was good, or there is none.
+    pub online: bool,
+}
+
+impl Health {
+    /// Whether it is told as ready.
+    pub fn counts_as_ready(self) -> bool {
+        self.ready && self.online
+    }
 }
 
 /// What ends a run: the probe that failed and the grace it gives, if it has one of its own.
@@ -54,7 +64,7 @@ pub async fn watch(agent: &Agent, life: &Life, health: &watch::Sender<Health>) -
     }
     let ready = is_ready_unasked(container);
     health.send_if_modified(|health| {
-        let now = Health { started: true, ready };
+        let now = Health { started: true, ready, ..*health };
         std::mem::replace(health, now) != now
     });
     let liveness = async {

@@ -22,7 +22,8 @@ use serde::Deserialize;
 use tokio::sync::{mpsc, watch};
 
 use crate::launch::{self, Program};
-use crate::life::{LOG_ENDED, Life};
+use crate::life::Life;
+use crate::output::LOG_ENDED;
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock};
 use crate::{files, forward, in_place, log_read, sys, volumes};

@@ -12,6 +12,7 @@ use std::time::Duration;
 use joey_api::agent::{AgentConfig, VERSION};
 use joey_api::instance::Limits;
 use joey_api::validate::SYSCTLS;
+use joey_model::checkpoint;
 
 use crate::cgroup::Cgroup;
 use crate::supervisor::Agent;
@@ -23,27 +24,31 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 pub struct Options {
     dir: PathBuf,
     netns: Option<PathBuf>,
+    /// A durable step at which the agent ends, for tests of recovery.
+    crash_at: Option<String>,
 }
 
 impl Options {
     /// `--dir DIR [--netns PATH]`.
     pub fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Self, String> {
         let usage = "usage: joey-agent --dir DIR [--netns PATH]";
-        let (mut dir, mut netns) = (None, None);
+        let (mut dir, mut netns, mut crash_at) = (None, None, None);
         while let Some(word) = words.next() {
             let value = words.next().map(PathBuf::from).ok_or(usage)?;
             match word.to_str() {
                 Some("--dir") => dir = Some(value),
                 Some("--netns") => netns = Some(value),
+                Some("--crash-at") => crash_at = value.into_os_string().into_string().ok(),
                 _ => return Err(usage.to_owned()),
             }
         }
-        Ok(Self { dir: dir.ok_or(usage)?, netns })
+        Ok(Self { dir: dir.ok_or(usage)?, netns, crash_at })
     }
 }
 
 /// Runs the agent until it is told to shut down.
 pub fn run(options: &Options) -> Result<(), String> {
+    options.crash_at.iter().for_each(checkpoint::arm);
     // SAFETY: mallopt takes integers; before any other thread exists. One arena (-8 is M_ARENA_MAX) and early trimming
     // (-1 is M_TRIM_THRESHOLD) keep an idle agent small.
     unsafe {
@@ -55,8 +60,10 @@ pub fn run(options: &Options) -> Result<(), String> {
     // Of the host's network namespace: those of the Pod's are listed to its containers, with their paths.
     let socket = joey_rpc::bind_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
     isolate(options, &dir, &config).map_err(|error| format!("cannot isolate the agent: {error}"))?;
+    checkpoint::reached("agent.isolated");
     tune(&config)?;
     prepare(&dir, &mut config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
+    checkpoint::reached("agent.recorded");
     let shared = config.share_processes.then(processes::share).transpose();
     let shared = shared.map_err(|error| format!("cannot share the processes: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -184,6 +191,7 @@ async fn serve(
     tokio::spawn(storage::watch(agent.clone()));
     tokio::task::yield_now().await;
     say_ready().map_err(|error| format!("cannot say that the agent is ready: {error}"))?;
+    checkpoint::reached("agent.ready");
     let served = agent.clone();
     let service = tower::service_fn(move |request| server::answer(served.clone(), request));
     let ended = async {

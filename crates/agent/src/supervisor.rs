@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentContainer, AgentContainerState, AgentState, Failed, VERSION};
 use joey_api::instance::{ContainerState, InstanceEvent};
 use joey_api::lifecycle::Role;
+use joey_model::checkpoint;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
@@ -112,7 +113,9 @@ impl Agent {
     fn persist(&self, state: &AgentState) -> io::Result<()> {
         let temporary = self.dir.join("state.json.new");
         std::fs::write(&temporary, serde_json::to_vec(state)?)?;
-        std::fs::rename(temporary, self.dir.join("state.json"))
+        std::fs::rename(temporary, self.dir.join("state.json"))?;
+        checkpoint::reached("agent.state-written");
+        Ok(())
     }
 
     pub fn event(&self, warning: bool, reason: &str, message: String, container: &AgentContainer) {
@@ -153,6 +156,7 @@ impl Agent {
     pub fn stop(&self, grace: Duration) {
         self.end_by(Instant::now() + grace);
         self.change(|state| state.stopping = true);
+        checkpoint::reached("agent.stop-told");
     }
 
     /// Ends everything though nobody asked for it.

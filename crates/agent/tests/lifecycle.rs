@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use joey_api::agent::{AgentContainer, AgentMount, AgentState, AgentVolume};
 use joey_api::instance::{ContainerState, LogOptions, WireRestartPolicy};
-use joey_api::lifecycle::{Action, LastWords, Probe, Role};
+use joey_api::lifecycle::{Action, Hook, LastWords, Probe, Role};
 use joey_sandbox::conformance::{Bench, container, exec, logs, running, state_where, termination};
 use joey_sandbox::{AgentClient, CreateRequest};
 
@@ -144,13 +144,17 @@ async fn sidecars_begin_before_and_end_after() {
     bench.destroy(&request).await;
 }
 
-/// The order the containers wrote down: seen from outside through the agent's own mounts.
+/// The order the containers wrote down.
 async fn order(request: &CreateRequest, agent: &AgentClient) -> String {
     agent.state().await.unwrap();
+    std::fs::read_to_string(shared(request, "order")).unwrap()
+}
+
+/// A file of the volume that all containers share: seen from outside through the agent's own mounts.
+fn shared(request: &CreateRequest, name: &str) -> String {
     let pid = std::fs::read_to_string(request.dir.join("agent.pid")).unwrap();
     let pid = pid.split_whitespace().next().unwrap();
-    let place = format!("/proc/{pid}/root{}/volumes/all/order", request.dir.display());
-    std::fs::read_to_string(place).unwrap()
+    format!("/proc/{pid}/root{}/volumes/all/{name}", request.dir.display())
 }
 
 #[tokio::test]
@@ -197,6 +201,120 @@ async fn a_failed_hook_after_the_start_ends_the_container() {
     let agent = started(bench, &request).await;
     assert!(termination(&agent, 0).await.exit_code > 128);
     assert!(has_event(&agent.state().await.unwrap(), "FailedPostStartHook", "it is broken"));
+    bench.destroy(&request).await;
+}
+
+fn hook(script: &str, timeout_seconds: u32) -> Option<Hook> {
+    Some(Hook { command: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(), timeout_seconds })
+}
+
+/// Waits until the log of `main` is this.
+async fn says(agent: &AgentClient, text: &str) {
+    let limit = Instant::now() + Duration::from_secs(10);
+    loop {
+        let said = logs(agent, "main", &LogOptions::default()).await;
+        if said == text {
+            return;
+        }
+        assert!(Instant::now() < limit, "{said}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_hook_before_the_start_prepares_the_container() {
+    let Some(ground) = ground("prestart") else { return };
+    let bench = &ground.0;
+    for (number, share_processes) in [(1, false), (2, true)] {
+        let main = "touch /all/ran; cat /made; id -u; sleep 1000";
+        let mut request = pod(bench, number, WireRestartPolicy::Always, &[("main", Role::Main, main)]);
+        request.config.share_processes = share_processes;
+        let container = &mut request.config.containers[0];
+        container.env.push("WORD=warm".to_owned());
+        let script =
+            "echo $WORD; id -u > /made; sleep 1234 & while ! test -e /all/go; do sleep 0.05; done; echo -n done >&2";
+        container.lifecycle.pre_start = hook(script, 60);
+        let agent = started(bench, &request).await;
+        let state = state_where(&agent, |state| waits(state, 0, "PreStartHook")).await;
+        assert!(has_event(&state, "PreStartHook", "Running preStart hook of container main"), "{state:?}");
+        // What it says is seen while it runs.
+        says(&agent, "[preStart] warm\n").await;
+        assert!(!std::fs::exists(shared(&request, "ran")).unwrap());
+        std::fs::write(shared(&request, "go"), "").unwrap();
+        running(&agent).await;
+        says(&agent, "[preStart] warm\n[preStart] done\n0\n0\n").await;
+        let (listed, _) = exec(&agent, &["/bin/sh", "-c", "ps | grep -c 'sleep 123[4]'"]).await;
+        assert_eq!(listed.trim(), "0", "what the hook left running is gone");
+        bench.destroy(&request).await;
+    }
+}
+
+#[tokio::test]
+async fn a_failed_hook_before_the_start_keeps_the_container_from_it() {
+    let Some(ground) = ground("badprestart") else { return };
+    let bench = &ground.0;
+    let containers = [("main", Role::Main, "touch /all/ran")];
+    for (number, script, limit, code, words) in [
+        (1, "echo it is broken; exit 7", 60, 7, "it exited with 7"),
+        (2, "sleep 777", 1, 137, "did not end within 1 s"),
+    ] {
+        let mut request = pod(bench, number, WireRestartPolicy::Never, &containers);
+        request.config.containers[0].lifecycle.pre_start = hook(script, limit);
+        let agent = started(bench, &request).await;
+        let end = termination(&agent, 0).await;
+        assert_eq!((end.exit_code, end.reason.as_str()), (code, "PreStartHookError"), "{end:?}");
+        assert!(end.message.contains(words), "{end:?}");
+        assert!(has_event(&agent.state().await.unwrap(), "FailedPreStartHook", words));
+        assert!(!std::fs::exists(shared(&request, "ran")).unwrap());
+        bench.destroy(&request).await;
+    }
+    let mut request = pod(bench, 3, WireRestartPolicy::Always, &containers);
+    request.config.containers[0].lifecycle.pre_start =
+        Some(Hook { command: vec!["/bin/nosuch".to_owned()], timeout_seconds: 60 });
+    let agent = started(bench, &request).await;
+    let state = state_where(&agent, |state| waits(state, 0, "CrashLoopBackOff")).await;
+    let last = state.containers[0].last_termination.clone().unwrap();
+    assert_eq!((last.exit_code, last.reason.as_str()), (128, "PreStartHookError"));
+    assert!(last.message.contains("/bin/nosuch"), "{last:?}");
+    bench.destroy(&request).await;
+
+    // A stop does not wait for a hook that does not heed it longer than the grace.
+    let mut request = pod(bench, 4, WireRestartPolicy::Always, &containers);
+    request.config.containers[0].lifecycle.pre_start = hook("trap '' TERM; while true; do sleep 0.05; done", 600);
+    let agent = started(bench, &request).await;
+    state_where(&agent, |state| waits(state, 0, "PreStartHook")).await;
+    let asked = Instant::now();
+    agent.stop(1).await.unwrap();
+    assert_eq!(termination(&agent, 0).await.reason, "PreStartHookError");
+    assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_container_is_ready_after_its_hook_and_not_before() {
+    let Some(ground) = ground("preonline") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, "echo main; sleep 1000")]);
+    let lifecycle = &mut request.config.containers[0].lifecycle;
+    lifecycle.readiness = Some(probe("test -e /all/ready"));
+    lifecycle.pre_online = hook("touch /all/tried; test -e /all/online || { echo cold; exit 3; }", 60);
+    let agent = started(bench, &request).await;
+    state_where(&agent, |state| has_event(state, "Unhealthy", "Readiness probe failed")).await;
+    assert!(!std::fs::exists(shared(&request, "tried")).unwrap(), "who is not healthy is not asked");
+    std::fs::write(shared(&request, "ready"), "").unwrap();
+    let state = state_where(&agent, |state| has_event(state, "FailedPreOnlineHook", "it exited with 3")).await;
+    assert!(state.containers[0].started && !state.containers[0].ready, "{state:?}");
+    let text = logs(&agent, "main", &LogOptions::default()).await;
+    assert!(text.starts_with("main\n[preOnline] cold\n"), "{text}");
+    std::fs::write(shared(&request, "online"), "").unwrap();
+    let state = state_where(&agent, |state| state.containers[0].ready).await;
+    assert!(has_event(&state, "PreOnlineHook", "succeeded") && state.containers[0].restart_count == 0, "{state:?}");
+    // From then on readiness is the probe's matter alone.
+    std::fs::remove_file(shared(&request, "online")).unwrap();
+    std::fs::remove_file(shared(&request, "ready")).unwrap();
+    state_where(&agent, |state| !state.containers[0].ready).await;
+    std::fs::write(shared(&request, "ready"), "").unwrap();
+    state_where(&agent, |state| state.containers[0].ready).await;
     bench.destroy(&request).await;
 }
 

@@ -7,6 +7,7 @@ pub mod agent;
 pub mod change;
 pub mod error;
 pub mod frame;
+pub mod hooks;
 pub mod image;
 pub mod instance;
 pub mod lifecycle;

@@ -80,6 +80,21 @@ fn ten() -> u32 {
     10
 }
 
+/// A program that is run once in its time, and again when it failed: [`crate::hooks`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Hook {
+    /// Program and arguments, as in [`Action::Exec`].
+    pub command: Vec<String>,
+    /// After so long it is killed and has failed.
+    #[serde(default = "minute")]
+    pub timeout_seconds: u32,
+}
+
+fn minute() -> u32 {
+    60
+}
+
 /// Probes and hooks of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -93,6 +108,12 @@ pub struct Lifecycle {
     /// While it fails, the container is not ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub readiness: Option<Probe>,
+    /// Done in the container before its main process: while it has not been good, that does not start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_start: Option<Hook>,
+    /// Done when the container has started and is ready: before it was good, the container does not count as ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_online: Option<Hook>,
     /// Done as soon as the container's process runs; when it fails, the container is ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_start: Option<Action>,

@@ -297,6 +297,10 @@ fn check_lifecycle(container: &ContainerSpec, note: &mut impl FnMut(Result<(), S
             note(Err(format!("container \"{name}\": a sleep tells nothing: its {kind} probe needs another action")));
         }
     }
+    for (kind, hook) in [("preStart", &lifecycle.pre_start), ("preOnline", &lifecycle.pre_online)] {
+        let checked = hook.as_ref().map_or(Ok(()), crate::hooks::check);
+        note(checked.map_err(|fault| format!("container \"{name}\": its {kind} hook: {fault}")));
+    }
     if matches!(container.role, Role::Init | Role::Debug)
         && *lifecycle != (Lifecycle { stop_signal: lifecycle.stop_signal.clone(), ..Lifecycle::default() })
     {
@@ -329,7 +333,8 @@ mod tests {
         let spec: InstanceSpec = serde_json::from_value(serde_json::json!({
             "name": "Web", "containers": [{"name": "a_b", "image": "Nginx", "resources": {"memoryBytes": 1},
             "mounts": [{"volume": "v", "path": "x"}], "security": {"addCapabilities": ["SYS_ADMIN"]},
-            "lifecycle": {"liveness": {"action": {"sleep": {"seconds": 1}}, "periodSeconds": 0}},
+            "lifecycle": {"liveness": {"action": {"sleep": {"seconds": 1}}, "periodSeconds": 0},
+                "preStart": {"command": []}},
             "lastWords": {"path": "/a/../b"}}, {"name": "late", "image": "a", "role": "Init",
             "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}],
             "network": {"egressBitsPerSecond": 5, "ingressPacketsPerSecond": 1}, "hostname": "x".repeat(65),
@@ -354,6 +359,7 @@ mod tests {
             "64Ki",
             "at least 1",
             "tells nothing",
+            "preStart hook: it names no program",
             "last words",
             "no hooks",
             "before the main",

@@ -148,7 +148,7 @@ pub struct HostFlags {
     /// Largest layer accepted, unpacked
     #[arg(long, value_name = "AMOUNT", default_value = "16Gi")]
     pub max_layer_bytes: String,
-    /// Configuration file (YAML or JSON): sizes of instances by name
+    /// Configuration file (YAML or JSON): sizes of instances by name, guards of calls to others
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The program joey-agent; looked for beside joey when not given
@@ -474,6 +474,39 @@ pub enum Host {
 pub enum Bench {
     /// Start Pods through the Kubernetes API and tell how long it took and what it cost; they are removed afterwards
     Start(BenchStart),
+    /// Start Pods that are probed every second and tell what that costs the platform; they are removed afterwards
+    Probes(BenchProbes),
+}
+
+/// How Pods are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProbeKind {
+    Http,
+    Tcp,
+    Exec,
+    None,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchProbes {
+    /// Pods, each with a readiness and a liveness probe
+    #[arg(long, value_name = "COUNT", default_value_t = 200)]
+    pub count: u32,
+    /// How long they are watched
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub seconds: u32,
+    /// How they are asked; http and tcp at port 80
+    #[arg(long, value_enum, default_value_t = ProbeKind::Http)]
+    pub probe: ProbeKind,
+    /// Sandbox class
+    #[arg(long, default_value = "runc")]
+    pub class: String,
+    /// Image to start; pulled beforehand. The default is the one `make run` provides
+    #[arg(long, default_value = "127.0.0.1:5055/joey/hello:1")]
+    pub image: String,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 #[derive(Debug, Args)]

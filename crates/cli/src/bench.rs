@@ -5,7 +5,9 @@
 //! watch of Pods in this process has shown the condition. `parallel` Pods are on their way at a time: a Pod takes its place
 //! with its create call and gives it back when the service has shown that it runs. Pods a minute are the Pods divided by the
 //! time from the first create call to the start of the last process. Memory for each Pod is the proportional memory of its
-//! agent's processes and its share of what `joey up` has grown by.
+//! agent's processes and its share of what `joey up` has grown by. What probes cost is measured in [`probes`].
+
+pub mod probes;
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -25,7 +27,7 @@ use kube::api::{Api, DeleteParams, PostParams};
 use kube::runtime::wait::await_condition;
 use kube::runtime::watcher;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::args::BenchStart;
@@ -50,6 +52,8 @@ pub struct Round {
     parallel: u32,
     class: String,
     image: String,
+    /// Fields of the Pods' container beyond the usual ones.
+    more: Value,
     format: Format,
     place: Place,
 }
@@ -78,6 +82,7 @@ impl BenchStart {
             parallel: self.parallel,
             class: self.class,
             image: self.image,
+            more: json!({}),
             format: self.output.format(),
             place: Place::of(data_dir)?,
         })
@@ -226,6 +231,7 @@ struct Measured {
     running: Vec<i64>,
     ready: Vec<i64>,
     whole: i64,
+    agents: Vec<i32>,
     agents_kib: u64,
 }
 
@@ -292,7 +298,8 @@ fn summed(marks: &Marks, sent: &HashMap<String, Timestamp>) -> Result<Measured, 
         running: since(&marks.running),
         ready: since(&marks.ready),
         whole: micros(*first, *last),
-        agents_kib: agents.into_iter().filter_map(measure::memory_kib).sum(),
+        agents_kib: agents.iter().filter_map(|agent| measure::memory_kib(*agent)).sum(),
+        agents,
     })
 }
 
@@ -318,6 +325,10 @@ async fn open_namespace(client: &kube::Client, name: &str) -> Result<(), Failure
 
 fn pod(number: u32, round: &Round) -> Result<Pod, Failure> {
     let class = (round.class != "runc").then_some(&round.class);
+    let mut container = json!({ "name": "main", "image": round.image, "imagePullPolicy": "IfNotPresent" });
+    for (name, value) in round.more.as_object().into_iter().flatten() {
+        container[name] = value.clone();
+    }
     serde_json::from_value(json!({
         "metadata": { "name": format!("bench-{number}"), "labels": { "app": "joey-bench" } },
         "spec": {
@@ -326,7 +337,7 @@ fn pod(number: u32, round: &Round) -> Result<Pod, Failure> {
             "enableServiceLinks": false,
             "terminationGracePeriodSeconds": 1,
             "tolerations": [{ "operator": "Exists" }],
-            "containers": [{ "name": "main", "image": round.image, "imagePullPolicy": "IfNotPresent" }],
+            "containers": [container],
         },
     }))
     .map_err(|error| Failure::new(error.to_string()))

@@ -209,6 +209,8 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
         Some((reason, _)) if reason == "ContainerCreating" && logs.follow => {
             crate::run::until_started(service, &instance).await?;
         }
+        // What the hook says is in the log already.
+        Some((reason, _)) if reason == joey_api::hooks::RUNS => {}
         Some((reason, message)) => {
             let name = &logs.name;
             let why = format!("{reason}: {message}");

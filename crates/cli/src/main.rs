@@ -90,6 +90,9 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Logs(logs) => instances::logs(&service, logs).await,
         Command::Exec(exec) => exec::exec(&service, exec).await,
         Command::Bench(args::Bench::Start(bench)) => bench::start(&service, bench.validate(&arguments.data_dir)?).await,
+        Command::Bench(args::Bench::Probes(bench)) => {
+            bench::probes::probes(&service, bench.validate(&arguments.data_dir)?).await
+        }
         Command::Attach(attach) => exec::attach(&service, attach).await,
         Command::Image(image) => images::image(&service, image).await,
         Command::Host(args::Host::Ls(output)) => instances::hosts(&service, output.format()).await,

@@ -21,6 +21,16 @@ pub fn cpu_time(pid: i32) -> Option<Duration> {
     Some(Duration::from_secs_f64(ticks as f64 / a_second as f64))
 }
 
+/// CPU time of a process with one thread, to the nanosecond where the kernel counts it (its sched-stats.rst, `schedstat` of a
+/// process): what takes little shows up in no clock tick.
+pub fn cpu_time_of_one_thread(pid: i32) -> Option<Duration> {
+    let exact = || -> Option<Duration> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+        text.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+    };
+    exact().or_else(|| cpu_time(pid))
+}
+
 /// Every process that runs `program` in a cgroup below one whose name `chosen` accepts.
 pub fn processes(program: &str, chosen: impl Fn(&str) -> bool) -> Vec<i32> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
@@ -48,6 +58,7 @@ mod tests {
         let pid = std::process::id().cast_signed();
         assert!(memory_kib(pid).expect("this process is there") > 100);
         assert!(cpu_time(pid).is_some());
+        assert!(cpu_time_of_one_thread(pid).is_some_and(|time| !time.is_zero()));
         assert_eq!(memory_kib(i32::MAX), None);
     }
 }

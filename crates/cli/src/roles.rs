@@ -88,6 +88,7 @@ impl HostRole {
         config.plain_http_registries.clone_from(&settings.plain_http);
         config.docker_config.clone_from(&settings.docker_config);
         config.max_layer_bytes = settings.max_layer_bytes;
+        config.token_guard = settings.configuration.registry_tokens;
         let network = Networks::open(joey_network::Config {
             range: settings.pod_range,
             name: place.name.clone(),
@@ -113,7 +114,7 @@ impl HostRole {
             images: self.images.clone(),
             network: self.network.clone(),
             name: settings.host_name.clone(),
-            sizes: settings.sizes.clone(),
+            sizes: settings.configuration.sizes.clone(),
         };
         Ok(Pool::open(store, Arc::new(host)).await?)
     }

@@ -4,11 +4,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
-use joey_api::sizes::Sizes;
 use joey_model::{id, quantity};
 
 use crate::args::{HostFlags, Up, Vnode};
-use crate::configuration;
+use crate::configuration::{self, Configuration};
 use crate::failure::Failure;
 
 /// The data directory of a system-wide joey: its names carry no suffix.
@@ -62,8 +61,7 @@ pub struct HostSettings {
     pub docker_config: Option<PathBuf>,
     pub max_layer_bytes: u64,
     pub agent: PathBuf,
-    /// Sizes that instances may name.
-    pub sizes: Sizes,
+    pub configuration: Configuration,
 }
 
 #[derive(Debug, Clone)]
@@ -148,10 +146,10 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         faults.0.push(format!("--docker-config: there is no file {}", file.display()));
     }
     let agent = faults.take("--agent", agent(flags.agent.as_deref()));
-    let sizes = flags
-        .config
-        .as_deref()
-        .map_or_else(|| Some(Sizes::new()), |file| faults.take("--config", configuration::read(file)));
+    let configuration = match flags.config.as_deref() {
+        Some(file) => faults.take("--config", configuration::read(file)),
+        None => Some(Configuration::default()),
+    };
     Some(HostSettings {
         place,
         host_name: machine_name(),
@@ -161,7 +159,7 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         docker_config: flags.docker_config.clone(),
         max_layer_bytes: layer?,
         agent: agent?,
-        sizes: sizes?,
+        configuration: configuration?,
     })
 }
 
@@ -199,6 +197,6 @@ pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
         docker_config: None,
         max_layer_bytes: 1,
         agent: PathBuf::from("joey-agent"),
-        sizes: Sizes::new(),
+        configuration: Configuration::default(),
     })
 }

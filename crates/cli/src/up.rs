@@ -100,6 +100,7 @@ fn virtual_node(
     let pki = |name: &str| settings.host.place.file("pki").join(name);
     let mut config = joey_vnode::Config::new(&settings.node_name, std::net::Ipv4Addr::LOCALHOST.into());
     config.taint = false;
+    config.token_guard = settings.host.configuration.account_tokens;
     config.serving = joey_vnode::ServingCertificate::Files {
         certificate: pki("kubelet-server.crt"),
         key: pki("kubelet-server.key"),

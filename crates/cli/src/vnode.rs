@@ -47,6 +47,7 @@ pub async fn vnode(settings: VnodeSettings) -> Result<(), Failure> {
     };
     let mut config = joey_vnode::Config::new(&settings.node_name, address);
     config.taint = settings.taint;
+    config.token_guard = settings.host.configuration.account_tokens;
     let node = joey_vnode::run(client, Arc::new(PoolProvider::new(pool)), config, shutdown.clone());
     tokio::pin!(node);
     println!(

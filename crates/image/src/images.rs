@@ -20,6 +20,7 @@ use crate::mount::Mounts;
 use crate::oci::{self, Document, ImageConfig};
 use crate::persist::{Folders, Record};
 use crate::supplement;
+use crate::tokens::Tokens;
 
 /// How images are kept and fetched.
 #[derive(Debug, Clone)]
@@ -40,6 +41,8 @@ pub struct Config {
     pub docker_config: Option<PathBuf>,
     /// Longest wait for a registry's next bytes.
     pub idle_timeout: Duration,
+    /// How often the token services of registries are called.
+    pub token_guard: joey_guard::Limits,
 }
 
 impl Config {
@@ -54,6 +57,7 @@ impl Config {
             parallel_downloads: 4,
             docker_config: None,
             idle_timeout: Duration::from_secs(30),
+            token_guard: joey_guard::Limits::default(),
         }
     }
 }
@@ -91,6 +95,7 @@ pub(crate) struct Inner {
     pub mounts: Mounts,
     /// By the names of supplements, while they are made.
     pub making: Locks,
+    pub tokens: Arc<Tokens>,
     client: OnceLock<reqwest::Client>,
     state: Mutex<State>,
     /// Held while the index on disk and the state change together, and while layers are collected.
@@ -138,7 +143,8 @@ impl Images {
                 restore(&folders, &mut state, &record);
             }
             let (client, state, changing) = (OnceLock::new(), Mutex::new(state), tokio::sync::Mutex::new(()));
-            Ok(Inner { config, folders, layers, mounts, making: Locks::default(), client, state, changing })
+            let (tokens, making) = (Arc::new(Tokens::new(config.token_guard)), Locks::default());
+            Ok(Inner { config, folders, layers, mounts, making, tokens, client, state, changing })
         };
         let inner = tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
         let inner = inner.map_err(|error| Problem::store("open", &error).of("store"))?;

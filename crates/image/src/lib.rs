@@ -25,6 +25,7 @@ mod registry;
 mod stack;
 mod supplement;
 mod tar_stream;
+mod tokens;
 mod tree;
 
 pub use error::{ImageError, Problem};

@@ -40,7 +40,7 @@ impl Images {
         let name = reference.registry();
         let plain = reference.registry_is_loopback() || inner.config.plain_http_registries.iter().any(|r| r == name);
         let credential = credentials::choose(name, credentials, inner.config.docker_config.as_deref());
-        let registry = Arc::new(Registry::new(inner.client()?, reference, plain, credential));
+        let registry = Arc::new(Registry::new(inner.client()?, reference, plain, credential, inner.tokens.clone()));
         let (manifest_bytes, manifest) = self.resolve(&registry, reference).await?;
         let (config, blobs) = single(&manifest_bytes)?;
         let config_bytes = registry.config(&config).await?;

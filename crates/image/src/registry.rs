@@ -5,11 +5,12 @@
 //! Credentials are shown to the registry itself and to the token service it names, and to that only by https or on a host
 //! that is trusted with plain http already: this machine, or the registry's own host.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use base64::Engine as _;
 use joey_api::image::RegistryCredential;
+use joey_guard::{Failed, Refused};
 use joey_model::{Digest, ImageRef};
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
 use reqwest::{Response, StatusCode, Url};
@@ -18,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::error::Problem;
 use crate::oci::{Descriptor, MANIFEST_TYPES, MAX_DOCUMENT};
+use crate::tokens::{Said, Tokens, USUAL_LIFE, Wish};
 
 /// Tries of one request before the registry counts as unavailable.
 pub(crate) const TRIES: u32 = 4;
@@ -35,6 +37,8 @@ pub(crate) struct Registry {
     authorization: Mutex<Option<HeaderValue>>,
     /// Layers come in parallel: when a token expires one of them fetches the next.
     renewing: tokio::sync::Mutex<()>,
+    /// Those of all pulls.
+    tokens: Arc<Tokens>,
 }
 
 /// Why one try did not work.
@@ -48,6 +52,8 @@ pub(crate) enum Failure {
 struct Token {
     token: Option<String>,
     access_token: Option<String>,
+    /// Seconds.
+    expires_in: Option<u64>,
 }
 
 /// The client all registries share. `idle` is the longest wait for the next bytes.
@@ -83,6 +89,7 @@ impl Registry {
         reference: &ImageRef,
         plain_http: bool,
         credential: Option<RegistryCredential>,
+        tokens: Arc<Tokens>,
     ) -> Self {
         let name = reference.registry();
         let host = if name == joey_model::image_ref::DEFAULT_REGISTRY { "registry-1.docker.io" } else { name };
@@ -95,6 +102,7 @@ impl Registry {
             credential,
             authorization: Mutex::new(None),
             renewing: tokio::sync::Mutex::new(()),
+            tokens,
         }
     }
 
@@ -201,7 +209,7 @@ impl Registry {
         if current.as_ref() != used {
             return Ok(());
         }
-        let value = self.authorize(response).await?;
+        let value = self.authorize(response, used).await?;
         // The same once more would be refused once more.
         if used == Some(&value) {
             return Err(self.denied());
@@ -222,14 +230,13 @@ impl Registry {
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.denied(),
             StatusCode::NOT_FOUND => Failure::Final(Problem::NotFound { registry: self.name.clone() }),
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => retry_later(status, response),
-            status if status.is_server_error() => retry_later(status, response),
+            status if may_work_later(status) => retry_later(status, response),
             status => Failure::Final(self.unavailable(format!("it answered {status}"))),
         }
     }
 
-    /// Answers the challenge of a 401: Basic with the credential, or a token fetched from the realm it names.
-    async fn authorize(&self, response: &Response) -> Result<HeaderValue, Failure> {
+    /// Answers the challenge of a 401: Basic with the credential, or a token, other than the one refused, of the realm it names.
+    async fn authorize(&self, response: &Response, refused: Option<&HeaderValue>) -> Result<HeaderValue, Failure> {
         // Where a redirect leads is not whom the credentials are for.
         if !self.is_own(response.url()) {
             return Err(self.refused(response.status(), response));
@@ -243,7 +250,7 @@ impl Registry {
             })
         };
         if let Some(parameters) = find("bearer") {
-            return self.token(parameters).await;
+            return self.token(parameters, refused).await;
         }
         match (&self.credential, find("basic")) {
             (Some(credential), Some(_)) => header(&basic(credential)).ok_or_else(|| self.denied()),
@@ -265,7 +272,8 @@ impl Registry {
         realm.username().is_empty() && (realm.scheme() == "https" || realm.scheme() == "http" && by_http())
     }
 
-    async fn token(&self, parameters: &str) -> Result<HeaderValue, Failure> {
+    /// A token of the service that a challenge names. The guard alone says how often that is tried.
+    async fn token(&self, parameters: &str, refused: Option<&HeaderValue>) -> Result<HeaderValue, Failure> {
         let invalid = || Failure::Final(self.unavailable("its authentication challenge cannot be read"));
         let mut url = parameter(parameters, "realm").and_then(|realm| Url::parse(&realm).ok()).ok_or_else(invalid)?;
         let service = format!("token service {}", shown(&url));
@@ -278,29 +286,49 @@ impl Registry {
         if let Some(service) = parameter(parameters, "service") {
             url.query_pairs_mut().append_pair("service", &service);
         }
-        let mut request = self.client.get(url);
+        let user = self.credential.as_ref().map(|known| (known.username.as_str(), known.password.as_str()));
+        let wish = Wish::new(&self.base, url.as_str(), &shown(&url), user);
+        let token = self.tokens.get(&wish, refused, || self.exchange(&url)).await;
+        token.map_err(|refused| {
+            let problem = match refused {
+                Refused::Failed(Said::Problem(problem)) => problem,
+                Refused::Failed(Said::Detail(detail)) => self.unavailable(format!("its {service}: {detail}")),
+                Refused::Held(held) => self.unavailable(format!("its {service}: {held}")),
+            };
+            Failure::Final(problem)
+        })
+    }
+
+    /// One try at a token and how long it is good.
+    async fn exchange(&self, url: &Url) -> Result<(HeaderValue, Duration), Failed<Said>> {
+        let stands = |problem| Failed::Final(Said::Problem(problem));
+        let said = |failure| match failure {
+            Failure::Again { detail, after } => Failed::Again { error: Said::Detail(detail), after },
+            Failure::Final(problem) => stands(problem),
+        };
+        let mut request = self.client.get(url.clone());
         if let Some(value) = self.credential.as_ref().and_then(|credential| header(&basic(credential))) {
             request = request.header(AUTHORIZATION, value);
         }
-        let named = |failure| match failure {
-            Failure::Again { detail, after } => Failure::Again { detail: format!("its {service}: {detail}"), after },
-            other => other,
-        };
-        let response = request.send().await.map_err(again).map_err(named)?;
+        let service = format!("token service {}", shown(url));
+        let response = request.send().await.map_err(again).map_err(said)?;
         match response.status() {
             status if status.is_success() => {}
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => return Err(self.denied()),
-            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-                return Err(named(retry_later(status, &response)));
-            }
-            status => return Err(Failure::Final(self.unavailable(format!("its {service} answered {status}")))),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => return Err(said(self.denied())),
+            status if may_work_later(status) => return Err(said(retry_later(status, &response))),
+            status => return Err(stands(self.unavailable(format!("its {service} answered {status}")))),
         }
-        let unreadable = || Failure::Final(self.unavailable(format!("the answer of its {service} holds no token")));
-        let bytes = bounded(response, MAX_TOKEN).await.map_err(named)?.ok_or_else(unreadable)?;
+        let unreadable = || stands(self.unavailable(format!("the answer of its {service} holds no token")));
+        let bytes = bounded(response, MAX_TOKEN).await.map_err(said)?.ok_or_else(unreadable)?;
         let token: Token = serde_json::from_slice(&bytes).map_err(|_| unreadable())?;
+        let life = token.expires_in.map_or(USUAL_LIFE, Duration::from_secs);
         let token = token.token.or(token.access_token).filter(|token| !token.is_empty()).ok_or_else(unreadable)?;
-        header(&format!("Bearer {token}")).ok_or_else(unreadable)
+        Ok((header(&format!("Bearer {token}")).ok_or_else(unreadable)?, life))
     }
+}
+
+fn may_work_later(status: StatusCode) -> bool {
+    status.is_server_error() || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
 }
 
 /// Host and port of a stranger's address, for messages.
@@ -344,8 +372,17 @@ pub(crate) fn broken(error: reqwest::Error) -> String {
 }
 
 fn retry_later(status: StatusCode, response: &Response) -> Failure {
-    let after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-    Failure::Again { detail: format!("it answered {status}"), after: after.map(Duration::from_secs) }
+    let after = response.headers().get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?));
+    Failure::Again { detail: format!("it answered {status}"), after }
+}
+
+/// Seconds or a date (RFC 9110, section 10.2.3).
+fn retry_after(text: &str) -> Option<Duration> {
+    if let Ok(seconds) = text.trim().parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = jiff::fmt::rfc2822::parse(text.trim()).ok()?.timestamp();
+    Some(Duration::try_from(date.duration_since(jiff::Timestamp::now())).unwrap_or_default())
 }
 
 /// The body; `None` when it is longer than `limit`.
@@ -405,11 +442,20 @@ mod tests {
     }
 
     #[test]
+    fn times_to_come_again() {
+        assert_eq!(retry_after(" 7 "), Some(Duration::from_secs(7)));
+        assert_eq!(retry_after("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
+        assert!(retry_after("Fri, 21 Oct 2095 07:28:00 GMT").is_some_and(|after| after > Duration::from_secs(9999)));
+        assert_eq!(retry_after("soon"), None);
+    }
+
+    #[test]
     fn tokens_are_fetched_by_https_or_where_http_is_allowed() {
         let asks = |registry: &str, plain: bool, realm: &str| {
             let reference = ImageRef::parse(&format!("{registry}/app")).unwrap();
             let client = reqwest::Client::builder().tls_certs_only([]).build().unwrap();
-            Registry::new(client, &reference, plain, None).may_ask(&Url::parse(realm).unwrap())
+            let tokens = Arc::new(Tokens::new(joey_guard::Limits::default()));
+            Registry::new(client, &reference, plain, None, tokens).may_ask(&Url::parse(realm).unwrap())
         };
         let _ = rustls::crypto::ring::default_provider().install_default();
         for (registry, plain, realm, expected) in [

@@ -30,6 +30,8 @@ use crate::{start, status};
 
 /// Pauses between attempts, as the kubelet's for images.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(300));
+/// After so long a sandbox counts as steady: that its agent is lost then is no failure of its making.
+const STEADY: Duration = Duration::from_secs(60);
 /// How long past its grace a stop may take until everything is killed from outside.
 const STOP_SLACK: Duration = Duration::from_secs(5);
 /// How long until an agent that could not be brought to its record is tried again.
@@ -60,6 +62,8 @@ pub(crate) struct Life {
     events: Vec<InstanceEvent>,
     agent_events: Vec<InstanceEvent>,
     began: Instant,
+    /// Agents that were lost one after another, each soon after its sandbox was made.
+    losses: u32,
     /// The agent may not know yet what the record says.
     behind: bool,
 }
@@ -91,6 +95,7 @@ impl Life {
             events: Vec::new(),
             agent_events: Vec::new(),
             began: Instant::now(),
+            losses: 0,
             behind: false,
         }
     }
@@ -101,6 +106,12 @@ impl Life {
             self.remember().await;
             // The daemon before this one may have ended between its record and its agent.
             self.behind = true;
+        } else if self.record.deleting.is_none() && self.had_sandbox() {
+            // Its agent ended while no daemon looked: as if it were lost now.
+            self.remember().await;
+            if let Some(grace) = self.agent_lost().await {
+                return self.end(grace).await;
+            }
         }
         let mut sandbox = adopted;
         let grace = loop {
@@ -128,6 +139,11 @@ impl Life {
             }
         };
         self.end(grace).await;
+    }
+
+    /// Whether an agent had begun to tell of a sandbox that was not taken down since.
+    fn had_sandbox(&self) -> bool {
+        self.dir.join("agent.json").exists() && last_state(&self.dir).is_some()
     }
 
     /// What an adopted sandbox was made from: its address, and the images as its configuration names them.
@@ -387,8 +403,18 @@ impl Life {
         if let Err(fault) = self.write_record().await {
             tracing::error!(instance = %self.id, %fault, "restart counts could not be kept");
         }
-        self.say_waiting(&fault, "ContainerCreating");
-        None
+        self.losses = if self.began.elapsed() < STEADY { self.losses + 1 } else { 0 };
+        if self.losses <= 1 {
+            self.say_waiting(&fault, "ContainerCreating");
+            return None;
+        }
+        // 1 s, 2 s, 4 s …: what is lost whenever it is made does not keep the host busy.
+        let pause = Duration::from_secs(1 << (self.losses - 2).min(9)).min(PAUSE.1);
+        self.say_waiting(&fault, &fault.reason);
+        match self.wait(pause, &fault, &fault.reason).await {
+            Err(Turn::Delete(grace)) => Some(grace),
+            _ => None,
+        }
     }
 
     async fn until_deleted(&mut self) -> Option<u32> {

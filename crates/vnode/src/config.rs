@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Everything a virtual node is told.
 #[derive(Debug, Clone)]
@@ -27,6 +28,22 @@ pub struct Config {
     pub cluster_domain: String,
     /// Pods that are worked upon at the same time.
     pub workers: usize,
+    /// How often tokens are asked for on behalf of one service account.
+    pub token_guard: joey_guard::Limits,
+}
+
+/// What a cluster stands from each service account's Pods: they are worked upon few at a time, and tried again by themselves.
+pub fn token_guard() -> joey_guard::Limits {
+    joey_guard::Limits {
+        per_second: 100.0,
+        burst: 200,
+        at_once: 16,
+        tries: 2,
+        patience: Duration::from_secs(2),
+        failures: 5,
+        rest: (Duration::from_secs(1), Duration::from_secs(60)),
+        ..joey_guard::Limits::default()
+    }
 }
 
 impl Config {
@@ -44,6 +61,7 @@ impl Config {
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
             workers: 32,
+            token_guard: token_guard(),
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use joey_api::hooks;
 use joey_api::instance::{ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpec, PullPolicy, WireRestartPolicy};
 use joey_api::lifecycle::Role;
 use k8s_openapi::api::core::v1 as core;
@@ -100,8 +101,12 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
     let limits = limits::pod(pod, &spec, &mut notes);
     let volumes = volumes::volumes(pod, &spec, objects, &mut notes)?;
     let mut containers = Vec::new();
+    hook_faults(pod, &spec, &mut notes);
     for (role, container) in all_containers(&spec) {
-        let made = self::container(pod, &spec, container, &security, objects, config, &mut notes)?;
+        let mut made = self::container(pod, &spec, container, &security, objects, config, &mut notes)?;
+        if let Some(annotations) = &pod.metadata.annotations {
+            hooks::add(annotations, &made.name, &mut made.lifecycle);
+        }
         containers.push(ContainerSpec { role, ..made });
     }
     let network = NetworkSpec {
@@ -336,6 +341,14 @@ fn debug_ports(pod: &core::Pod, notes: &mut Notes) -> Vec<u16> {
             }
         })
         .collect()
+}
+
+/// What is wrong with the hooks that annotations name.
+fn hook_faults(pod: &core::Pod, spec: &core::PodSpec, notes: &mut Notes) {
+    let annotations = pod.metadata.annotations.iter().flatten().map(|(key, value)| (key.as_str(), value.as_str()));
+    let containers: Vec<_> = all_containers(spec).map(|(role, container)| (container.name.as_str(), role)).collect();
+    let faults = hooks::faults(annotations, &containers);
+    notes.faults.extend(faults.into_iter().map(|(key, fault)| format!("annotation {key}: {fault}")));
 }
 
 fn host_aliases(spec: &core::PodSpec) -> Vec<HostAlias> {

@@ -297,6 +297,8 @@ fn no_log(pod: &Pod, instance: Option<&Instance>, container: &str, previous: boo
     }
     let reason = match known.map(|known| &known.state) {
         _ if ran_before => return None,
+        // What the hook says is in the log already.
+        Some(ContainerState::Waiting { reason, .. }) if reason == joey_api::hooks::RUNS => return None,
         Some(ContainerState::Waiting { reason, .. }) => reason,
         Some(_) => return None,
         None => pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()).find_map(|known| {

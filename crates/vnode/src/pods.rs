@@ -45,6 +45,8 @@ pub(crate) struct Context {
     services: Services,
     shown: Shown,
     events: Events,
+    /// Of calls for tokens, by service account.
+    accounts: joey_guard::Guard,
     workers: Semaphore,
     shutdown: CancellationToken,
 }
@@ -97,6 +99,7 @@ pub(crate) async fn run(
     let workers = Semaphore::new(config.workers.max(1));
     let (shown, mut waking) = Shown::new(client.clone());
     let context = Arc::new(Context {
+        accounts: joey_guard::Guard::new(config.token_guard),
         client,
         provider,
         registry,

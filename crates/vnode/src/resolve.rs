@@ -2,12 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures::future::try_join_all;
 use jiff::{SignedDuration, Timestamp};
 use joey_api::image::RegistryCredential;
+use joey_guard::{Failed, Guard};
+use joey_model::{ErrorKind, Fault};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, ServiceAccount};
 use kube::api::{Api, PostParams};
@@ -121,7 +124,8 @@ impl Objects {
     }
 }
 
-/// Fetches what the Pod names. Objects that are not there are left out; only a cluster that is away is an error.
+/// Fetches what the Pod names, but for tokens. Objects that are not there are left out; only a cluster that is away is an
+/// error.
 pub async fn fetch(client: &kube::Client, pod: &Pod, capacity: Option<&Capacity>) -> Result<Objects, kube::Error> {
     let namespace = pod.metadata.namespace.clone().unwrap_or_default();
     let needs = Needs::of(pod);
@@ -129,11 +133,10 @@ pub async fn fetch(client: &kube::Client, pod: &Pod, capacity: Option<&Capacity>
         let namespace = &namespace;
         async move { Ok::<_, kube::Error>(((*kind, name.clone()), value(client, namespace, *kind, name).await?)) }
     }));
-    let tokens = tokens(client, pod, &needs.tokens);
-    let (values, tokens, credentials) = tokio::try_join!(values, tokens, credentials(client, &namespace, pod))?;
+    let (values, credentials) = tokio::try_join!(values, credentials(client, &namespace, pod))?;
     Ok(Objects {
         values: values.into_iter().filter_map(|(key, value)| Some((key, value?))).collect(),
-        tokens,
+        tokens: Tokens::new(),
         credentials,
         services: Vec::new(),
         node_cpu_milli: capacity.map_or(0, |c| c.cpu_milli),
@@ -216,18 +219,38 @@ pub(crate) fn of_secret(secret: Secret) -> Values {
     secret.data.into_iter().flatten().map(|(key, value)| (key, value.0)).collect()
 }
 
-/// Tokens of the Pod's service account, made now.
+/// Tokens of the Pod's service account, made now, as often as the account's guard lets them be.
 pub(crate) async fn tokens(
     client: &kube::Client,
+    guard: &Guard,
     pod: &Pod,
     wanted: &BTreeSet<TokenWish>,
-) -> Result<Tokens, kube::Error> {
+) -> Result<Tokens, Fault> {
     let namespace = pod.metadata.namespace.clone().unwrap_or_default();
+    let application = format!("{namespace}/{}", account(pod));
     let made = try_join_all(wanted.iter().map(|wish| {
-        let namespace = &namespace;
-        async move { Ok::<_, kube::Error>((wish.clone(), token(client, namespace, pod, wish).await?)) }
+        let (namespace, application) = (&namespace, &application);
+        async move {
+            let one = || async { token(client, namespace, pod, wish).await.map_err(failed) };
+            let token = guard.call(application, one).await.map_err(|refused| {
+                let message = format!("token of service account \"{application}\" cannot be made: {refused}");
+                Fault::new(ErrorKind::Retryable, "TokenNotMade", message)
+            })?;
+            Ok::<_, Fault>((wish.clone(), token))
+        }
     }));
     Ok(made.await?.into_iter().collect())
+}
+
+/// Whether a call of the cluster may work later.
+fn failed(error: kube::Error) -> Failed<kube::Error> {
+    let after = match &error {
+        kube::Error::Api(status) if status.code != 429 && status.code < 500 => return Failed::Final(error),
+        kube::Error::Api(status) => status.details.as_ref().map(|details| details.retry_after_seconds),
+        _ => None,
+    };
+    let after = after.filter(|seconds| *seconds > 0).map(|seconds| Duration::from_secs(seconds.into()));
+    Failed::Again { error, after }
 }
 
 /// A token of the Pod's service account, bound to the Pod: it ends with it.
@@ -313,6 +336,9 @@ fn read_credential(server: &str, entry: &serde_json::Value) -> Option<RegistryCr
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
     use super::*;
 
     #[test]
@@ -325,6 +351,56 @@ mod tests {
             }
         }
         assert!(due(now, now - SignedDuration::from_secs(9), "a") > now, "one that is over is not asked for endlessly");
+    }
+
+    #[tokio::test]
+    async fn many_pods_at_once_make_few_calls_for_tokens_to_a_cluster_that_fails() {
+        let (asked, well) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (count, state) = (asked.clone(), well.clone());
+        let service = tower::service_fn(move |_: http::Request<kube::client::Body>| {
+            count.fetch_add(1, Ordering::Relaxed);
+            let well = state.load(Ordering::Relaxed);
+            let (code, body) = match well {
+                true => (
+                    201,
+                    serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
+                    "spec": {"audiences": []}, "status": {"token": "t", "expirationTimestamp": "2099-01-01T00:00:00Z"}}),
+                ),
+                false => (
+                    503,
+                    serde_json::json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                    "message": "not now", "reason": "ServiceUnavailable", "code": 503}),
+                ),
+            };
+            let answer = http::Response::builder().status(code).body(joey_rpc::full(body.to_string())).unwrap();
+            async move { Ok::<_, std::convert::Infallible>(answer) }
+        });
+        let client = kube::Client::new(service, "default");
+        let rest = (Duration::from_millis(300), Duration::from_millis(300));
+        let guard = Guard::new(joey_guard::Limits {
+            rest,
+            burst: 1000,
+            patience: Duration::ZERO,
+            ..crate::config::token_guard()
+        });
+        let pod: Pod =
+            serde_json::from_value(serde_json::json!({"metadata": {"namespace": "n", "name": "p"}})).unwrap();
+        let wanted = BTreeSet::from([(None, Some(600))]);
+        let all = futures::future::join_all((0..500).map(|_| tokens(&client, &guard, &pod, &wanted))).await;
+        let fault = all.into_iter().map(|one| one.err().unwrap()).last().unwrap();
+        for part in ["token of service account \"n/default\" cannot be made", "not now", "call guard"] {
+            assert!(fault.message.contains(part), "{part} in {fault}");
+        }
+        let calls = asked.load(Ordering::Relaxed);
+        assert!(calls <= 32, "{calls}");
+        well.store(true, Ordering::Relaxed);
+        let recovered = async {
+            while tokens(&client, &guard, &pod, &wanted).await.is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), recovered).await.unwrap();
+        assert_eq!(asked.load(Ordering::Relaxed), calls + 1);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 pub mod config;
 pub mod containers;
 pub mod event;
+pub mod hooks;
 pub mod in_place;
 pub mod metadata;
 pub mod namespace;

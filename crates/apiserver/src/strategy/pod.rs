@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Strategy, containers, security};
+use super::{Strategy, containers, hooks, security};
 use crate::object::{list, object_at, text};
 use crate::status::FieldFault;
 
@@ -88,6 +88,7 @@ impl Strategy for Pod {
             return faults.push(FieldFault::required("spec", ""));
         };
         containers::validate(spec, faults);
+        hooks::check(value, faults);
         let policy = text(spec, "/restartPolicy");
         let policies = ["Always", "OnFailure", "Never"];
         if !policies.contains(&policy) {
@@ -115,6 +116,7 @@ impl Strategy for Pod {
     }
 
     fn validate_update(&self, value: &Value, old: &Value, faults: &mut Vec<FieldFault>) {
+        hooks::check_update(value, old, faults);
         let (Some(new), Some(before)) = (value.get("spec"), old.get("spec")) else { return };
         for field in ["containers", "initContainers"] {
             let count = |spec: &Value| list(spec, &format!("/{field}")).len();

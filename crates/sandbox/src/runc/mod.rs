@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use joey_model::InstanceId;
+use joey_model::{InstanceId, checkpoint};
 use joey_rpc::Client;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
@@ -189,6 +189,9 @@ impl Runc {
         command.arg("--dir").arg(&request.dir);
         if let Some(netns) = &request.netns {
             command.arg("--netns").arg(netns);
+        }
+        if let Some(step) = checkpoint::armed_in_agents() {
+            command.arg("--crash-at").arg(step);
         }
         command.env_clear().stdin(Stdio::null()).stdout(writer).stderr(errors);
         let child = command.spawn()?;

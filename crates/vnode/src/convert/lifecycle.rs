@@ -19,6 +19,9 @@ pub(super) fn lifecycle(at: &str, container: &core::Container, notes: &mut Notes
         startup: probed(&container.startup_probe, "startupProbe"),
         liveness: probed(&container.liveness_probe, "livenessProbe"),
         readiness: probed(&container.readiness_probe, "readinessProbe"),
+        // By annotation, for there is no field.
+        pre_start: None,
+        pre_online: None,
         post_start: post_start.and_then(|asked| hook(&format!("{at}lifecycle.postStart"), asked, ports, notes)),
         pre_stop: pre_stop.and_then(|asked| hook(&format!("{at}lifecycle.preStop"), asked, ports, notes)),
         stop_signal,

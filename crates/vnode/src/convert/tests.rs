@@ -49,6 +49,18 @@ fn a_small_pod() {
 }
 
 #[test]
+fn hooks_by_annotation() {
+    let mut hooked = pod(json!({}), json!({}));
+    let all = [("joey.dev/pre-start.main", "echo"), ("joey.dev/pre-online.main", "[\"a\"]")];
+    hooked.metadata.annotations = Some(all.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+    let lifecycle = taken(&hooked).containers.remove(0).lifecycle;
+    assert_eq!(lifecycle.pre_start.map(|hook| hook.command.len()), Some(3));
+    assert_eq!(lifecycle.pre_online.map(|hook| hook.command), Some(vec!["a".to_owned()]));
+    hooked.metadata.annotations = Some([("joey.dev/pre-start.other".to_owned(), "echo".to_owned())].into());
+    assert!(faults(&hooked)[0].starts_with("annotation joey.dev/pre-start.other: there is no container"));
+}
+
+#[test]
 fn an_image_whose_name_cannot_be_read_is_not_a_refusal_for_good() {
     let bad = pod(json!({}), json!({ "image": "Bad//Ref:::" }));
     let Err(Refusal::InvalidImages(invalid)) = convert(&bad, &Objects::default(), &config()) else {

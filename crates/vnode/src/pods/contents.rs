@@ -13,7 +13,7 @@ use joey_model::{ErrorKind, Fault};
 use k8s_openapi::api::core::v1::Pod;
 
 use super::Context;
-use super::reconcile::{away, warn};
+use super::reconcile::warn;
 use crate::convert;
 use crate::resolve::{self, Needs, Objects, Tokens};
 
@@ -72,10 +72,8 @@ pub(super) async fn renew(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, ins
 }
 
 /// Takes note of what an instance was made with, as far as that is known.
-pub(super) fn sent(context: &Arc<Context>, uid: &str, tokens: Tokens, files: Option<u64>) {
-    wake_in_time(context, uid, &tokens);
+pub(super) fn sent(context: &Context, uid: &str, files: Option<u64>) {
     context.registry.read(uid, |entry| {
-        entry.files.tokens = tokens;
         entry.files.sent = files;
         entry.files.made_from = None;
     });
@@ -105,7 +103,7 @@ fn source(pod: &Pod, revision: u64, tokens: &Tokens) -> u64 {
 }
 
 /// The Pod's tokens; those whose time has come are made anew.
-async fn tokens(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, needs: &Needs) -> Result<Tokens, Fault> {
+pub(super) async fn tokens(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, needs: &Needs) -> Result<Tokens, Fault> {
     let mut tokens = context.registry.read(uid, |entry| entry.files.tokens.clone()).unwrap_or_default();
     let now = Timestamp::now();
     let is_due = |wish: &&resolve::TokenWish| tokens.get(*wish).is_none_or(|token| token.due <= now);
@@ -113,7 +111,7 @@ async fn tokens(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, needs: &Needs
     if due.is_empty() {
         return Ok(tokens);
     }
-    let fresh = resolve::tokens(&context.client, pod, &due).await.map_err(away)?;
+    let fresh = resolve::tokens(&context.client, &context.accounts, pod, &due).await?;
     wake_in_time(context, uid, &fresh);
     tokens.extend(fresh);
     context.registry.read(uid, |entry| entry.files.tokens = tokens.clone());

@@ -129,12 +129,15 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
         true => Some(context.provider.capacity().await?),
         false => None,
     };
-    let objects = match resolve::fetch(&context.client, pod, capacity.as_ref()).await {
+    let needs = resolve::Needs::shown(pod);
+    let fetched = resolve::fetch(&context.client, pod, capacity.as_ref());
+    let (fetched, tokens) = tokio::join!(fetched, contents::tokens(context, uid, pod, &needs));
+    let objects = match fetched.map_err(away).and_then(|objects| Ok(resolve::Objects { tokens: tokens?, ..objects })) {
         Ok(objects) => objects,
-        Err(error) => {
-            let status = status::waits(pod, known, "CreateContainerConfigError", &error.to_string(), now);
+        Err(fault) => {
+            let status = status::waits(pod, known, "CreateContainerConfigError", &fault.message, now);
             send(context, uid, pod, known, status).await?;
-            return Err(away(error));
+            return Err(fault);
         }
     };
     let objects = resolve::Objects { services: context.services.of(pod).await, ..objects };
@@ -152,7 +155,7 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
     let files = first.then(|| contents::brief(&converted.spec.volumes));
     match context.provider.create(converted.spec).await {
         Ok(instance) => {
-            contents::sent(context, uid, objects.tokens, files);
+            contents::sent(context, uid, files);
             context.registry.instance(uid, instance, false);
             // The watch may have told it already; one more look never harms, and none is lost.
             context.wake(uid);

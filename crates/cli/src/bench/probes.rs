@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::{Idle, MOST, Round, clear, client, have_image, idle, measure, progress, rounded};
 use crate::args::{BenchProbes, ProbeKind};
 use crate::failure::Failure;
-use crate::output::{self, Format};
+use crate::output;
 use crate::roles::Lock;
 use crate::settings::Place;
 

@@ -15,7 +15,7 @@ use joey_api::validate::SYSCTLS;
 
 use crate::cgroup::Cgroup;
 use crate::supervisor::Agent;
-use crate::{processes, server, storage, sys, view, volumes};
+use crate::{diagnosis, processes, server, storage, sys, view, volumes};
 
 /// How long killed containers may take to end at a shutdown.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -53,8 +53,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     let dir = std::path::absolute(&options.dir).map_err(|error| format!("cannot find the directory: {error}"))?;
     let mut config = configuration(&dir)?;
     // Of the host's network namespace: those of the Pod's are listed to its containers, with their paths.
-    let socket =
-        joey_rpc::bind_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
+    let socket = joey_rpc::bind_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
     isolate(options, &dir, &config).map_err(|error| format!("cannot isolate the agent: {error}"))?;
     tune(&config)?;
     prepare(&dir, &mut config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
@@ -165,6 +164,7 @@ fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
     let closed = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     sys::mount("tmpfs", view::SHM, "tmpfs", closed, "mode=1777,size=65536k")?;
     volumes::prepare(dir, config)?;
+    diagnosis::prepare(dir, config)?;
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     // Field 22 of proc(5) stat, counted after the name, which may hold anything.
     let start = stat.rfind(')').and_then(|at| stat[at + 1..].split_whitespace().nth(19)).unwrap_or_default();
@@ -179,8 +179,7 @@ async fn serve(
     shared: Option<u32>,
     socket: std::os::unix::net::UnixListener,
 ) -> Result<(), String> {
-    let listener =
-        tokio::net::UnixListener::from_std(socket).map_err(|error| format!("cannot listen: {error}"))?;
+    let listener = tokio::net::UnixListener::from_std(socket).map_err(|error| format!("cannot listen: {error}"))?;
     let agent = Arc::new(Agent::new(config, dir, shared));
     let containers = tokio::spawn(agent.clone().run());
     tokio::spawn(storage::watch(agent.clone()));

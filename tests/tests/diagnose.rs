@@ -181,7 +181,10 @@ fn without_the_hosts_leave_there_are_no_cores() {
     assert_eq!(pattern(), before, "nobody allowed it");
     joey.joey(&["run", &registry.demo(), "--name", "web"]).ok();
     let refused = joey.joey(&["diagnose", "core", "enable", "web"]).fails(1);
-    assert!(refused.contains("not allowed") && refused.contains("hint: ") && refused.contains("--core-dumps"), "{refused}");
+    assert!(
+        refused.contains("not allowed") && refused.contains("hint: ") && refused.contains("--core-dumps"),
+        "{refused}"
+    );
     let refused = joey.joey(&["run", &registry.demo(), "--core-pattern", "/core"]).fails(1);
     assert!(refused.contains("not allowed"), "{refused}");
     assert!(joey.joey(&["run", &registry.demo(), "--core-pattern", "|x"]).fails(2).contains("must be a path"));
@@ -243,7 +246,10 @@ fn a_capture_has_what_its_filter_says() {
         lines
     });
     let [tcp, udp, icmp, none] = &ended;
-    assert!(tcp.iter().any(|line| line.contains("GET / HTTP/1")) && tcp.iter().all(|line| line.contains(".80")), "{tcp:?}");
+    assert!(
+        tcp.iter().any(|line| line.contains("GET / HTTP/1")) && tcp.iter().all(|line| line.contains(".80")),
+        "{tcp:?}"
+    );
     assert!(udp.len() == 1 && udp[0].contains(&format!("{address}.5300: UDP, length 200")), "{udp:?}");
     assert_eq!(icmp.len(), 6, "each once: {icmp:?}");
     assert!(icmp.iter().all(|line| line.contains("ICMP echo")), "{icmp:?}");

@@ -187,9 +187,13 @@ async fn serve(
     say_ready().map_err(|error| format!("cannot say that the agent is ready: {error}"))?;
     let served = agent.clone();
     let service = tower::service_fn(move |request| server::answer(served.clone(), request));
-    joey_rpc::serve_unix(listener, service, agent.shutdown.notified()).await;
-    agent.stop(Duration::ZERO);
-    let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
+    let ended = async {
+        agent.shutdown.notified().await;
+        agent.stop(Duration::ZERO);
+        let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
+        agent.over.send_replace(true);
+    };
+    joey_rpc::serve_unix(listener, service, ended).await;
     Ok(())
 }
 

@@ -39,9 +39,7 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::instance::{
-    ContainerState, FileContent, InstanceEvent, Limits, Resources, Termination, WireRestartPolicy,
-};
+use crate::instance::{ContainerState, FileContent, InstanceEvent, Limits, Resources, Termination, WireRestartPolicy};
 use crate::lifecycle::{LastWords, Lifecycle, RestartRule, Role};
 
 /// Version of `agent.json` and of the protocol; an agent refuses another.

@@ -302,7 +302,9 @@ fn check_lifecycle(container: &ContainerSpec, note: &mut impl FnMut(Result<(), S
     if matches!(container.role, Role::Init | Role::Debug)
         && *lifecycle != (Lifecycle { stop_signal: lifecycle.stop_signal.clone(), ..Lifecycle::default() })
     {
-        note(Err(format!("container \"{name}\": an init or debug container has no probes and no hooks; a sidecar has")));
+        note(Err(format!(
+            "container \"{name}\": an init or debug container has no probes and no hooks; a sidecar has"
+        )));
     }
     let words = &container.last_words.path;
     if !words.starts_with('/') || !relative_path_is_safe(words.trim_start_matches('/')) {

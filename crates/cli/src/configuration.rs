@@ -94,7 +94,8 @@ mod tests {
 
     #[test]
     fn specs_by_name() {
-        let read = sizes("specs:\n  small: {cpu: 0.5, memory: 1Gi, pids: 64, packets: 20k}\n  large: {cpu: 8}\n").unwrap();
+        let read =
+            sizes("specs:\n  small: {cpu: 0.5, memory: 1Gi, pids: 64, packets: 20k}\n  large: {cpu: 8}\n").unwrap();
         let small = read["small"];
         assert_eq!((small.limits.cpu_milli, small.limits.memory_bytes), (Some(500), Some(1 << 30)));
         assert_eq!((small.limits.pids, small.packets_per_second), (Some(64), Some(20_000)));

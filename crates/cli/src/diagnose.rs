@@ -47,7 +47,9 @@ pub async fn core(service: &PoolClient, core: Core) -> Result<ExitCode, Failure>
 
 fn table(cores: &Cores) -> Vec<Vec<String>> {
     match &cores.settings {
-        CoreSettings { enabled: false, .. } => eprintln!("note: cores are thrown away; joey diagnose core enable keeps them"),
+        CoreSettings { enabled: false, .. } => {
+            eprintln!("note: cores are thrown away; joey diagnose core enable keeps them")
+        }
         CoreSettings { pattern: Some(pattern), .. } => eprintln!("note: cores are written to {pattern} inside"),
         CoreSettings { .. } => {}
     }
@@ -161,6 +163,8 @@ pub async fn tcpdump(service: &PoolClient, wanted: Tcpdump) -> Result<ExitCode, 
             eprintln!("{captured} packets captured, {lost} lost");
             Ok(ExitCode::SUCCESS)
         }
-        None => Err(Failure::new("the capture broke off").with_hint("is the instance still there? what came is written")),
+        None => {
+            Err(Failure::new("the capture broke off").with_hint("is the instance still there? what came is written"))
+        }
     }
 }

@@ -5,9 +5,9 @@
 
 mod args;
 mod bench;
+mod configuration;
 mod copy;
 mod debug;
-mod configuration;
 mod diagnose;
 mod down;
 mod exec;

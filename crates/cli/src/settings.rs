@@ -152,10 +152,14 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         faults.0.push(format!("--docker-config: there is no file {}", file.display()));
     }
     let agent = faults.take("--agent", agent(flags.agent.as_deref()));
-    let sizes = flags.config.as_deref().map_or_else(|| Some(Sizes::new()), |file| faults.take("--config", configuration::read(file)));
+    let sizes = flags
+        .config
+        .as_deref()
+        .map_or_else(|| Some(Sizes::new()), |file| faults.take("--config", configuration::read(file)));
     let core_dumps = flags.core_dumps.as_deref().and_then(|amount| {
         let bytes = quantity::parse_units(amount).map_err(|error| error.to_string());
-        let enough = |bytes: u64| if bytes < LEAST_CORE { Err("it must be at least 1Mi".to_owned()) } else { Ok(bytes) };
+        let enough =
+            |bytes: u64| if bytes < LEAST_CORE { Err("it must be at least 1Mi".to_owned()) } else { Ok(bytes) };
         faults.take("--core-dumps", bytes.and_then(enough))
     });
     Some(HostSettings {

@@ -17,9 +17,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentState};
-use joey_api::instance::{
-    ContainerState, InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase,
-};
+use joey_api::instance::{ContainerState, InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase};
 use joey_api::lifecycle::Role;
 use joey_model::{Digest, ErrorKind, Fault, ImageRef, InstanceId, checkpoint};
 use joey_sandbox::{AgentClient, Sandbox};

@@ -299,7 +299,9 @@ mod tests {
             let made = merged(json!({"mounts": [mount], "env": env})).map_err(fault)?;
             Ok::<_, String>(made.mounts[0].sub_path.clone().unwrap_or_default())
         };
-        for (expression, path) in [("$(POD)/log", "web/log"), ("a//$(POD)/./", "a/web"), ("$$(POD)", "$(POD)"), ("$", "$")] {
+        for (expression, path) in
+            [("$(POD)/log", "web/log"), ("a//$(POD)/./", "a/web"), ("$$(POD)", "$(POD)"), ("$", "$")]
+        {
             assert_eq!(of(expression).as_deref(), Ok(path));
         }
         assert!(of("$(NONE)").unwrap_err().contains("missing value for \"NONE\""));

@@ -170,12 +170,7 @@ pub(crate) async fn images(life: &mut Life) -> Result<Vec<Arc<Image>>, Fault> {
 }
 
 /// An image of the container of that name, or of a volume.
-async fn image(
-    life: &mut Life,
-    given: &str,
-    policy: PullPolicy,
-    container: Option<&str>,
-) -> Result<Arc<Image>, Fault> {
+async fn image(life: &mut Life, given: &str, policy: PullPolicy, container: Option<&str>) -> Result<Arc<Image>, Fault> {
     let reference = ImageRef::parse(given)
         .map_err(|error| Fault::new(ErrorKind::Invalid, "InvalidImageName", error.to_string()))?;
     if policy != PullPolicy::Always
@@ -271,10 +266,12 @@ async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<Vec<AgentVolume>,
             VolumeSource::Files(files) => agents.files = Some(files.clone()),
             VolumeSource::EmptyDir { memory, size_limit_bytes } => {
                 agents.memory = *memory;
-                agents.size_limit_bytes = if *memory { files::memory_size(spec, *size_limit_bytes) } else { *size_limit_bytes };
+                agents.size_limit_bytes =
+                    if *memory { files::memory_size(spec, *size_limit_bytes) } else { *size_limit_bytes };
             }
             VolumeSource::Image { reference, .. } => {
-                let lost = || Fault::new(ErrorKind::Retryable, "ErrImagePull", format!("image \"{reference}\" is not here"));
+                let lost =
+                    || Fault::new(ErrorKind::Retryable, "ErrImagePull", format!("image \"{reference}\" is not here"));
                 agents.layers = layers(life, images.next().ok_or_else(lost)?).await?;
             }
         }

@@ -64,13 +64,8 @@ pub trait Host: Send + Sync + 'static {
     async fn read_files(&self, id: &InstanceId, container: &str, path: &str) -> Result<ByteStream, Fault>;
 
     /// Unpacks an archive into a directory of a container, or as that path.
-    async fn write_files(
-        &self,
-        id: &InstanceId,
-        container: &str,
-        path: &str,
-        archive: ByteStream,
-    ) -> Result<(), Fault>;
+    async fn write_files(&self, id: &InstanceId, container: &str, path: &str, archive: ByteStream)
+    -> Result<(), Fault>;
 
     /// Packets of the instance as pcapng; any byte of `stop` ends the capture in order, with what was lost at the end.
     async fn capture(&self, id: &InstanceId, request: CaptureRequest, stop: Frames) -> Result<ByteStream, Fault>;

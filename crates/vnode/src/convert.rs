@@ -3,9 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use joey_api::instance::{
-    ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpec, PullPolicy, WireRestartPolicy,
-};
+use joey_api::instance::{ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpec, PullPolicy, WireRestartPolicy};
 use joey_api::lifecycle::Role;
 use k8s_openapi::api::core::v1 as core;
 
@@ -14,12 +12,12 @@ use crate::resolve::{Missing, Objects};
 
 mod environment;
 mod ephemeral;
+#[cfg(test)]
+mod fields_tests;
 mod lifecycle;
 mod limits;
 mod naming;
 mod security;
-#[cfg(test)]
-mod fields_tests;
 #[cfg(test)]
 mod tests;
 mod volumes;

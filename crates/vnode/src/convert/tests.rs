@@ -86,7 +86,10 @@ fn unsupported_fields_of_a_container_are_named() {
         ("startupProbe", json!({ "tcpSocket": { "port": 0 } })),
         ("lifecycle", json!({ "preStop": { "tcpSocket": { "port": 80 } } })),
         ("restartPolicy", json!("Sometimes")),
-        ("restartPolicyRules", json!([{ "action": "RestartAllContainers", "exitCodes": { "operator": "In", "values": [1] } }])),
+        (
+            "restartPolicyRules",
+            json!([{ "action": "RestartAllContainers", "exitCodes": { "operator": "In", "values": [1] } }]),
+        ),
         ("volumeDevices", json!([{ "name": "d", "devicePath": "/dev/d" }])),
     ] {
         let found = faults(&pod(json!({}), json!({ field: value })));
@@ -148,7 +151,8 @@ fn resources() {
     let requests = json!({ "resources": { "requests": { "cpu": "1", "memory": "1Gi" }, "limits": { "cpu": "2" } } });
     let found = taken(&pod(json!({}), requests.clone())).containers[0].resources;
     assert_eq!((found.cpu_milli, found.memory_bytes), (Some(2000), Some(1 << 30)));
-    let spec = taken(&pod(json!({ "resources": { "limits": { "cpu": "3" }, "requests": { "memory": "2Gi" } } }), requests));
+    let spec =
+        taken(&pod(json!({ "resources": { "limits": { "cpu": "3" }, "requests": { "memory": "2Gi" } } }), requests));
     assert_eq!((spec.limits.cpu_milli, spec.limits.memory_bytes), (Some(3000), Some(2 << 30)));
     assert_eq!(spec.containers[0].resources.memory_bytes, None);
     for (limits, named) in [
@@ -275,7 +279,10 @@ fn variables_and_files_of_objects() {
     assert!(spec.containers[0].env.iter().any(|variable| variable.name == "IP" && variable.address));
     let VolumeSource::Files(files) = &spec.volumes[0].source else { panic!("{:?}", spec.volumes) };
     assert_eq!((files[0].path.as_str(), files[0].mode), ("key", 0o400));
-    assert_eq!(spec.containers[0].mounts, [Mount { volume: "conf".into(), path: "/conf".into(), read_only: true, ..Mount::default() }]);
+    assert_eq!(
+        spec.containers[0].mounts,
+        [Mount { volume: "conf".into(), path: "/conf".into(), read_only: true, ..Mount::default() }]
+    );
 }
 
 #[test]

@@ -79,6 +79,12 @@ fn capture(request: &CaptureRequest, body: Incoming) -> Result<Response<Body>, F
 
 /// Cores are written from the start where the configuration says where; what was set later stays.
 pub fn prepare(dir: &Path, config: &AgentConfig) -> io::Result<()> {
+    for entry in fs::read_dir(dir.join("cores")).into_iter().flatten().flatten() {
+        // Of an agent before this one, with all that it ran.
+        if entry.file_name().to_string_lossy().ends_with(UNFINISHED) {
+            fs::remove_file(entry.path())?;
+        }
+    }
     match &config.core_pattern {
         Some(pattern) if !dir.join("cores").join(SETTINGS).exists() => {
             set(dir, &CoreSettings { enabled: true, pattern: Some(pattern.clone()) })

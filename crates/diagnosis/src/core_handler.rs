@@ -54,7 +54,8 @@ pub fn run(words: impl Iterator<Item = OsString>) -> Result<(), String> {
 fn of_instance(known: &Known, told: &Told, process: &Process, (instance, container): (&str, &str)) -> io::Result<()> {
     let dir = known.instances.join(instance);
     let settings: CoreSettings = serde_json::from_slice(&std::fs::read(dir.join("cores/settings.json"))?)?;
-    if !settings.enabled {
+    // The agent's own memory is nobody's to read.
+    if !settings.enabled || matches!(container, "" | "agent") {
         return Ok(());
     }
     // SAFETY: takes an integer. The signal ends this process, whatever it waits for.

@@ -28,7 +28,7 @@ first_process() { head -n 1 "$groups/$(number "$1")/$1/cgroup.procs"; }
 up() {
     began=$(date +%s)
     echo >/var/log/joey.out
-    sh -c "echo \$\$ >$1/cgroup.procs; exec joey up --prepared 2 --log info" >/var/log/joey.out 2>>/var/log/joey.log &
+    sh -c "echo \$\$ >$1/cgroup.procs; exec joey up --prepared 2 --core-dumps 16Mi --log info" >/var/log/joey.out 2>>/var/log/joey.log &
     daemon=$!
     within 60 grep -q 'joey is ready' /var/log/joey.out
     say "$2" "$(cat /var/log/joey.out)"
@@ -120,6 +120,17 @@ limits() {
     say rm.left "$([ -e "$place" ] && ls "$place") $(joey ps | grep -c 'greedy\|busy\|bomb')"
 }
 
+# A process of a container, and one of the machine, whose own pattern is the kernel's.
+crashes() {
+    joey diagnose core enable web
+    inside 'kill -SEGV $$'
+    say crash.cores "$(joey diagnose core ls web -o json)"
+    say crash.written "$(joey diagnose core get web -w - | wc -c)"
+    rm -f /tmp/core
+    (cd /tmp && ulimit -c unlimited && sh -c 'kill -SEGV $$')
+    say crash.of.machine "$(head -c 4 /tmp/core | tail -c 3)"
+}
+
 # The daemon dies; one container goes on, another ends meanwhile; a new daemon takes over, this time from the root cgroup.
 re_adoption() {
     detached doomed $image --command sleep -- 1000
@@ -153,6 +164,7 @@ the_end() {
     within 5 nothing_runs
     say left.processes "$(ps | grep '[j]oey')"
     say left.run "$(ls /run/joey 2>/dev/null)"
+    say left.pattern "$(cat /proc/sys/kernel/core_pattern /proc/sys/kernel/core_pipe_limit)"
 }
 
 the_kernel
@@ -160,6 +172,7 @@ a_pod
 its_view
 devices
 limits
+crashes
 re_adoption
 the_end
 say end "$(awk '{print $1}' /proc/uptime)"

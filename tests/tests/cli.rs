@@ -9,7 +9,7 @@ fn joey(arguments: &[&str]) -> joey_tests::Outcome {
 }
 
 /// Every verb of a first-form Joey.
-const VERBS: [&str; 21] = [
+const VERBS: [&str; 22] = [
     "up",
     "down",
     "run",
@@ -21,6 +21,7 @@ const VERBS: [&str; 21] = [
     "cp",
     "port-forward",
     "debug",
+    "diagnose",
     "top",
     "events",
     "restart",

@@ -145,16 +145,17 @@ fn libraries_do_not_read_flags_or_environment() {
 }
 
 /// What each crate may depend on, of ours. Dependencies point down only.
-const MAY_USE: [(&str, &[&str]); 15] = [
+const MAY_USE: [(&str, &[&str]); 16] = [
     ("model", &[]),
     ("api", &["model"]),
     ("rpc", &["model", "api"]),
     ("guard", &[]),
+    ("diagnosis", &["model", "api", "rpc"]),
     ("store", &["model"]),
     ("image", &["model", "api", "guard"]),
     ("network", &["model", "api"]),
     ("sandbox", &["model", "api", "rpc"]),
-    ("agent", &["model", "api", "rpc"]),
+    ("agent", &["model", "api", "rpc", "diagnosis"]),
     ("instance", &["model", "api", "rpc", "image", "network", "sandbox"]),
     ("pool", &["model", "api", "rpc", "store"]),
     ("schema", &["model"]),

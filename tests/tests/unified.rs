@@ -98,6 +98,17 @@ fn limits_are_enforced() {
 }
 
 #[test]
+fn a_crash_leaves_a_core() {
+    let Some(guest) = Guest::seen() else { return };
+    let cores = guest.json("crash.cores");
+    let (name, bytes) = (cores["dumps"][0]["name"].to_string(), cores["dumps"][0]["bytes"].to_string());
+    assert!(name.contains("web.sh.") && name.contains("SIGSEGV"), "{cores}");
+    assert_eq!(guest.text("crash.written"), bytes);
+    assert_eq!(guest.text("crash.of.machine"), "ELF", "its own go where they went");
+    assert_eq!(guest.text("left.pattern"), "core 0");
+}
+
+#[test]
 fn a_killed_daemon_is_followed_by_one_that_adopts() {
     let Some(guest) = Guest::seen() else { return };
     assert_eq!(guest.text("killed.service"), "", "no container and no agent was in the daemon's cgroup");

@@ -1,10 +1,13 @@
 //! `joey-agent`: the small process beside each sandbox. It starts the containers of `agent.json`, keeps their logs, restarts
 //! them, and answers the agent protocol on `agent.sock`. It outlives the daemon that started it.
+//!
+//! Called as `joey-agent core …` by the kernel it is the handler of crashes (`joey_diagnosis::core_handler`), on its own.
 
 mod certificate;
 mod cgroup;
 mod check;
 mod debugged;
+mod diagnosis;
 mod files;
 mod forward;
 mod hook;
@@ -33,7 +36,17 @@ mod volumes;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let options = match setup::Options::parse(std::env::args_os().skip(1)) {
+    let mut words = std::env::args_os().skip(1).peekable();
+    if words.next_if(|word| word == "core").is_some() {
+        return match joey_diagnosis::core_handler::run(words) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(message) => {
+                eprintln!("{message}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let options = match setup::Options::parse(words) {
         Ok(options) => options,
         Err(message) => {
             eprintln!("{message}");

@@ -26,7 +26,7 @@ use crate::life::Life;
 use crate::output::LOG_ENDED;
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock};
-use crate::{files, forward, in_place, log_read, sys, volumes};
+use crate::{diagnosis, files, forward, in_place, log_read, sys, volumes};
 
 /// How long the streams of a command that has ended may say nothing until they count as ended.
 const QUIET: Duration = Duration::from_millis(250);
@@ -46,7 +46,7 @@ pub async fn answer(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Res
 }
 
 /// A longer body is no container.
-const BODY: usize = 4 << 20;
+pub const BODY: usize = 4 << 20;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -80,6 +80,7 @@ async fn route(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response
         (&Method::POST, ["v1", "forward"]) => {
             forward::forward(parse_query::<PortQuery>(&query)?.port, request.into_body()).await
         }
+        (_, ["v1", "capture" | "cores", ..]) => diagnosis::answer(&agent, request).await,
         (&Method::PUT, ["v1", "deadline"]) => {
             in_place::deadline(&agent, read_json(request.into_body(), BODY).await?);
             Ok(empty_answer(StatusCode::NO_CONTENT))

@@ -16,7 +16,7 @@ use joey_model::checkpoint;
 
 use crate::cgroup::Cgroup;
 use crate::supervisor::Agent;
-use crate::{processes, server, storage, sys, view, volumes};
+use crate::{diagnosis, processes, server, storage, sys, view, volumes};
 
 /// How long killed containers may take to end at a shutdown.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -171,6 +171,7 @@ fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
     let closed = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     sys::mount("tmpfs", view::SHM, "tmpfs", closed, "mode=1777,size=65536k")?;
     volumes::prepare(dir, config)?;
+    diagnosis::prepare(dir, config)?;
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     // Field 22 of proc(5) stat, counted after the name, which may hold anything.
     let start = stat.rfind(')').and_then(|at| stat[at + 1..].split_whitespace().nth(19)).unwrap_or_default();

@@ -17,8 +17,18 @@
 //! | `PUT /v1/containers/C/files?path=P` | tar | 204; unpacked into the directory P, or as P where there is none |
 //! | `PUT /v1/containers/C` | [`AgentContainer`] | 202; a further [`Role::Debug`] container is started, or one that is there is started again as this |
 //! | `PUT /v1/containers/C/resources` | [`Resources`] | 204; the limits from now on |
+//! | `POST /v1/capture` | query [`CaptureRequest`]; any byte ends it | packets as pcapng, with what was lost at the end |
+//! | `GET /v1/cores`, `PUT /v1/cores` | nothing, [`CoreSettings`] | [`Cores`] |
+//! | `POST /v1/cores` | query [`Crash`], [`CoreWritten`] when it is done | 204; from the kernel's handler of crashes |
+//! | `GET /v1/cores/NAME` | | the core's bytes |
 //! | `PUT /v1/deadline` | [`Deadline`] | 204; when everything is ended from now on |
 //! | `PUT /v1/volumes/V` | [`VolumeFiles`] | [`VolumeUpdated`]; one atomic change for all who look, nothing when they are the same |
+//!
+//! [`CaptureRequest`]: crate::diagnosis::CaptureRequest
+//! [`CoreSettings`]: crate::diagnosis::CoreSettings
+//! [`Cores`]: crate::diagnosis::Cores
+//! [`Crash`]: crate::diagnosis::Crash
+//! [`CoreWritten`]: crate::diagnosis::CoreWritten
 //!
 //! Errors carry [`crate::error::ErrorBody`]. The agent reads [`AgentConfig`] from `agent.json` in its directory at start, and
 //! starts the containers by itself: nobody has to tell it to.
@@ -65,6 +75,9 @@ pub struct AgentConfig {
     /// Ports that debuggers connect to: while one is connected, a failing liveness probe does not count.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub debug_ports: Vec<u16>,
+    /// Cores of processes that crash are written there: [`crate::diagnosis::CoreSettings`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub core_pattern: Option<String>,
     /// Text of /etc/resolv.conf and /etc/hosts inside every container.
     pub resolv_conf: String,
     pub hosts: String,

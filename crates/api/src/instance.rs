@@ -65,6 +65,9 @@ pub struct InstanceSpec {
     /// Ports that debuggers connect to: while one is connected, a failing liveness probe does not count.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub debug_ports: Vec<u16>,
+    /// Cores of processes that crash are written there: [`crate::diagnosis::CoreSettings`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub core_pattern: Option<String>,
     #[serde(default)]
     pub network: NetworkSpec,
     /// Used for pulling this instance's images; never returned by a read.
@@ -95,6 +98,7 @@ impl InstanceSpec {
             termination_grace_period_seconds: default_grace(),
             active_deadline_seconds: None,
             debug_ports: Vec::new(),
+            core_pattern: None,
             network: NetworkSpec::default(),
             credentials: Vec::new(),
         }

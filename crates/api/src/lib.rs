@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod change;
+pub mod diagnosis;
 pub mod error;
 pub mod frame;
 pub mod hooks;

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use joey_model::id::{check_label, check_subdomain};
 use joey_model::{ErrorKind, Fault, ImageRef};
 
+use crate::diagnosis::check_core_pattern;
 use crate::instance::{ContainerSpec, InstanceSpec, Limits, Mount, Volume, VolumeSource};
 use crate::lifecycle::{Action, Lifecycle, Role};
 
@@ -82,6 +83,7 @@ pub fn instance(spec: &InstanceSpec) -> Result<(), Fault> {
         note(Err(sysctl_refusal(name)));
     }
     check_limits(&spec.limits, &mut note);
+    note(spec.core_pattern.as_deref().map_or(Ok(()), check_core_pattern));
     if !spec.containers.iter().any(|container| container.role == Role::Main) {
         note(Err("it has no container".to_owned()));
     }

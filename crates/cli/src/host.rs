@@ -5,6 +5,7 @@ use std::io::Write;
 use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
 use joey_api::image::{ImageSummary, PullEvent, PullRequest};
 use joey_api::instance::{ExecRequest, Host as Description, InstanceSpec, InstanceStatus, LogOptions, Usage};
 use joey_api::sizes::{self, Sizes};
@@ -27,9 +28,22 @@ pub struct LocalHost {
     pub name: String,
     /// Sizes that instances may name.
     pub sizes: Sizes,
+    /// Crashes of this host come to joey.
+    pub core_dumps: bool,
 }
 
 impl LocalHost {
+    fn check_cores(&self, wanted: bool) -> Result<(), Fault> {
+        match wanted && !self.core_dumps {
+            true => {
+                let message = "core dumps are not allowed on this host: joey was started without --core-dumps";
+                Err(Fault::new(ErrorKind::Invalid, "CoreDumpsOff", message)
+                    .with_hint("its owner allows them with --core-dumps SIZE, such as 1Gi"))
+            }
+            false => Ok(()),
+        }
+    }
+
     /// Gives an instance that names sizes the first one that can be had.
     async fn choose_size(&self, spec: &mut InstanceSpec) -> Result<(), Fault> {
         if spec.use_specs.is_empty() {
@@ -43,6 +57,7 @@ impl LocalHost {
 #[async_trait]
 impl Host for LocalHost {
     async fn create(&self, id: &InstanceId, mut spec: InstanceSpec) -> Result<(), Fault> {
+        self.check_cores(spec.core_pattern.is_some())?;
         self.choose_size(&mut spec).await?;
         self.engine.create(id.clone(), spec).await
     }
@@ -104,6 +119,19 @@ impl Host for LocalHost {
         archive: ByteStream,
     ) -> Result<(), Fault> {
         self.engine.write_files(id, container, path, archive).await
+    }
+
+    async fn capture(&self, id: &InstanceId, request: CaptureRequest, stop: Frames) -> Result<ByteStream, Fault> {
+        self.engine.capture(id, &request, stop).await
+    }
+
+    async fn cores(&self, id: &InstanceId, settings: Option<CoreSettings>) -> Result<Cores, Fault> {
+        self.check_cores(settings.as_ref().is_some_and(|settings| settings.enabled))?;
+        self.engine.cores(id, settings.as_ref()).await
+    }
+
+    async fn core(&self, id: &InstanceId, name: &str) -> Result<ByteStream, Fault> {
+        self.engine.core(id, name).await
     }
 
     async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault> {

@@ -8,6 +8,7 @@ mod bench;
 mod configuration;
 mod copy;
 mod debug;
+mod diagnose;
 mod down;
 mod exec;
 mod failure;
@@ -84,6 +85,8 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Cp(cp) => copy::cp(&service, cp).await,
         Command::PortForward(ports) => forward::forward(&service, ports).await,
         Command::Debug(debug) => debug::debug(&service, debug).await,
+        Command::Diagnose(args::Diagnose::Core(core)) => diagnose::core(&service, core).await,
+        Command::Diagnose(args::Diagnose::Tcpdump(tcpdump)) => diagnose::tcpdump(&service, *tcpdump).await,
         Command::Top(top) => top::top(&service, top).await,
         Command::Restart(named) => instances::restart(&service, &named.name).await,
         Command::Rm(rm) => instances::rm(&service, &rm).await,

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::sync::Arc;
 
+use joey_diagnosis::core_pattern;
 use joey_image::Images;
 use joey_instance::Engine;
 use joey_model::Fault;
@@ -102,6 +103,7 @@ impl HostRole {
             joey_sandbox::runc(RuncConfig { agent_binary: settings.agent.clone(), cgroup_root: place.cgroup_root() });
         let config = joey_instance::Config::new(place.file("instances"), &settings.host_name, place.cgroup_root());
         let engine = Engine::open(config, images.clone(), network.clone(), vec![runc])?;
+        crashes(settings)?;
         let recovered = engine.recover().await?;
         tracing::info!(?recovered, "host is open");
         Ok(Self { engine, images, network })
@@ -115,9 +117,23 @@ impl HostRole {
             network: self.network.clone(),
             name: settings.host_name.clone(),
             sizes: settings.configuration.sizes.clone(),
+            core_dumps: settings.core_dumps.is_some(),
         };
         Ok(Pool::open(store, Arc::new(host)).await?)
     }
+}
+
+/// Lets the kernel bring crashes of instances here where the host's owner wants it, and puts everything back where not.
+fn crashes(settings: &HostSettings) -> Result<(), Failure> {
+    let (place, dir) = (&settings.place, settings.place.file("core"));
+    let done = match settings.core_dumps {
+        Some(most) => {
+            let (program, cgroup_root, instances) = (&settings.agent, place.cgroup_root(), place.file("instances"));
+            core_pattern::take(&dir, &core_pattern::Wanted { program, cgroup_root, instances, most })
+        }
+        None => core_pattern::give_back(&dir),
+    };
+    done.map_err(|error| Failure::caused("core dumps", &error).with_hint(error.hint()))
 }
 
 /// Opens the store of a data directory.

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use futures::StreamExt;
+use joey_api::diagnosis::check_core_pattern;
 use joey_api::instance::{
     ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, Limits, LogOptions, NetworkSpec, PullPolicy,
     Resources, Termination, WatchEvent, WirePhase, WireRestartPolicy,
@@ -54,6 +55,9 @@ impl Run {
             ..Limits::default()
         };
         let env: Vec<EnvVar> = self.env.iter().filter_map(|text| variable(text, &mut faults)).collect();
+        if let Some(why) = self.core_pattern.as_deref().and_then(|pattern| check_core_pattern(pattern).err()) {
+            faults.push(format!("--core-pattern: {why}"));
+        }
         if self.public {
             faults.push("--public is not there yet: instances have addresses of this host only".to_owned());
         }
@@ -78,6 +82,7 @@ impl Run {
             Restart::Never => WireRestartPolicy::Never,
         };
         let spec = InstanceSpec {
+            core_pattern: self.core_pattern,
             client_token: Some(format!("run-{:032x}", rand::random::<u128>())),
             class: self.class,
             restart_policy,

@@ -12,6 +12,8 @@ use crate::failure::Failure;
 
 /// The data directory of a system-wide joey: its names carry no suffix.
 const USUAL: &str = "/var/lib/joey";
+/// Smallest limit of core dumps, in bytes: less holds no program's stacks.
+const LEAST_CORE: u64 = 1 << 20;
 
 /// Where things are. Names outside the directory are derived from it, so that several can live side by side.
 #[derive(Debug, Clone)]
@@ -62,6 +64,8 @@ pub struct HostSettings {
     pub max_layer_bytes: u64,
     pub agent: PathBuf,
     pub configuration: Configuration,
+    /// Most bytes of a core dump of an instance; `None`: the host keeps its crashes to itself.
+    pub core_dumps: Option<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -150,6 +154,12 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         Some(file) => faults.take("--config", configuration::read(file)),
         None => Some(Configuration::default()),
     };
+    let core_dumps = flags.core_dumps.as_deref().and_then(|amount| {
+        let bytes = quantity::parse_units(amount).map_err(|error| error.to_string());
+        let enough =
+            |bytes: u64| if bytes < LEAST_CORE { Err("it must be at least 1Mi".to_owned()) } else { Ok(bytes) };
+        faults.take("--core-dumps", bytes.and_then(enough))
+    });
     Some(HostSettings {
         place,
         host_name: machine_name(),
@@ -160,6 +170,7 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         max_layer_bytes: layer?,
         agent: agent?,
         configuration: configuration?,
+        core_dumps,
     })
 }
 
@@ -198,5 +209,6 @@ pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
         max_layer_bytes: 1,
         agent: PathBuf::from("joey-agent"),
         configuration: Configuration::default(),
+        core_dumps: None,
     })
 }

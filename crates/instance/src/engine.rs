@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
+use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
 use joey_api::instance::{ExecRequest, InstanceSpec, InstanceStatus, LogOptions, Usage};
 use joey_image::Images;
 use joey_model::{Digest, ErrorKind, Fault, InstanceId, checkpoint};
@@ -309,6 +310,26 @@ impl Engine {
         archive: ByteStream,
     ) -> Result<(), Fault> {
         Ok(self.agent(id, Some(container))?.write_files(container, path, archive).await?)
+    }
+
+    /// Packets as pcapng, until a byte of `stop` comes.
+    pub async fn capture(
+        &self,
+        id: &InstanceId,
+        request: &CaptureRequest,
+        stop: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, Fault> {
+        Ok(self.agent(id, None)?.capture(request, stop).await?)
+    }
+
+    /// What is done with cores, changed first where `settings` are given, and those that are kept.
+    pub async fn cores(&self, id: &InstanceId, settings: Option<&CoreSettings>) -> Result<Cores, Fault> {
+        Ok(self.agent(id, None)?.cores(settings).await?)
+    }
+
+    /// The bytes of a core that is kept.
+    pub async fn core(&self, id: &InstanceId, name: &str) -> Result<ByteStream, Fault> {
+        Ok(self.agent(id, None)?.core(name).await?)
     }
 
     pub async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault> {

@@ -242,6 +242,7 @@ async fn config(life: &Life, made: &Made) -> Result<AgentConfig, Fault> {
         limits: spec.limits,
         deadline: spec.active_deadline_seconds.map(|seconds| deadline(life.record.accepted_at, seconds)),
         debug_ports: spec.debug_ports.clone(),
+        core_pattern: spec.core_pattern.clone(),
         cgroup: format!("{}/{}", shared.config.cgroup_root, life.id),
         log_max_bytes: shared.config.log_max_bytes,
         log_max_files: shared.config.log_max_files,

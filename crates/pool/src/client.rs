@@ -8,6 +8,7 @@ use futures::Stream;
 use futures::stream::BoxStream;
 use http::Method;
 use joey_api::change::InstanceChange;
+use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
 use joey_api::image::{ImageSummary, PullEvent, PullRequest};
 use joey_api::instance::{ExecRequest, Host, Instance, InstanceSpec, LogOptions, Usage, WatchEvent};
 use joey_model::{ErrorKind, Fault};
@@ -132,6 +133,31 @@ impl PoolClient {
             .body(joey_rpc::stream(archive))
             .map_err(|error| RpcError::Request { source: error.into() })?;
         self.rpc.accepted(request).await.map(drop)
+    }
+
+    /// Packets as pcapng; any byte of `stop` ends the capture in order, with what was lost at the end.
+    pub async fn capture(
+        &self,
+        name: &str,
+        request: &CaptureRequest,
+        stop: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, RpcError> {
+        let path = format!("{}/capture?{}", instance(name)?, joey_rpc::query(request));
+        self.rpc.duplex(Method::POST, &path, stop).await
+    }
+
+    /// What is done with cores of processes that crash, changed first where `settings` are given, and those that are kept.
+    pub async fn cores(&self, name: &str, settings: Option<&CoreSettings>) -> Result<Cores, RpcError> {
+        let method = if settings.is_some() { Method::PUT } else { Method::GET };
+        self.rpc.call(method, &format!("{}/cores", instance(name)?), settings).await
+    }
+
+    /// The bytes of a core that is kept.
+    pub async fn core(&self, name: &str, core: &str) -> Result<ByteStream, RpcError> {
+        if !crate::rest::is_core_name(core) {
+            return Err(not_found(format!("instance \"{name}\" has no core \"{core}\"")));
+        }
+        self.rpc.bytes(Method::GET, &format!("{}/cores/{core}", instance(name)?)).await
     }
 
     pub async fn usage(&self, name: &str) -> Result<Usage, RpcError> {

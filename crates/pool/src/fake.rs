@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
 use joey_api::image::{ImageSummary, PullEvent, PullRequest};
 use joey_api::instance::{
     ExecRequest, Host as HostDescription, InstanceSpec, InstanceStatus, LogOptions, Usage, WirePhase,
@@ -151,6 +152,18 @@ impl Host for FakeHost {
         self.known(id)?;
         while archive.next().await.is_some() {}
         Ok(())
+    }
+
+    async fn capture(&self, id: &InstanceId, _request: CaptureRequest, stop: Frames) -> Result<ByteStream, Fault> {
+        self.forward(id, 0, stop).await
+    }
+
+    async fn cores(&self, id: &InstanceId, settings: Option<CoreSettings>) -> Result<Cores, Fault> {
+        self.known(id).map(|()| Cores { settings: settings.unwrap_or_default(), dumps: Vec::new() })
+    }
+
+    async fn core(&self, id: &InstanceId, name: &str) -> Result<ByteStream, Fault> {
+        self.read_files(id, "", name).await
     }
 
     async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault> {

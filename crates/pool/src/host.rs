@@ -5,6 +5,7 @@ use std::io;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
+use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
 use joey_api::image::{ImageSummary, PullEvent, PullRequest};
 use joey_api::instance::{ExecRequest, Host as HostDescription, InstanceSpec, InstanceStatus, LogOptions, Usage};
 use joey_model::{Fault, ImageRef, InstanceId};
@@ -65,6 +66,15 @@ pub trait Host: Send + Sync + 'static {
     /// Unpacks an archive into a directory of a container, or as that path.
     async fn write_files(&self, id: &InstanceId, container: &str, path: &str, archive: ByteStream)
     -> Result<(), Fault>;
+
+    /// Packets of the instance as pcapng; any byte of `stop` ends the capture in order, with what was lost at the end.
+    async fn capture(&self, id: &InstanceId, request: CaptureRequest, stop: Frames) -> Result<ByteStream, Fault>;
+
+    /// What is done with cores of processes that crash, changed first where `settings` are given, and those that are kept.
+    async fn cores(&self, id: &InstanceId, settings: Option<CoreSettings>) -> Result<Cores, Fault>;
+
+    /// The bytes of a core that is kept.
+    async fn core(&self, id: &InstanceId, name: &str) -> Result<ByteStream, Fault>;
 
     async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault>;
 

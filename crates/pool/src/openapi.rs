@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 /// Method, path, what it does.
-const CALLS: [(&str, &str, &str); 20] = [
+const CALLS: [(&str, &str, &str); 24] = [
     ("get", "/v1/instances", "List instances; with watch=true a WatchEvent a line, present ones first"),
     ("post", "/v1/instances", "Create an instance from an InstanceSpec; 200 when the client token is known already"),
     ("get", "/v1/instances/{name}", "Read an instance by id or name"),
@@ -12,6 +12,10 @@ const CALLS: [(&str, &str, &str); 20] = [
     ("post", "/v1/instances/{name}/restart", "Restart every container"),
     ("get", "/v1/instances/{name}/usage", "CPU, memory and traffic used"),
     ("post", "/v1/instances/{name}/forward", "Connect to a port on loopback of the instance; bytes both ways"),
+    ("post", "/v1/instances/{name}/capture", "Capture packets (CaptureRequest) as pcapng until a byte is sent"),
+    ("get", "/v1/instances/{name}/cores", "What is done with cores, and those that are kept (Cores)"),
+    ("put", "/v1/instances/{name}/cores", "Change what is done with cores (CoreSettings)"),
+    ("get", "/v1/instances/{name}/cores/{core}", "A core that is kept"),
     ("get", "/v1/instances/{name}/containers/{container}/files", "What is at a path of a container, as tar"),
     ("put", "/v1/instances/{name}/containers/{container}/files", "Unpack an archive into a container"),
     ("get", "/v1/instances/{name}/containers/{container}/logs", "Log of a container (LogOptions)"),

@@ -9,6 +9,7 @@ use axum::routing::{get, post};
 use futures::{Stream, StreamExt};
 use http::{Response, StatusCode};
 use joey_api::change::InstanceChange;
+use joey_api::diagnosis::{CaptureRequest, CoreSettings};
 use joey_api::image::PullRequest;
 use joey_api::instance::{ExecRequest, Instance, LogOptions, WatchEvent};
 use joey_model::{ErrorKind, Fault, ImageRef};
@@ -33,6 +34,9 @@ impl Pool {
             .route("/v1/instances/{name}/restart", post(restart))
             .route("/v1/instances/{name}/usage", get(usage))
             .route("/v1/instances/{name}/forward", post(forward))
+            .route("/v1/instances/{name}/capture", post(capture))
+            .route("/v1/instances/{name}/cores", get(cores).put(set_cores))
+            .route("/v1/instances/{name}/cores/{core}", get(core))
             .route("/v1/instances/{name}/containers/{container}/files", get(read_files).put(write_files))
             .route("/v1/instances/{name}/containers/{container}/logs", get(logs))
             .route("/v1/instances/{name}/containers/{container}/exec", post(exec))
@@ -164,6 +168,48 @@ async fn forward(State(pool): Service, Path(name): Path<String>, RawQuery(query)
         }
         .await,
     )
+}
+
+async fn capture(State(pool): Service, Path(name): Path<String>, RawQuery(query): RawQuery, body: Incoming) -> Answer {
+    answer(
+        async {
+            let request: CaptureRequest = parse_query(&query.unwrap_or_default())?;
+            Ok(stream_answer(pool.host.capture(&pool.id(&name)?, request, frames(body)).await?))
+        }
+        .await,
+    )
+}
+
+async fn cores(State(pool): Service, Path(name): Path<String>) -> Answer {
+    answer(async { Ok(json_answer(&pool.host.cores(&pool.id(&name)?, None).await?)) }.await)
+}
+
+async fn set_cores(State(pool): Service, Path(name): Path<String>, body: Incoming) -> Answer {
+    answer(
+        async {
+            let settings: CoreSettings = joey_rpc::read_json(body, BODY_LIMIT).await?;
+            Ok(json_answer(&pool.host.cores(&pool.id(&name)?, Some(settings)).await?))
+        }
+        .await,
+    )
+}
+
+async fn core(State(pool): Service, Path((name, core)): Path<(String, String)>) -> Answer {
+    answer(
+        async {
+            if !is_core_name(&core) {
+                let message = format!("instance \"{name}\" has no core \"{core}\"");
+                return Err(Fault::new(ErrorKind::NotFound, "NoSuchCore", message));
+            }
+            Ok(stream_answer(pool.host.core(&pool.id(&name)?, &core).await?))
+        }
+        .await,
+    )
+}
+
+/// Names of cores have no other characters: nothing to escape, and no other can exist.
+pub(crate) fn is_core_name(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-+".contains(c))
 }
 
 async fn read_files(

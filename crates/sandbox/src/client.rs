@@ -7,6 +7,7 @@ use futures::Stream;
 use futures::stream::BoxStream;
 use http::Method;
 use joey_api::agent::{AgentContainer, AgentState, Deadline, ExecQuery, VolumeFiles, VolumeUpdated};
+use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
 use joey_api::instance::{FileContent, LogOptions, Resources, Usage};
 use joey_rpc::{Client, RpcError, query};
 
@@ -128,6 +129,26 @@ impl AgentClient {
         let path = format!("/v1/volumes/{name}");
         let updated: VolumeUpdated = self.client.call(Method::PUT, &path, Some(&VolumeFiles { files })).await?;
         Ok(updated.changed)
+    }
+
+    /// Packets as pcapng; any byte of `stop` ends the capture in order, with what was lost at the end.
+    pub async fn capture(
+        &self,
+        request: &CaptureRequest,
+        stop: impl Stream<Item = Bytes> + Send + 'static,
+    ) -> Result<ByteStream, RpcError> {
+        self.client.duplex(Method::POST, &format!("/v1/capture?{}", query(request)), stop).await
+    }
+
+    /// What is done with cores of processes that crash, changed first where `settings` are given, and those that are kept.
+    pub async fn cores(&self, settings: Option<&CoreSettings>) -> Result<Cores, RpcError> {
+        let method = if settings.is_some() { Method::PUT } else { Method::GET };
+        self.client.call(method, "/v1/cores", settings).await
+    }
+
+    /// The bytes of a core that is kept.
+    pub async fn core(&self, name: &str) -> Result<ByteStream, RpcError> {
+        self.client.bytes(Method::GET, &format!("/v1/cores/{name}")).await
     }
 
     pub async fn usage(&self) -> Result<Usage, RpcError> {

@@ -53,6 +53,7 @@ impl Bench {
             limits: Default::default(),
             deadline: None,
             debug_ports: Vec::new(),
+            core_pattern: None,
             resolv_conf: "nameserver 192.0.2.1\n".to_owned(),
             hosts: "127.0.0.1 localhost\n".to_owned(),
             cgroup: format!("{}/{instance}", self.cgroup_root),

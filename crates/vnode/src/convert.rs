@@ -152,6 +152,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
             .map_or(30, |s| u32::try_from(s).unwrap_or(30)),
         active_deadline_seconds: spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok()),
         debug_ports,
+        core_pattern: limits::core_pattern(pod),
         network,
         credentials: objects.credentials.clone(),
     };

@@ -13,6 +13,8 @@ use super::{Notes, given};
 /// Annotation: sizes for the whole Pod, separated by commas; the first that can be had counts. The name is that of Alibaba
 /// Cloud's Elastic Container Instance.
 const USE_SPECS: &str = "k8s.aliyun.com/eci-use-specs";
+/// Annotation of the same origin: where cores of processes that crash are written, inside the container.
+const CORE_PATTERN: &str = "k8s.aliyun.com/eci-core-pattern";
 /// Annotations of the Pod as a whole; rates are for each way on its own.
 const PIDS: &str = "joey.dev/pids";
 const DISK_BYTES: &str = "joey.dev/disk-bytes-per-second";
@@ -93,6 +95,11 @@ pub(super) fn pod(pod: &core::Pod, spec: &core::PodSpec, notes: &mut Notes) -> L
 pub(super) fn use_specs(pod: &core::Pod) -> Vec<String> {
     let words = annotation(pod, USE_SPECS).into_iter().flat_map(|text| text.split(','));
     words.map(str::trim).filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+/// Where cores are written; what is no pattern is refused with the instance.
+pub(super) fn core_pattern(pod: &core::Pod) -> Option<String> {
+    annotation(pod, CORE_PATTERN).map(str::to_owned)
 }
 
 /// Caps of the network by annotation.

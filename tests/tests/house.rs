@@ -145,7 +145,7 @@ fn libraries_do_not_read_flags_or_environment() {
 }
 
 /// What each crate may depend on, of ours. Dependencies point down only.
-const MAY_USE: [(&str, &[&str]); 14] = [
+const MAY_USE: [(&str, &[&str]); 16] = [
     ("model", &[]),
     ("api", &["model"]),
     ("rpc", &["model", "api"]),
@@ -153,8 +153,10 @@ const MAY_USE: [(&str, &[&str]); 14] = [
     ("image", &["model", "api"]),
     ("network", &["model", "api"]),
     ("sandbox", &["model", "api", "rpc"]),
-    ("agent", &["model", "api", "rpc"]),
-    ("instance", &["model", "api", "rpc", "image", "network", "sandbox"]),
+    ("collect", &["api"]),
+    ("agent", &["model", "api", "rpc", "collect"]),
+    ("hidecar", &["api", "collect"]),
+    ("instance", &["model", "api", "rpc", "image", "network", "sandbox", "collect", "hidecar"]),
     ("pool", &["model", "api", "rpc", "store"]),
     ("schema", &["model"]),
     ("apiserver", &["model", "api", "store", "schema"]),

@@ -17,18 +17,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use joey_api::agent::AgentContainer;
+use joey_api::agent::{AgentContainer, OUTPUT};
 use joey_api::frame::STATUS;
 use joey_api::instance::{ContainerState, InstanceEvent, Termination};
 use joey_api::lifecycle::Role;
+use joey_collect::{Files, Log, Segments};
 use joey_model::RestartPolicy;
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
 use crate::check::{self, Unwell};
+use crate::collect;
 use crate::launch::{self, Failure, Program, Started, Streams};
-use crate::log_write::{self, LineSplitter, LogWriter};
+use crate::log_write::{self, LineSplitter};
 use crate::probe::{self, Health, Verdict};
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock, waiting};
@@ -59,6 +61,8 @@ pub struct Life {
     pub log: Mutex<RunLog>,
     pub input: Mutex<Option<Arc<Pipe>>>,
     pub terminal: Mutex<Option<std::os::fd::OwnedFd>>,
+    /// Of its files, between two runs.
+    pub files: Mutex<Option<Files>>,
     /// When it is killed, once it was asked to end for good.
     end: watch::Sender<Option<Instant>>,
     /// It has got past its first attempt, hook included; and it has once started as its probes see it.
@@ -79,6 +83,7 @@ impl Life {
             log: Mutex::new(RunLog::of(0)),
             input: Mutex::new(None),
             terminal: Mutex::new(None),
+            files: Mutex::new(None),
             end: watch::Sender::new(None),
             begun: watch::Sender::new(false),
             started: watch::Sender::new(false),
@@ -403,7 +408,7 @@ impl Agent {
         run: u32,
         started_at: Timestamp,
     ) -> End {
-        let Started { pid, pidfd, mut streams } = started;
+        let Started { pid, pidfd, mut streams, inside } = started;
         life.pid.store(pid, Ordering::Relaxed);
         *lock(&life.terminal) = streams.terminal.take();
         *lock(&life.input) = streams.stdin.take().and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
@@ -416,11 +421,15 @@ impl Agent {
             life.clone(),
             streams,
         ));
+        let following = collect::follow(&self.dir, life, inside);
         let health = watch::Sender::new(self.tell_running(container, life, pid, started_at));
         let (code, signal, why) = self.until_its_end(container, life, &health, &pidfd, pid).await;
         life.pid.store(0, Ordering::Relaxed);
         if tokio::time::timeout(DRAIN, &mut carried).await.is_err() {
             carried.abort();
+        }
+        if let Some(following) = following {
+            following.end().await;
         }
         *lock(&life.input) = None;
         *lock(&life.terminal) = None;
@@ -529,7 +538,8 @@ impl Agent {
 
 /// From the streams into the log and to those who attached, at the pace of the log.
 async fn carry(dir: PathBuf, container: String, run: u32, limits: (u64, u32), life: Arc<Life>, streams: Streams) {
-    let log = match LogWriter::open(&dir, &container, run, limits.0, limits.1) {
+    let segments = life.container().collected.output.then(|| Segments::of(&dir, &container, OUTPUT));
+    let log = match Log::open(log_write::path(&dir, &container, run, 0), limits.0, limits.1, segments) {
         Ok(log) => Mutex::new(log),
         Err(error) => return eprintln!("cannot open the log of {container}: {error}"),
     };

@@ -4,6 +4,7 @@
 mod certificate;
 mod cgroup;
 mod check;
+mod collect;
 mod debugged;
 mod files;
 mod forward;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::RegistryCredential;
 use crate::lifecycle::{LastWords, Lifecycle, RestartRule, Role};
+use crate::logs::Logs;
 pub use crate::sizes::Limits;
 
 /// What a user asks for. Immutable after creation but for labels, annotations and the contents of volumes of files.
@@ -65,6 +66,9 @@ pub struct InstanceSpec {
     /// Ports that debuggers connect to: while one is connected, a failing liveness probe does not count.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub debug_ports: Vec<u16>,
+    /// What is collected of its logs, and for which sink.
+    #[serde(default)]
+    pub logs: Logs,
     #[serde(default)]
     pub network: NetworkSpec,
     /// Used for pulling this instance's images; never returned by a read.
@@ -95,6 +99,7 @@ impl InstanceSpec {
             termination_grace_period_seconds: default_grace(),
             active_deadline_seconds: None,
             debug_ports: Vec::new(),
+            logs: Logs::default(),
             network: NetworkSpec::default(),
             credentials: Vec::new(),
         }

@@ -10,5 +10,6 @@ pub mod frame;
 pub mod image;
 pub mod instance;
 pub mod lifecycle;
+pub mod logs;
 pub mod sizes;
 pub mod validate;

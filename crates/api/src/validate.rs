@@ -108,6 +108,8 @@ pub fn instance(spec: &InstanceSpec) -> Result<(), Fault> {
         }
         check_container(container, &volumes, &mut note);
     }
+    let containers: Vec<&str> = spec.containers.iter().map(|container| container.name.as_str()).collect();
+    crate::logs::check(&spec.logs, &containers).into_iter().for_each(|fault| note(Err(fault)));
     for (what, value) in
         [("ingress", spec.network.ingress_bits_per_second), ("egress", spec.network.egress_bits_per_second)]
     {
@@ -300,7 +302,9 @@ fn check_lifecycle(container: &ContainerSpec, note: &mut impl FnMut(Result<(), S
     if matches!(container.role, Role::Init | Role::Debug)
         && *lifecycle != (Lifecycle { stop_signal: lifecycle.stop_signal.clone(), ..Lifecycle::default() })
     {
-        note(Err(format!("container \"{name}\": an init or debug container has no probes and no hooks; a sidecar has")));
+        note(Err(format!(
+            "container \"{name}\": an init or debug container has no probes and no hooks; a sidecar has"
+        )));
     }
     let words = &container.last_words.path;
     if !words.starts_with('/') || !relative_path_is_safe(words.trim_start_matches('/')) {

@@ -11,6 +11,8 @@
 //!     diskBytes: 50M        # a second, reads and writes each
 //!     diskOperations: 500
 //! ```
+//!
+//! Sinks of logs are in [`crate::sinks`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,11 +22,17 @@ use joey_api::sizes::{Size, Sizes};
 use joey_model::quantity::{parse_milli, parse_units};
 use serde::Deserialize;
 
+use crate::sinks::{self, Logs, Sink};
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
     #[serde(default)]
     specs: BTreeMap<String, Spec>,
+    #[serde(default)]
+    logs: Logs,
+    #[serde(default)]
+    sinks: BTreeMap<String, Sink>,
 }
 
 #[derive(Deserialize)]
@@ -42,14 +50,14 @@ struct Spec {
 /// `2`, `0.5` and `500m` alike.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Amount {
+pub enum Amount {
     Whole(u64),
     Number(f64),
     Text(String),
 }
 
 impl Amount {
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         match self {
             Self::Whole(number) => number.to_string(),
             Self::Number(number) => number.to_string(),
@@ -58,15 +66,18 @@ impl Amount {
     }
 }
 
-/// The sizes of a configuration file.
-pub fn read(file: &Path) -> Result<Sizes, String> {
+/// The sizes of a configuration file; what it says of logs goes into `logs`.
+pub fn read(file: &Path, logs: &mut joey_hidecar::Settings) -> Result<Sizes, String> {
     let text = std::fs::read_to_string(file).map_err(|error| format!("{} cannot be read: {error}", file.display()))?;
-    sizes(&text).map_err(|fault| format!("{}: {fault}", file.display()))
+    let read = serde_saphyr::from_str(&text).map_err(|error| error.to_string()).and_then(|file: File| {
+        sinks::take_in(logs, file.logs, file.sinks)?;
+        sizes(file.specs)
+    });
+    read.map_err(|fault| format!("{}: {fault}", file.display()))
 }
 
-fn sizes(text: &str) -> Result<Sizes, String> {
-    let file: File = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
-    file.specs.into_iter().map(|(name, spec)| Ok((name.clone(), size(&name, &spec)?))).collect()
+fn sizes(specs: BTreeMap<String, Spec>) -> Result<Sizes, String> {
+    specs.into_iter().map(|(name, spec)| Ok((name.clone(), size(&name, &spec)?))).collect()
 }
 
 fn size(name: &str, spec: &Spec) -> Result<Size, String> {
@@ -92,9 +103,15 @@ fn size(name: &str, spec: &Spec) -> Result<Size, String> {
 mod tests {
     use super::*;
 
+    fn sizes(text: &str) -> Result<Sizes, String> {
+        let file: File = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        super::sizes(file.specs)
+    }
+
     #[test]
     fn specs_by_name() {
-        let read = sizes("specs:\n  small: {cpu: 0.5, memory: 1Gi, pids: 64, packets: 20k}\n  large: {cpu: 8}\n").unwrap();
+        let read =
+            sizes("specs:\n  small: {cpu: 0.5, memory: 1Gi, pids: 64, packets: 20k}\n  large: {cpu: 8}\n").unwrap();
         let small = read["small"];
         assert_eq!((small.limits.cpu_milli, small.limits.memory_bytes), (Some(500), Some(1 << 30)));
         assert_eq!((small.limits.pids, small.packets_per_second), (Some(64), Some(20_000)));

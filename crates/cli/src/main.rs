@@ -5,9 +5,9 @@
 
 mod args;
 mod bench;
+mod configuration;
 mod copy;
 mod debug;
-mod configuration;
 mod down;
 mod exec;
 mod failure;
@@ -20,6 +20,7 @@ mod output;
 mod roles;
 mod run;
 mod settings;
+mod sinks;
 mod top;
 mod up;
 mod vnode;

@@ -46,6 +46,11 @@ impl Place {
         format!("/{}", self.name)
     }
 
+    /// The carrying of logs without any sink. On the instances' own disk: what they leave behind is moved there.
+    fn logs(&self) -> joey_hidecar::Settings {
+        joey_hidecar::Settings::new(self.file("instances").join("left-logs"))
+    }
+
     pub fn run_dir(&self) -> PathBuf {
         Path::new("/run/joey").join(&self.name)
     }
@@ -64,6 +69,7 @@ pub struct HostSettings {
     pub agent: PathBuf,
     /// Sizes that instances may name.
     pub sizes: Sizes,
+    pub logs: joey_hidecar::Settings,
 }
 
 #[derive(Debug, Clone)]
@@ -148,7 +154,11 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         faults.0.push(format!("--docker-config: there is no file {}", file.display()));
     }
     let agent = faults.take("--agent", agent(flags.agent.as_deref()));
-    let sizes = flags.config.as_deref().map_or_else(|| Some(Sizes::new()), |file| faults.take("--config", configuration::read(file)));
+    let mut logs = place.logs();
+    let sizes = match flags.config.as_deref() {
+        Some(file) => faults.take("--config", configuration::read(file, &mut logs)),
+        None => Some(Sizes::new()),
+    };
     Some(HostSettings {
         place,
         host_name: machine_name(),
@@ -159,6 +169,7 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
         max_layer_bytes: layer?,
         agent: agent?,
         sizes: sizes?,
+        logs,
     })
 }
 
@@ -187,8 +198,10 @@ pub fn machine_name() -> String {
 /// What `down` needs of a host: it removes what is there, so the range and the agent do not matter. The range is one that no
 /// host routes (RFC 1112, class E), so that it never meets the range of another joey.
 pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
+    let place = Place::of(data_dir)?;
     Ok(HostSettings {
-        place: Place::of(data_dir)?,
+        logs: place.logs(),
+        place,
         host_name: machine_name(),
         pod_range: Ipv4Net::new_assert(std::net::Ipv4Addr::new(240, 0, 0, 0), 29),
         prepared: 0,

@@ -17,9 +17,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentState};
-use joey_api::instance::{
-    ContainerState, InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase,
-};
+use joey_api::instance::{ContainerState, InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase};
 use joey_api::lifecycle::Role;
 use joey_model::{Digest, ErrorKind, Fault, ImageRef, InstanceId, checkpoint};
 use joey_sandbox::{AgentClient, Sandbox};
@@ -49,6 +47,8 @@ pub(crate) enum Command {
     /// Its record says something else now.
     Change,
     Restart,
+    /// Something happened to its logs.
+    Told(InstanceEvent),
 }
 
 /// One instance.
@@ -134,6 +134,7 @@ impl Life {
 
     /// What an adopted sandbox was made from: its address, and the images as its configuration names them.
     async fn remember(&mut self) {
+        self.shared.carry_logs(&self.id);
         self.status.address = self.shared.network.find(&self.id).map(|attachment| attachment.address);
         if let Some(config) = read_json::<AgentConfig>(&self.dir.join("agent.json")) {
             for made in config.containers {
@@ -194,7 +195,7 @@ impl Life {
                         command = commands.recv() => match command {
                             Some(Command::Delete { grace }) => break Err(Turn::Delete(grace)),
                             Some(Command::Change) => changed = true,
-                            Some(Command::Restart) => {}
+                            Some(Command::Restart | Command::Told(_)) => {}
                             // The engine is gone, and with it this process.
                             None => break Ok((&mut pulling).await),
                         },
@@ -258,6 +259,7 @@ impl Life {
                             }
                         }
                         Some(Command::Restart) => return Ok(()),
+                        Some(Command::Told(event)) => self.tell_at_once(event),
                         None => std::future::pending().await,
                     },
                 }
@@ -323,6 +325,7 @@ impl Life {
                             }
                         }
                         Some(Command::Restart) => self.restart(agent).await,
+                        Some(Command::Told(event)) => self.tell_at_once(event),
                         None => std::future::pending().await,
                     },
                     () = tokio::time::sleep(BRING_AGAIN), if self.behind => self.bring(agent).await,
@@ -399,6 +402,7 @@ impl Life {
                 Some(Command::Delete { grace }) => return Some(grace),
                 Some(Command::Change) => drop(self.take_in().await),
                 Some(Command::Restart) => return None,
+                Some(Command::Told(event)) => self.tell_at_once(event),
                 None => std::future::pending().await,
             }
         }
@@ -462,6 +466,9 @@ impl Life {
 
     async fn remove(&mut self) -> Result<(), Fault> {
         start::unmake(self).await?;
+        let (carrier, id, segments) = (self.shared.carrier.clone(), self.id.clone(), self.dir.join(joey_collect::DIRECTORY));
+        start::blocking("keep its logs", move || carrier.take_over(id.as_str(), &segments)).await?;
+        checkpoint::reached("instance-logs-kept");
         let _recording = self.shared.recording(&self.id).await;
         let dir = self.dir.clone();
         start::blocking("remove its directory", move || match std::fs::remove_dir_all(&dir) {
@@ -532,6 +539,11 @@ impl Life {
         self.events.extend(events);
         let surplus = self.events.len().saturating_sub(EVENTS);
         self.events.drain(..surplus);
+    }
+
+    fn tell_at_once(&mut self, event: InstanceEvent) {
+        self.tell(vec![event]);
+        self.publish();
     }
 
     pub(crate) fn use_images(&self, ids: Vec<Digest>) {

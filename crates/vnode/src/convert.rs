@@ -3,9 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use joey_api::instance::{
-    ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpec, PullPolicy, WireRestartPolicy,
-};
+use joey_api::instance::{ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpec, PullPolicy, WireRestartPolicy};
 use joey_api::lifecycle::Role;
 use k8s_openapi::api::core::v1 as core;
 
@@ -14,12 +12,13 @@ use crate::resolve::{Missing, Objects};
 
 mod environment;
 mod ephemeral;
-mod lifecycle;
-mod limits;
-mod naming;
-mod security;
 #[cfg(test)]
 mod fields_tests;
+mod lifecycle;
+mod limits;
+mod logs;
+mod naming;
+mod security;
 #[cfg(test)]
 mod tests;
 mod volumes;
@@ -111,6 +110,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
         host_aliases: host_aliases(&spec),
         ..limits::network(pod, &mut notes)
     };
+    let logs = logs::logs(pod, &containers, &mut notes);
     let (debug_ports, fs_group) = (debug_ports(pod, &mut notes), volumes::fs_group(&security, &mut notes));
     if !notes.faults.is_empty() {
         return Err(Refusal::Unsupported(notes.faults));
@@ -149,6 +149,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
             .map_or(30, |s| u32::try_from(s).unwrap_or(30)),
         active_deadline_seconds: spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok()),
         debug_ports,
+        logs,
         network,
         credentials: objects.credentials.clone(),
     };

@@ -86,7 +86,10 @@ fn unsupported_fields_of_a_container_are_named() {
         ("startupProbe", json!({ "tcpSocket": { "port": 0 } })),
         ("lifecycle", json!({ "preStop": { "tcpSocket": { "port": 80 } } })),
         ("restartPolicy", json!("Sometimes")),
-        ("restartPolicyRules", json!([{ "action": "RestartAllContainers", "exitCodes": { "operator": "In", "values": [1] } }])),
+        (
+            "restartPolicyRules",
+            json!([{ "action": "RestartAllContainers", "exitCodes": { "operator": "In", "values": [1] } }]),
+        ),
         ("volumeDevices", json!([{ "name": "d", "devicePath": "/dev/d" }])),
     ] {
         let found = faults(&pod(json!({}), json!({ field: value })));
@@ -148,7 +151,8 @@ fn resources() {
     let requests = json!({ "resources": { "requests": { "cpu": "1", "memory": "1Gi" }, "limits": { "cpu": "2" } } });
     let found = taken(&pod(json!({}), requests.clone())).containers[0].resources;
     assert_eq!((found.cpu_milli, found.memory_bytes), (Some(2000), Some(1 << 30)));
-    let spec = taken(&pod(json!({ "resources": { "limits": { "cpu": "3" }, "requests": { "memory": "2Gi" } } }), requests));
+    let spec =
+        taken(&pod(json!({ "resources": { "limits": { "cpu": "3" }, "requests": { "memory": "2Gi" } } }), requests));
     assert_eq!((spec.limits.cpu_milli, spec.limits.memory_bytes), (Some(3000), Some(2 << 30)));
     assert_eq!(spec.containers[0].resources.memory_bytes, None);
     for (limits, named) in [
@@ -275,7 +279,10 @@ fn variables_and_files_of_objects() {
     assert!(spec.containers[0].env.iter().any(|variable| variable.name == "IP" && variable.address));
     let VolumeSource::Files(files) = &spec.volumes[0].source else { panic!("{:?}", spec.volumes) };
     assert_eq!((files[0].path.as_str(), files[0].mode), ("key", 0o400));
-    assert_eq!(spec.containers[0].mounts, [Mount { volume: "conf".into(), path: "/conf".into(), read_only: true, ..Mount::default() }]);
+    assert_eq!(
+        spec.containers[0].mounts,
+        [Mount { volume: "conf".into(), path: "/conf".into(), read_only: true, ..Mount::default() }]
+    );
 }
 
 #[test]
@@ -311,4 +318,30 @@ fn host_names() {
     let long = json!({ "hostname": "h".repeat(60), "subdomain": "peers", "setHostnameAsFQDN": true });
     assert!(faults(&pod(long, json!({})))[0].contains("64 characters"));
     assert_eq!(of(json!({}), &format!("{}-{}", "x".repeat(62), "y".repeat(40))), "x".repeat(62));
+}
+
+#[test]
+fn logs_are_collected_by_annotation() {
+    let annotated = |sources: &str| {
+        let mut pod = pod(json!({}), json!({}));
+        let all = [("joey.dev/logs", sources), ("joey.dev/log-sink", "bus")];
+        pod.metadata.annotations = Some(all.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+        pod
+    };
+    let logs = taken(&annotated(r#"[{"name": "out", "from": "stdout"}]"#)).logs;
+    assert_eq!((logs.sink.as_deref(), logs.sources.len()), (Some("bus"), 1));
+    assert_eq!(logs.fields.keys().collect::<Vec<_>>(), ["namespace", "pod"]);
+    assert_eq!(taken(&annotated("[]")).logs, joey_api::logs::Logs::default(), "nothing is asked for");
+    for wrong in [
+        r#"[{"name": "out"}]"#,
+        r#"[{"name": "out", "from": "var/log"}]"#,
+        r#"[{"name": "o", "from": "stdout", "container": "no"}]"#,
+    ] {
+        let found = faults(&annotated(wrong));
+        assert!(found[0].starts_with("annotation joey.dev/logs"), "{found:?}");
+    }
+    let mut pod = pod(json!({}), json!({"env": [{"name": "aliyun_logs_out", "value": "stdout"}]}));
+    pod.metadata.annotations = Some([("joey.dev/log-sink".to_owned(), "bus".to_owned())].into());
+    let logs = taken(&pod).logs;
+    assert_eq!((logs.sink.as_deref(), logs.sources.len(), logs.fields.len()), (Some("bus"), 0, 2));
 }

@@ -291,6 +291,38 @@ fn a_sink_that_is_down_for_long_costs_bounded_memory_and_disk_and_the_loss_is_to
 }
 
 #[test]
+fn the_example_of_the_page_runs() {
+    let page = std::fs::read_to_string(joey_tests::repository().join("docs/log-collection.md")).expect("the page is there");
+    let blocks: Vec<&str> = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let registry = Registry::with_demo_image();
+    let mut joey = Joey::prepare(Settings::default());
+    let (file, logs) = (joey.scratch().join("logs.yaml"), joey.scratch().join("logs"));
+    let configuration = blocks[0].replace("/var/log/joey", &logs.display().to_string());
+    std::fs::write(&file, configuration).expect("a fresh folder is writable");
+    joey.arguments(&["--config", &file.display().to_string()]);
+    joey.up();
+    let object = blocks[1].replace("127.0.0.1:5056/joey/hello:1", &registry.demo());
+    joey.kubectl_with_input(&["apply", "-f", "-"], &object).ok();
+    let records = wait_until("both records come", seconds(60), || {
+        let text = std::fs::read_to_string(logs.join("joey.ndjson")).unwrap_or_default();
+        let records: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("a record is JSON")).collect();
+        holds(records.len() >= 2, &records).map(|()| records)
+    });
+    let shown = page.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the page shows records");
+    let plain = |mut record: Value| {
+        (record["time"], record["instance"]) = (Value::Null, Value::Null);
+        record.to_string()
+    };
+    let shown: BTreeSet<String> = shown.lines().map(|line| plain(serde_json::from_str(line).expect("it shows JSON"))).collect();
+    assert_eq!(records.into_iter().map(plain).collect::<BTreeSet<_>>(), shown, "as the page shows them");
+    // The other configuration of the page is one too: its files are missed, and nothing else.
+    let other = joey.scratch().join("other.yaml");
+    std::fs::write(&other, blocks[2]).expect("a fresh folder is writable");
+    let told = joey.joey(&["up", "--listen", "127.0.0.1:0", "--config", &other.display().to_string()]).fails(1);
+    assert!(told.contains("is in use"), "{told}");
+}
+
+#[test]
 fn records_reach_a_real_kafka_over_its_end() {
     let Some(mut kafka) = Kafka::start() else { return };
     let registry = Registry::with_demo_image();

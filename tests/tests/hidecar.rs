@@ -161,7 +161,7 @@ fn nothing_but_the_containers_own_files_is_collected() {
         "mkdir -p /l /d; ln -s {secret} /l/a.log; ln -s ../../../../..{secret} /l/b.log; ln -s /proc/1/root{secret} /l/c.log; \
          ln -s /proc/self/environ /l/d.log; ln -s /proc/1/fd /l/dir; ln -s / /d/top; mkfifo /l/fifo.log; mknod /l/null.log c 1 3; \
          ln -s /l/e.log /l/e.log; echo fine 0 >/l/own.log; ln -s /l/own.log /l/twice.log; \
-         while :; do rm -f /l/f.log; ln -s {secret} /l/f.log; rm -f /l/f.log; echo fine 0 >/l/f.log; done & sleep 1000"
+         while :; do rm -f /l/f.log; ln -s {secret} /l/f.log; rm -f /l/f.log; echo fine 0 >/l/f.log; sleep 0.01; done & sleep 1000"
     );
     let sources = [
         ("aliyun_logs_l", "/l/*.log"),

@@ -364,7 +364,8 @@ async fn deliver(name: &str, sink: &mut Sink, batch: &Batch) -> Vec<usize> {
                     tracing::warn!(sink = name, why, "sink does not take records, trying again");
                 }
                 left.push(range);
-                tokio::time::sleep(pause.mul_f64(rand::rng().random_range(0.75..1.25))).await;
+                let part = rand::rng().random_range(0.75..1.25);
+                tokio::time::sleep(pause.mul_f64(part)).await;
                 pause = (pause * 2).min(PAUSE.1);
             }
         }

@@ -80,7 +80,7 @@ impl Kafka {
     /// All records of a topic, read by Kafka's own consumer until for some seconds no more came.
     pub fn records(&self, topic: &str) -> Vec<String> {
         let arguments = ["--topic", topic, "--from-beginning", "--timeout-ms", "5000"];
-        let read = self.tool("consumer.ConsoleConsumer", "--command-config", &arguments);
+        let read = self.tool("consumer.ConsoleConsumer", "--consumer.config", &arguments);
         read.stdout.lines().map(str::to_owned).collect()
     }
 

@@ -11,5 +11,5 @@ scripts/kubectl.sh >/dev/null
 scripts/debian-files.sh .tools/docker-registry docker-registry
 demo/build.sh .run/demo
 # The whole workspace is named so that nothing is compiled again with other features than the other tests'.
-cargo test --release --locked --workspace --exclude joey-tests --test real_cluster
+cargo test --release --locked --config tests/units.toml --workspace --exclude joey-tests --test real_cluster
 cargo test --release --locked -p joey-tests --test kubernetes -- --test-threads=1

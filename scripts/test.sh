@@ -15,7 +15,7 @@ scripts/kafka.sh
 at() { printf '%d min %02d s' $((SECONDS / 60)) $((SECONDS % 60)); }
 echo "== units (after $(at))"
 # The test on a real control plane comes at the end, with the peers it needs.
-cargo test --release --locked --workspace --exclude joey-tests -- --skip a_real_cluster
+cargo test --release --locked --config tests/units.toml --workspace --exclude joey-tests -- --skip a_real_cluster
 echo "== whole system (after $(at))"
 # Tests of the agent's crate have put a dynamically linked one in the static one's place.
 scripts/build.sh

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::unistd::Pid;
 
 /// How a program ended and what it wrote.
@@ -125,6 +125,13 @@ impl Program {
         let text = describe(command);
         let file = File::options().create(true).append(true).open(log).expect("a log in a fresh folder can be written");
         let error = file.try_clone().expect("a file can be shared");
+        // What was started in the background of a script ignores interrupts, and so would its children.
+        let heeds_interrupts = || {
+            // SAFETY: the default disposition has no handler that could be unsound, and signal(2) may be called after a fork.
+            unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }.map(drop).map_err(std::io::Error::from)
+        };
+        // SAFETY: it calls nothing but signal(2).
+        unsafe { command.pre_exec(heeds_interrupts) };
         let child = command
             .stdin(Stdio::null())
             .stdout(file)

@@ -98,7 +98,8 @@ fn the_runtimes_program_is_not_overwritten() {
         let _ = arena.joey.kubectl(&["exec", "evil", "--", "/bin/evil"]);
     }
     // It can be held still inside, by the container itself: then it is seen for certain.
-    let held = arena.inside("evil", "(exec -a x /bin/evil --dir /tmp/none) ; /proc/self/exe true; ls -l /proc/1/exe").stdout;
+    let held =
+        arena.inside("evil", "(exec -a x /bin/evil --dir /tmp/none) ; /proc/self/exe true; ls -l /proc/1/exe").stdout;
     assert!(held.contains("busybox"), "{held}");
     assert_ne!(arena.inside("evil", "test -e /tmp/won").code, 0, "something was overwritten");
     untouched(&prizes);
@@ -154,7 +155,11 @@ fn no_descriptor_of_the_runtime_is_left() {
     for number in 3..12 {
         let name = format!("cwd-{number}");
         let dir = format!("/proc/self/fd/{number}");
-        let mut object = pod(&name, &image, &["sh", "-c", "busybox pwd -P; ls ../../../../../../etc; cat ../../../../../../../etc/shadow"]);
+        let mut object = pod(
+            &name,
+            &image,
+            &["sh", "-c", "busybox pwd -P; ls ../../../../../../etc; cat ../../../../../../../etc/shadow"],
+        );
         object["spec"]["containers"][0]["workingDir"] = json!(dir);
         arena.joey.apply(&object);
         let (reason, said) = arena.end(&name);
@@ -227,13 +232,28 @@ fn masks_are_made_of_the_real_null_device() {
     ];
     let image = arena.image("null", &entries, json!({}));
     arena.joey.run_pod("null", &image, &[]);
-    assert_eq!(arena.inside("null", "stat -c %F /dev/null; busybox stat -c %t:%T /dev/null").ok().lines().last(), Some("1:3"));
-    for script in ["echo x > /proc/sys/kernel/core_pattern", "busybox head -c 1 /proc/kcore | busybox grep .", "echo b > /proc/sysrq-trigger"] {
+    assert_eq!(
+        arena.inside("null", "stat -c %F /dev/null; busybox stat -c %t:%T /dev/null").ok().lines().last(),
+        Some("1:3")
+    );
+    for script in [
+        "echo x > /proc/sys/kernel/core_pattern",
+        "busybox head -c 1 /proc/kcore | busybox grep .",
+        "echo b > /proc/sysrq-trigger",
+    ] {
         assert_ne!(arena.inside("null", script).code, 0, "{script}");
     }
     // A volume over /dev that another container of the Pod keeps changing while containers start.
-    let mut object = pod("race", &image, &["sh", "-c", "while :; do busybox ln -sf /proc/sys/kernel/core_pattern /v/null; \
-        busybox rm -f /v/null; busybox mknod /v/null c 1 3; busybox rm -f /v/null; touch /v/null; done"]);
+    let mut object = pod(
+        "race",
+        &image,
+        &[
+            "sh",
+            "-c",
+            "while :; do busybox ln -sf /proc/sys/kernel/core_pattern /v/null; \
+        busybox rm -f /v/null; busybox mknod /v/null c 1 3; busybox rm -f /v/null; touch /v/null; done",
+        ],
+    );
     object["spec"]["restartPolicy"] = json!("Always");
     object["spec"]["volumes"] = json!([{"name": "v", "emptyDir": {}}]);
     object["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
@@ -244,9 +264,11 @@ fn masks_are_made_of_the_real_null_device() {
     arena.joey.apply(&object);
     wait_until("the victim was tried", seconds(30), || {
         let status = arena.joey.get("pod", "race")["status"].clone();
-        let victim = status["containerStatuses"].as_array().into_iter().flatten().find(|c| c["name"] == "victim").cloned();
+        let victim =
+            status["containerStatuses"].as_array().into_iter().flatten().find(|c| c["name"] == "victim").cloned();
         let tried = victim.is_some_and(|victim| {
-            victim["restartCount"].as_u64().is_some_and(|count| count >= 1) || victim["lastState"].is_object()
+            victim["restartCount"].as_u64().is_some_and(|count| count >= 1)
+                || victim["lastState"].is_object()
                 || victim["state"]["waiting"]["reason"].as_str().is_some_and(|reason| reason.ends_with("Error"))
         });
         holds(tried, status)
@@ -341,7 +363,8 @@ fn nothing_of_the_host_is_seen() {
     let image = arena.image("looks", &[], json!({}));
     arena.joey.run_pod("other", &image, &["sleep", "98765"]);
     let mut object = pod("looks", &image, &["sleep", "1000"]);
-    object["spec"]["volumes"] = json!([{"name": "disk", "emptyDir": {}}, {"name": "memory", "emptyDir": {"medium": "Memory"}}]);
+    object["spec"]["volumes"] =
+        json!([{"name": "disk", "emptyDir": {}}, {"name": "memory", "emptyDir": {"medium": "Memory"}}]);
     object["spec"]["containers"][0]["volumeMounts"] =
         json!([{"name": "disk", "mountPath": "/disk"}, {"name": "memory", "mountPath": "/memory"}]);
     arena.joey.apply(&object);
@@ -352,7 +375,8 @@ fn nothing_of_the_host_is_seen() {
     // Descriptors: streams and nothing else, in the first process and in one that an exec brings.
     for who in ["1", "self"] {
         let found = inside(&format!("for fd in /proc/{who}/fd/*; do readlink $fd; done; true")).ok();
-        let strange: Vec<_> = found.lines().filter(|line| !line.starts_with("pipe:[") && *line != "/dev/null").collect();
+        let strange: Vec<_> =
+            found.lines().filter(|line| !line.starts_with("pipe:[") && *line != "/dev/null").collect();
         assert!(strange.iter().all(|line| line.starts_with("/proc/") && line.ends_with("/fd")), "{who}: {found}");
     }
     // Mounts: no place of the host in any of them, but where a volume lies on the disk, which no path leads to.

@@ -71,7 +71,8 @@ fn every_field_has_a_row_and_every_row_a_field() {
     assert!(undecided.is_empty(), "no row in docs/pod-fields.md: {undecided:#?}");
     let strangers: Vec<_> = rows.iter().filter(|(row, _)| !fields.iter().any(|field| covers(row, field))).collect();
     assert!(strangers.is_empty(), "rows that name no field: {strangers:#?}");
-    let twice: Vec<_> = rows.iter().filter(|(row, _)| rows.iter().filter(|(other, _)| other == row).count() > 1).collect();
+    let twice: Vec<_> =
+        rows.iter().filter(|(row, _)| rows.iter().filter(|(other, _)| other == row).count() > 1).collect();
     assert!(twice.is_empty(), "{twice:?}");
     for (row, state) in &rows {
         assert!(["honoured", "refused", "cluster"].contains(&state.as_str()), "{row} is {state}");
@@ -105,8 +106,7 @@ fn names_settings_and_groups() {
     object["spec"]["subdomain"] = json!("peers");
     object["spec"]["setHostnameAsFQDN"] = json!(true);
     object["spec"]["hostAliases"] = json!([{"ip": "192.0.2.9", "hostnames": ["nine", "neuf"]}]);
-    object["spec"]["securityContext"] =
-        json!({"sysctls": [{"name": "net.ipv4.tcp_keepalive_time", "value": "123"}]});
+    object["spec"]["securityContext"] = json!({"sysctls": [{"name": "net.ipv4.tcp_keepalive_time", "value": "123"}]});
     let text = said(&joey, &object);
     assert!(text.starts_with("one.peers.default.svc.cluster.local\n"), "{text}");
     assert!(text.contains("\tone.peers.default.svc.cluster.local\tone\n"), "{text}");
@@ -124,8 +124,7 @@ fn names_settings_and_groups() {
     let script = "id -G; pwd; ls -ld /made/up | cut -c1-10";
     for (name, policy, wanted) in [("merge", "Merge", vec!["33", "4", "5"]), ("strict", "Strict", vec!["33", "5"])] {
         let mut object = scripted(name, &image, script);
-        object["spec"]["securityContext"] =
-            json!({"runAsUser": 33, "runAsNonRoot": true, "supplementalGroups": [5], "supplementalGroupsPolicy": policy});
+        object["spec"]["securityContext"] = json!({"runAsUser": 33, "runAsNonRoot": true, "supplementalGroups": [5], "supplementalGroupsPolicy": policy});
         object["spec"]["volumes"] = json!([{"name": "groups", "configMap": {"name": "groups"}}]);
         let container = &mut object["spec"]["containers"][0];
         container["workingDir"] = json!("/made/up");
@@ -240,11 +239,26 @@ fn what_is_refused_says_why_and_what_instead() {
         ("hostPath", "emptyDir", json!({"volumes": [{"name": "h", "hostPath": {"path": "/"}}]}), json!({})),
         ("hostPort", "own address", json!({}), json!({"ports": [{"containerPort": 80, "hostPort": 80}]})),
         ("SYS_ADMIN", "volumes", json!({}), json!({"securityContext": {"capabilities": {"add": ["SYS_ADMIN"]}}})),
-        ("SYS_PTRACE", "debug container", json!({}), json!({"securityContext": {"capabilities": {"add": ["SYS_PTRACE"]}}})),
+        (
+            "SYS_PTRACE",
+            "debug container",
+            json!({}),
+            json!({"securityContext": {"capabilities": {"add": ["SYS_PTRACE"]}}}),
+        ),
         ("NET_ADMIN", "annotations", json!({}), json!({"securityContext": {"capabilities": {"add": ["NET_ADMIN"]}}})),
-        ("kernel.msgmax", "safe ones are", json!({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}), json!({})),
+        (
+            "kernel.msgmax",
+            "safe ones are",
+            json!({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}),
+            json!({}),
+        ),
         ("volumeDevices", "emptyDir", json!({}), json!({"volumeDevices": [{"name": "d", "devicePath": "/dev/d"}]})),
-        ("seccompProfile", "RuntimeDefault", json!({}), json!({"securityContext": {"seccompProfile": {"type": "Unconfined"}}})),
+        (
+            "seccompProfile",
+            "RuntimeDefault",
+            json!({}),
+            json!({"securityContext": {"seccompProfile": {"type": "Unconfined"}}}),
+        ),
         ("procMount", "Default", json!({}), json!({"securityContext": {"procMount": "Unmasked"}})),
     ] {
         let mut object = pod("refused", &image, &["true"]);
@@ -284,7 +298,8 @@ fn sizes_are_taken_from_a_list() {
     };
     joey.joey(&["run", &registry.demo(), "--name", "a", "--spec", "no.such", "--spec", "tiny"]).ok();
     assert_eq!(limit("a"), 48 << 20);
-    let refused = joey.joey(&["run", &registry.demo(), "--name", "b", "--spec", "no.such", "--spec", "999-1Gi"]).fails(1);
+    let refused =
+        joey.joey(&["run", &registry.demo(), "--name", "b", "--spec", "no.such", "--spec", "999-1Gi"]).fails(1);
     assert!(refused.contains("\"no.such\" is not known") && refused.contains("tiny"), "{refused}");
 
     let mut object = pod("sized", &registry.demo(), &["sleep", "1000"]);

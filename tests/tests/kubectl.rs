@@ -127,10 +127,11 @@ fn a_followed_log_ends_with_its_container() {
         &registry.demo(),
         &["sh", "-c", "trap 'echo end; exit 0' QUIT; echo begin; sleep 1000 & wait"],
     );
-    let mut end = followed(&["logs", "-f", "deleted"]);
+    let mut follow =
+        Program::start(&mut joey.kubectl_command(&["logs", "-f", "deleted"]), &joey.scratch().join("ends"));
+    wait_until("it is followed", seconds(20), || holds(follow.output() == "begin\n", follow.output()));
     joey.kubectl(&["delete", "pod", "deleted", "--timeout=30s"]).ok();
-    let (code, text) = end();
-    assert_eq!((code, text.ends_with("begin\nend\n")), (0, true), "{text}");
+    assert_eq!((follow.wait(seconds(30)), follow.output().as_str()), (0, "begin\nend\n"));
 }
 
 #[test]

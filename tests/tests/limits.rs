@@ -115,11 +115,8 @@ fn disk_rate(joey: &Joey, pod: &str, count: f64, dd: &str) -> f64 {
 fn disk() {
     let (registry, joey) = noisy();
     let image = registry.demo();
-    let mut slow = with(
-        pod("slow", &image, &["sleep", "1000"]),
-        json!({"joey.dev/disk-bytes-per-second": "8Mi"}),
-        json!({}),
-    );
+    let mut slow =
+        with(pod("slow", &image, &["sleep", "1000"]), json!({"joey.dev/disk-bytes-per-second": "8Mi"}), json!({}));
     slow["spec"]["volumes"] = json!([{"name": "v", "emptyDir": {}}]);
     slow["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
     joey.apply(&slow);

@@ -81,8 +81,10 @@ fn changes_reach_a_running_pod_as_a_whole() {
     make_objects(&joey);
     joey.apply(&projected(&registry.demo()));
     joey.wait_for("shows", "Ready", seconds(60));
-    assert_eq!(inside(&joey, "shows", "cat /all/key /all/colour /fixed/k; ls /all; stat -Lc %a /all/key"),
-        "firstbrown1colour\nkey\nmap\ntoken\ntwo\n400\n");
+    assert_eq!(
+        inside(&joey, "shows", "cat /all/key /all/colour /fixed/k; ls /all; stat -Lc %a /all/key"),
+        "firstbrown1colour\nkey\nmap\ntoken\ntwo\n400\n"
+    );
 
     let mut slowest = Duration::ZERO;
     for number in 0..10 {
@@ -107,7 +109,10 @@ fn changes_reach_a_running_pod_as_a_whole() {
     make_fixed(&joey, "2");
     patch(&joey, "configmap", "map", &json!({"data": {"map": "last"}}));
     shows(&joey, "shows", "cat /all/map", "last");
-    assert_eq!(inside(&joey, "shows", "cat /part; cat /fixed/k; tr '\\0' '\\n' </proc/1/environ | grep ^MAP="), "one1MAP=one\n");
+    assert_eq!(
+        inside(&joey, "shows", "cat /part; cat /fixed/k; tr '\\0' '\\n' </proc/1/environ | grep ^MAP="),
+        "one1MAP=one\n"
+    );
     // What is gone is kept as it was, and said.
     joey.kubectl(&["delete", "secret", "key"]).ok();
     wait_until("the missing Secret is told of", REACHED, || {
@@ -138,7 +143,8 @@ fn tokens_are_replaced_and_work() {
     assert_eq!(inside(&joey, "shows", "stat -Lc '%a %u %g' /all/token"), "640 1000 2000\n", "the Pod's user's alone");
     let first = inside(&joey, "shows", "cat /all/token");
     let status = |token: &str| {
-        let (header, url) = (format!("Authorization: Bearer {token}"), format!("https://{}/api/v1/pods", joey.listen()));
+        let (header, url) =
+            (format!("Authorization: Bearer {token}"), format!("https://{}/api/v1/pods", joey.listen()));
         run(Command::new("curl").args(["-sk", "-o", "/dev/null", "-w", "%{http_code}", "-H", &header, &url])).ok()
     };
     assert_eq!(status(&first), "403", "it says who asks");
@@ -152,7 +158,8 @@ fn tokens_are_replaced_and_work() {
         if token == first { Err(token) } else { Ok(token) }
     });
     let (header, url) = (format!("Authorization: Bearer {second}"), format!("https://{}/api/v1/pods", joey.listen()));
-    let code = run(Command::new("curl").args(["-sk", "-o", "/dev/null", "-w", "%{http_code}", "-H", &header, &url])).ok();
+    let code =
+        run(Command::new("curl").args(["-sk", "-o", "/dev/null", "-w", "%{http_code}", "-H", &header, &url])).ok();
     assert_eq!(code, "403");
     assert_eq!(joey.pid_of("shows.default"), pid, "the Pod went on");
     assert_eq!(joey.kubectl(&["logs", "shows"]).ok(), "", "no mix, nothing missing");
@@ -175,7 +182,8 @@ fn a_change_outlives_the_daemon() {
         // The new daemon's first word to the running Pod is a change already: its token.
         wait_until("the change ends the daemon", seconds(30), || {
             let body = json!({"data": {"map": value}}).to_string();
-            let outcome = joey.kubectl(&["--request-timeout=2s", "patch", "configmap", "map", "--type=merge", "-p", &body]);
+            let outcome =
+                joey.kubectl(&["--request-timeout=2s", "patch", "configmap", "map", "--type=merge", "-p", &body]);
             holds(joey.program().ended().is_some(), outcome.stderr)
         });
         joey.crash_at(None);
@@ -245,7 +253,8 @@ fn parts_of_volumes_and_their_owners() {
                   cat /one; touch /map/new || echo closed; touch /ro/z || echo read-only; sleep 1000";
     let mut object = pod("parts", &registry.demo(), &["sh", "-c", script]);
     object["spec"]["securityContext"] = json!({"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2000});
-    object["spec"]["volumes"] = json!([{"name": "data", "emptyDir": {}}, {"name": "map", "configMap": {"name": "map"}}]);
+    object["spec"]["volumes"] =
+        json!([{"name": "data", "emptyDir": {}}, {"name": "map", "configMap": {"name": "map"}}]);
     let container = &mut object["spec"]["containers"][0];
     container["env"] = json!([{"name": "NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]);
     container["volumeMounts"] = json!([
@@ -289,10 +298,16 @@ fn parts_of_volumes_and_their_owners() {
 fn an_image_is_a_volume() {
     let (registry, served) = (Registry::with_demo_image(), Served::start());
     let joey = Joey::start();
-    let below = Layer::new(&[Entry::dir("data/"), Entry::file("data/a", b"old"), Entry::file("gone", b"x")], Packing::Gzip);
-    let above = Layer::new(&[Entry::dir("data/"), Entry::file("data/a", b"new"), Entry::file(".wh.gone", b"")], Packing::Zstd);
+    let below =
+        Layer::new(&[Entry::dir("data/"), Entry::file("data/a", b"old"), Entry::file("gone", b"x")], Packing::Gzip);
+    let above =
+        Layer::new(&[Entry::dir("data/"), Entry::file("data/a", b"new"), Entry::file(".wh.gone", b"")], Packing::Zstd);
     let data = served.add("data:1", &Image::new(vec![below, above], json!({})));
-    let mut object = pod("reads", &registry.demo(), &["sh", "-c", "cat /image/data/a /part/a; ls /image; touch /image/x || echo closed; sleep 1000"]);
+    let mut object = pod(
+        "reads",
+        &registry.demo(),
+        &["sh", "-c", "cat /image/data/a /part/a; ls /image; touch /image/x || echo closed; sleep 1000"],
+    );
     object["spec"]["volumes"] = json!([{"name": "image", "image": {"reference": data, "pullPolicy": "IfNotPresent"}}]);
     object["spec"]["containers"][0]["volumeMounts"] = json!([
         {"name": "image", "mountPath": "/image"}, {"name": "image", "mountPath": "/part", "subPath": "data"}]);

@@ -174,8 +174,7 @@ mod tests {
 
     #[test]
     fn users() {
-        let resolve =
-            |user| resolve_in(user, (&[7], false), PASSWD, GROUP).map(|i| (i.uid, i.gid, i.groups, i.home));
+        let resolve = |user| resolve_in(user, (&[7], false), PASSWD, GROUP).map(|i| (i.uid, i.gid, i.groups, i.home));
         assert_eq!(resolve(""), Ok((0, 0, vec![0, 7], "/root".into())));
         assert_eq!(resolve("web"), Ok((33, 34, vec![4, 7, 34], "/var/www".into())));
         assert_eq!(resolve("33:log"), Ok((33, 4, vec![4, 7], "/var/www".into())));

@@ -52,7 +52,7 @@ fn add(agent: &Arc<Agent>, container: AgentContainer) -> Result<(), Fault> {
         ready: false,
         image_id: container.image_id.clone(),
         image: container.image.clone(),
-        resources: container.resources.clone(),
+        resources: container.resources,
     };
     let life = agent.admit(container, state);
     // It ends with the Pod's stop, which reaches every life.
@@ -97,7 +97,7 @@ pub fn limit(agent: &Agent, life: &Life, resources: &Resources) -> Result<(), Fa
                 .with_hint("a memory limit below what is in use waits until less is used")
         })?;
     }
-    life.become_anew(AgentContainer { resources: resources.clone(), ..AgentContainer::clone(&before) });
+    life.become_anew(AgentContainer { resources: *resources, ..AgentContainer::clone(&before) });
     agent.change(|state| state.containers[life.at].resources.clone_from(resources));
     agent.event(false, "ResizeCompleted", format!("Set the limits of container {}", before.name), &before);
     Ok(())

@@ -171,12 +171,17 @@ pub fn answers() -> (Answers, Response<Body>) {
 }
 
 fn watched(agent: &Agent) -> Response<Body> {
-    lines_answer(futures::stream::unfold((agent.state.subscribe(), true), |(mut states, first)| async move {
-        if !first && states.changed().await.is_err() {
-            return None;
+    let watchers = (agent.state.subscribe(), agent.over.subscribe());
+    lines_answer(futures::stream::unfold((watchers, true), |((mut states, mut over), first)| async move {
+        if !first {
+            tokio::select! {
+                biased;
+                changed = states.changed() => changed.ok()?,
+                _ = over.wait_for(|over| *over) => return None,
+            }
         }
         let state = states.borrow_and_update().clone();
-        Some((state, (states, false)))
+        Some((state, ((states, over), false)))
     }))
 }
 

@@ -53,8 +53,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     let dir = std::path::absolute(&options.dir).map_err(|error| format!("cannot find the directory: {error}"))?;
     let mut config = configuration(&dir)?;
     // Of the host's network namespace: those of the Pod's are listed to its containers, with their paths.
-    let socket =
-        joey_rpc::bind_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
+    let socket = joey_rpc::bind_unix(&dir.join("agent.sock")).map_err(|error| format!("cannot listen: {error}"))?;
     isolate(options, &dir, &config).map_err(|error| format!("cannot isolate the agent: {error}"))?;
     tune(&config)?;
     prepare(&dir, &mut config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
@@ -179,8 +178,7 @@ async fn serve(
     shared: Option<u32>,
     socket: std::os::unix::net::UnixListener,
 ) -> Result<(), String> {
-    let listener =
-        tokio::net::UnixListener::from_std(socket).map_err(|error| format!("cannot listen: {error}"))?;
+    let listener = tokio::net::UnixListener::from_std(socket).map_err(|error| format!("cannot listen: {error}"))?;
     let agent = Arc::new(Agent::new(config, dir, shared));
     let containers = tokio::spawn(agent.clone().run());
     tokio::spawn(storage::watch(agent.clone()));
@@ -188,9 +186,13 @@ async fn serve(
     say_ready().map_err(|error| format!("cannot say that the agent is ready: {error}"))?;
     let served = agent.clone();
     let service = tower::service_fn(move |request| server::answer(served.clone(), request));
-    joey_rpc::serve_unix(listener, service, agent.shutdown.notified()).await;
-    agent.stop(Duration::ZERO);
-    let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
+    let ended = async {
+        agent.shutdown.notified().await;
+        agent.stop(Duration::ZERO);
+        let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
+        agent.over.send_replace(true);
+    };
+    joey_rpc::serve_unix(listener, service, ended).await;
     Ok(())
 }
 

@@ -60,9 +60,8 @@ pub async fn watch(agent: Arc<Agent>) {
 }
 
 fn is_limited(agent: &Agent) -> bool {
-    let volume = agent.config.volumes.iter().any(|volume| {
-        volumes::is_on_disk(volume) && volume.size_limit_bytes.is_some()
-    });
+    let volume =
+        agent.config.volumes.iter().any(|volume| volumes::is_on_disk(volume) && volume.size_limit_bytes.is_some());
     volume || agent.lives().iter().any(|life| life.container().resources.ephemeral_storage_bytes.is_some())
 }
 
@@ -143,7 +142,7 @@ async fn measure(place: &Path, depth: usize) -> io::Result<u64> {
             if stack.len() >= depth {
                 return Ok(u64::MAX);
             }
-            if let Some(below) = opened.and_then(|fd| Ok((entries(&fd)?, fd))).ok() {
+            if let Ok(below) = opened.and_then(|fd| Ok((entries(&fd)?, fd))) {
                 stack.push(below);
             }
         } else {

@@ -35,6 +35,8 @@ pub struct Agent {
     pub shared: Option<u32>,
     pub state: watch::Sender<AgentState>,
     pub shutdown: Notify,
+    /// True once nothing more will happen.
+    pub over: watch::Sender<bool>,
     /// In the order of the state's containers; those that were added later come last.
     lives: Mutex<Vec<Arc<Life>>>,
     /// When everything is ended because its time is over.
@@ -61,7 +63,7 @@ impl Agent {
             ready: false,
             image_id: container.image_id.clone(),
             image: container.image.clone(),
-            resources: container.resources.clone(),
+            resources: container.resources,
         });
         let sequence = std::fs::read(dir.join("state.json"))
             .ok()
@@ -86,6 +88,7 @@ impl Agent {
             dir,
             state: watch::Sender::new(state),
             shutdown: Notify::new(),
+            over: watch::Sender::new(false),
             lives: Mutex::new(lives),
             stop: watch::Sender::new(None),
             again,

@@ -330,8 +330,7 @@ fn within(volume: BorrowedFd<'_>, path: &Path, make: bool) -> io::Result<OwnedFd
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
                     made => made.map(|()| true)?,
                 };
-                let opened =
-                    walk(at.as_fd(), Path::new(part), directory | libc::O_NOFOLLOW, BENEATH | NO_SYMLINKS)?;
+                let opened = walk(at.as_fd(), Path::new(part), directory | libc::O_NOFOLLOW, BENEATH | NO_SYMLINKS)?;
                 if fresh {
                     std::fs::set_permissions(held(opened.as_fd()), Permissions::from_mode(mode))?;
                 }
@@ -461,7 +460,8 @@ mod tests {
         let at = |path: &str| std::fs::read_link(held(inside(path).unwrap().as_fd())).unwrap();
         assert_eq!(at("good/deep"), volume.join("real/deep"));
         assert_eq!(at("good/new/er"), volume.join("real/new/er"));
-        for path in ["up", "up/x", "root", "root/etc", "proc", "proc/etc", "nowhere", "nowhere/x", "loop", "../secret"] {
+        for path in ["up", "up/x", "root", "root/etc", "proc", "proc/etc", "nowhere", "nowhere/x", "loop", "../secret"]
+        {
             let found = inside(path).map(|fd| std::fs::read_link(held(fd.as_fd())));
             assert!(found.is_err(), "{path}: {found:?}");
         }

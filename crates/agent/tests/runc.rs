@@ -72,7 +72,8 @@ async fn devices_are_the_containers_own() {
     let bench = &ground.0;
     let mut request = bench.request(1, "sleep 1000");
     request.config.volumes = vec![AgentVolume { name: "v".into(), ..AgentVolume::default() }];
-    request.config.containers[0].mounts = vec![AgentMount { volume: "v".into(), path: "/v".into(), ..AgentMount::default() }];
+    request.config.containers[0].mounts =
+        vec![AgentMount { volume: "v".into(), path: "/v".into(), ..AgentMount::default() }];
     std::fs::create_dir_all(request.dir.join("volumes/v")).unwrap();
     let sandbox = bench.create(&request).await;
     let agent = AgentClient::new(sandbox.agent().clone());

@@ -67,7 +67,8 @@ const READER: &str = "while :; do cd -P /v/..data || { echo no data; continue; }
 async fn contents_change_as_a_whole() {
     let Some(ground) = ground("swap") else { return };
     let bench = &ground.0;
-    let generation = |number: u32| vec![file("a", &format!("{number:04}"), 0o644), file("sub/b", &format!("{number:04}"), 0o600)];
+    let generation =
+        |number: u32| vec![file("a", &format!("{number:04}"), 0o644), file("sub/b", &format!("{number:04}"), 0o600)];
     let shown = vec![mount("v", "/v", None), mount("v", "/one", Some("a"))];
     let request = request(bench, 1, "sleep 1000", vec![files("v", generation(0))], shown);
     let agent = started(bench, &request).await;
@@ -97,7 +98,8 @@ async fn contents_change_as_a_whole() {
 async fn a_reader_never_sees_a_mix() {
     let Some(ground) = ground("mix") else { return };
     let bench = &ground.0;
-    let generation = |number: u32| vec![file("a", &format!("{number:04}"), 0o644), file("sub/b", &format!("{number:04}"), 0o644)];
+    let generation =
+        |number: u32| vec![file("a", &format!("{number:04}"), 0o644), file("sub/b", &format!("{number:04}"), 0o644)];
     let request = request(bench, 1, READER, vec![files("v", generation(0))], vec![mount("v", "/v", None)]);
     let agent = started(bench, &request).await;
     running(&agent).await;
@@ -176,15 +178,18 @@ async fn places_within_volumes() {
 async fn links_in_a_volume_lead_nowhere() {
     let Some(ground) = ground("links") else { return };
     let bench = &ground.0;
-    for (number, leads_to) in (1..).zip(["/", "../..", "/proc/self/root", "/etc/passwd", "../../agent.json", "nowhere"]) {
+    for (number, leads_to) in (1..).zip(["/", "../..", "/proc/self/root", "/etc/passwd", "../../agent.json", "nowhere"])
+    {
         let request =
             request(bench, number, "ls /v; cat /v", vec![empty("disk")], vec![mount("disk", "/v", Some("link/x"))]);
         let volume = request.dir.join("volumes/disk");
         std::fs::create_dir_all(&volume).unwrap();
         symlink(leads_to, volume.join("link")).unwrap();
         let agent = started(bench, &request).await;
-        let refused = |state: &AgentState| matches!(&state.containers[0].state,
-            ContainerState::Waiting { reason, .. } if reason == "CreateContainerConfigError");
+        let refused = |state: &AgentState| {
+            matches!(&state.containers[0].state,
+            ContainerState::Waiting { reason, .. } if reason == "CreateContainerConfigError")
+        };
         let state = state_where(&agent, refused).await;
         let ContainerState::Waiting { message, .. } = &state.containers[0].state else { panic!("{state:?}") };
         assert!(!message.contains(&bench.dir.display().to_string()), "{message}");
@@ -253,7 +258,10 @@ async fn what_takes_too_much_room_is_evicted() {
 
     let mut request_ = request(bench, 2, "dd if=/dev/zero of=/tmp/big bs=1M count=3; sleep 1000", vec![], vec![]);
     request_.config.containers[0].resources.ephemeral_storage_bytes = Some(2 << 20);
-    assert_eq!(evicted(&request_).await, "Pod ephemeral local storage usage exceeds the total limit of containers 2Mi. ");
+    assert_eq!(
+        evicted(&request_).await,
+        "Pod ephemeral local storage usage exceeds the total limit of containers 2Mi. "
+    );
 
     // Logs count too; and a neighbour with room of its own does not help.
     let mut request_ = request(bench, 3, "seq 1 300000; sleep 1000", vec![], vec![]);

@@ -75,7 +75,7 @@ impl InstanceChange {
                         change.images.insert(container.name.clone(), container.image.clone());
                     }
                     if known.resources != container.resources {
-                        change.resources.insert(container.name.clone(), container.resources.clone());
+                        change.resources.insert(container.name.clone(), container.resources);
                     }
                 }
             }
@@ -93,7 +93,7 @@ impl InstanceChange {
             labels: Some(spec.labels.clone()),
             annotations: Some(spec.annotations.clone()),
             images: of_each().map(|container| (container.name.clone(), container.image.clone())).collect(),
-            resources: of_each().map(|container| (container.name.clone(), container.resources.clone())).collect(),
+            resources: of_each().map(|container| (container.name.clone(), container.resources)).collect(),
             debug: spec.containers.iter().filter(|container| container.role == Role::Debug).cloned().collect(),
             volumes: Vec::new(),
             active_deadline_seconds: spec.active_deadline_seconds,

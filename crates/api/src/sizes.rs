@@ -94,8 +94,7 @@ pub fn choose(spec: &mut InstanceSpec, known: &Sizes, host: Amount) -> Result<()
         let (cpu, memory) = (size.limits.cpu_milli, size.limits.memory_bytes);
         if cpu.is_some_and(|cpu| cpu > host.cpu_milli) || memory.is_some_and(|bytes| bytes > host.memory_bytes) {
             why.push(format!("\"{name}\" is more than this host has"));
-        } else if cpu.is_some_and(|cpu| cpu < asked.cpu_milli)
-            || memory.is_some_and(|bytes| bytes < asked.memory_bytes)
+        } else if cpu.is_some_and(|cpu| cpu < asked.cpu_milli) || memory.is_some_and(|bytes| bytes < asked.memory_bytes)
         {
             why.push(format!("\"{name}\" is less than its containers ask for"));
         } else {
@@ -157,7 +156,8 @@ mod tests {
         spec.use_specs = specs.iter().map(|&name| name.to_owned()).collect();
         spec.limits.pids = Some(9);
         let small = Limits { cpu_milli: Some(500), pids: Some(5), ..Limits::default() };
-        let known = Sizes::from([("small".to_owned(), Size { limits: small, packets_per_second: Some(7), ..Size::default() })]);
+        let known =
+            Sizes::from([("small".to_owned(), Size { limits: small, packets_per_second: Some(7), ..Size::default() })]);
         choose(&mut spec, &known, HOST).map(|()| spec)
     }
 

@@ -87,7 +87,7 @@ pub enum Command {
     /// Join a Kubernetes cluster as a virtual node
     Vnode(Box<Vnode>),
     /// Start an instance; returns when it runs
-    Run(Run),
+    Run(Box<Run>),
     /// List instances
     Ps(Output),
     /// Show everything about an instance

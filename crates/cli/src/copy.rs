@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::args::Cp;
 use crate::failure::Failure;
+use crate::instances::one_container;
 use crate::output::printable;
 
 /// Parts of an archive on their way.
@@ -41,11 +42,11 @@ impl Place {
 pub async fn cp(service: &PoolClient, cp: Cp) -> Result<ExitCode, Failure> {
     match (Place::of(&cp.from), Place::of(&cp.to)) {
         (Place::Inside { name, path }, Place::Here(to)) => {
-            let container = crate::instances::container(service, &name, cp.container).await?;
+            let container = one_container(&service.get(&name).await?, cp.container)?;
             out(service, (&name, &container, &path), to).await
         }
         (Place::Here(from), Place::Inside { name, path }) => {
-            let container = crate::instances::container(service, &name, cp.container).await?;
+            let container = one_container(&service.get(&name).await?, cp.container)?;
             into(service, from, (&name, &container, &path)).await
         }
         _ => Err(Failure::usage("one of the two places must be in an instance, as NAME:PATH, and the other one here")),

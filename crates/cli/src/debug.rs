@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use futures::StreamExt;
 use joey_api::change::InstanceChange;
-use joey_api::instance::{ContainerSpec, ContainerState, Instance, WatchEvent};
+use joey_api::instance::{ContainerSpec, ContainerState, Instance, InstanceEvent, WatchEvent};
 use joey_api::lifecycle::Role;
 use joey_pool::PoolClient;
 
@@ -64,8 +64,9 @@ async fn started(service: &PoolClient, id: &str, name: &str) -> Result<Option<i3
                 Some(ContainerState::Terminated(end)) => return Err(Failure::new(end.message.clone())),
                 _ => {}
             }
-            let own = instance.status.events.iter().filter(|event| event.container.as_deref() == Some(name));
-            if let Some(failed) = own.filter(|event| event.warning && event.reason == "Failed").next_back() {
+            let mut events = instance.status.events.iter();
+            let own = |event: &&InstanceEvent| event.container.as_deref() == Some(name) && event.warning;
+            if let Some(failed) = events.rfind(|event| own(event) && event.reason == "Failed") {
                 return Err(Failure::new(failed.message.clone())
                     .with_hint("it is tried again every 10 s; `joey events` tells how it goes"));
             }

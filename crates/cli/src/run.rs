@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use futures::StreamExt;
 use joey_api::instance::{
-    ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, Limits, LogOptions, NetworkSpec, PullPolicy, Resources,
-    Termination, WatchEvent, WirePhase, WireRestartPolicy,
+    ContainerSpec, ContainerState, EnvVar, Instance, InstanceSpec, Limits, LogOptions, NetworkSpec, PullPolicy,
+    Resources, Termination, WatchEvent, WirePhase, WireRestartPolicy,
 };
 use joey_model::{ErrorKind, Fault, ImageRef, quantity};
 use joey_pool::PoolClient;

@@ -81,7 +81,8 @@ mod tests {
     fn memory_is_no_more_than_the_containers_have() {
         let size = |wanted, first: Option<u64>| {
             let first = first.map_or(json!({}), |bytes| json!({"memoryBytes": bytes}));
-            let container = |name: &str, resources: serde_json::Value| json!({"name": name, "image": "i", "resources": resources});
+            let container =
+                |name: &str, resources: serde_json::Value| json!({"name": name, "image": "i", "resources": resources});
             let all = json!([container("a", first), container("b", json!({"memoryBytes": 30}))]);
             memory_size(&spec(json!({ "containers": all })), wanted)
         };

@@ -41,12 +41,9 @@ impl std::fmt::Display for Assignment {
         // A cap of 0 cannot be: it stands for none.
         write!(formatter, "+{}+{}", self.due.ingress.unwrap_or(0), self.due.egress.unwrap_or(0))?;
         match self.due.has_packets() {
-            true => write!(
-                formatter,
-                "+{}+{}",
-                self.due.ingress_packets.unwrap_or(0),
-                self.due.egress_packets.unwrap_or(0)
-            ),
+            true => {
+                write!(formatter, "+{}+{}", self.due.ingress_packets.unwrap_or(0), self.due.egress_packets.unwrap_or(0))
+            }
             false => Ok(()),
         }
     }
@@ -57,8 +54,7 @@ impl Assignment {
         let mut parts = text.split('+');
         let address = parts.next()?.parse().ok()?;
         let mut cap = || parts.next().and_then(|part| part.parse().ok()).filter(|&rate| rate > 0);
-        let due =
-            Bandwidth { ingress: cap(), egress: cap(), ingress_packets: cap(), egress_packets: cap() };
+        let due = Bandwidth { ingress: cap(), egress: cap(), ingress_packets: cap(), egress_packets: cap() };
         Some(Self { address, due })
     }
 }

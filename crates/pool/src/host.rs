@@ -63,13 +63,8 @@ pub trait Host: Send + Sync + 'static {
     async fn read_files(&self, id: &InstanceId, container: &str, path: &str) -> Result<ByteStream, Fault>;
 
     /// Unpacks an archive into a directory of a container, or as that path.
-    async fn write_files(
-        &self,
-        id: &InstanceId,
-        container: &str,
-        path: &str,
-        archive: ByteStream,
-    ) -> Result<(), Fault>;
+    async fn write_files(&self, id: &InstanceId, container: &str, path: &str, archive: ByteStream)
+    -> Result<(), Fault>;
 
     async fn usage(&self, id: &InstanceId) -> Result<Usage, Fault>;
 

@@ -153,12 +153,7 @@ async fn usage(State(pool): Service, Path(name): Path<String>) -> Answer {
     answer(async { Ok(json_answer(&pool.host.usage(&pool.id(&name)?).await?)) }.await)
 }
 
-async fn forward(
-    State(pool): Service,
-    Path(name): Path<String>,
-    RawQuery(query): RawQuery,
-    body: Incoming,
-) -> Answer {
+async fn forward(State(pool): Service, Path(name): Path<String>, RawQuery(query): RawQuery, body: Incoming) -> Answer {
     answer(
         async {
             let PortQuery { port } = parse_query(&query.unwrap_or_default())?;

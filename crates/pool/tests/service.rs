@@ -88,7 +88,9 @@ async fn contents_change_in_a_living_instance() {
     let change = |source: serde_json::Value| -> InstanceChange {
         serde_json::from_value(serde_json::json!({ "volumes": [{ "name": "v", "source": source }] })).unwrap()
     };
-    let files = |path: &str, base64: &str| change(serde_json::json!({ "files": [{ "path": path, "base64": base64, "mode": 420 }] }));
+    let files = |path: &str, base64: &str| {
+        change(serde_json::json!({ "files": [{ "path": path, "base64": base64, "mode": 420 }] }))
+    };
     let given = |host: &FakeHost| serde_json::to_string(&host.instances().into_values().next().unwrap()).unwrap();
     let old = host.instances().into_values().next().unwrap();
     let changed = client.change("web", &files("new", "bmV3")).await.unwrap();
@@ -99,7 +101,10 @@ async fn contents_change_in_a_living_instance() {
         files("../x", ""),
         files("..data", ""),
         change(serde_json::json!({ "emptyDir": {} })),
-        InstanceChange { volumes: serde_json::from_str(r#"[{"name":"none","source":{"files":[]}}]"#).unwrap(), ..InstanceChange::default() },
+        InstanceChange {
+            volumes: serde_json::from_str(r#"[{"name":"none","source":{"files":[]}}]"#).unwrap(),
+            ..InstanceChange::default()
+        },
     ] {
         assert_eq!(kind(client.change("web", &wrong).await.unwrap_err()), ErrorKind::Invalid, "{wrong:?}");
     }

@@ -9,6 +9,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
@@ -18,6 +19,22 @@ use crate::error::RpcError;
 use crate::{CONNECTION_WINDOW, MAX_STREAMS, STREAM_WINDOW};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// How long calls that still run may take when the server ends.
+const DRAIN: Duration = Duration::from_secs(2);
+
+fn builder() -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(30)).max_buf_size(64 << 10);
+    builder
+        .http2()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_send_buf_size(STREAM_WINDOW as usize)
+        .max_header_list_size(256 << 10);
+    builder
+}
 
 /// Serves one connection until the other side closes it. HTTP/2 with prior knowledge and HTTP/1.1 are told apart.
 ///
@@ -30,22 +47,14 @@ where
     B: hyper::body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(30)).max_buf_size(64 << 10);
-    builder
-        .http2()
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(MAX_STREAMS)
-        .max_send_buf_size(STREAM_WINDOW as usize)
-        .max_header_list_size(256 << 10);
-    builder
+    builder()
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
         .await
         .map_err(|source| RpcError::Serve { source })
 }
 
-/// Serves every connection of `listener` until `shutdown` resolves; open connections are then dropped.
+/// Serves every connection of `listener` until `shutdown` resolves. Calls that run then are let run to their end, two seconds at
+/// most: a follower gets the rest.
 pub async fn serve_unix<Svc, B>(listener: UnixListener, service: Svc, shutdown: impl Future<Output = ()>)
 where
     Svc: tower::Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
@@ -55,16 +64,19 @@ where
 {
     let mut shutdown = std::pin::pin!(shutdown);
     let mut connections = JoinSet::new();
+    let graceful = GracefulShutdown::new();
     loop {
         tokio::select! {
-            () = &mut shutdown => return,
+            () = &mut shutdown => break,
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    let service = service.clone();
+                    let service = TowerToHyperService::new(service.clone());
+                    let connection = builder().serve_connection(TokioIo::new(stream), service).into_owned();
+                    let connection = graceful.watch(connection);
                     connections.spawn(async move {
-                        if let Err(error) = serve(stream, service).await {
-                            tracing::debug!(error = %describe(&error), "connection ended");
+                        if let Err(error) = connection.await {
+                            tracing::debug!(%error, "connection ended");
                         }
                     });
                 }
@@ -76,11 +88,6 @@ where
             },
         }
     }
-}
-
-fn describe(error: &RpcError) -> String {
-    match error {
-        RpcError::Serve { source } => source.to_string(),
-        other => other.to_string(),
-    }
+    // Whatever is left is dropped with its task.
+    let _ = tokio::time::timeout(DRAIN, graceful.shutdown()).await;
 }

@@ -113,7 +113,7 @@ impl FakeAgent {
                 ready: exit.is_none(),
                 image_id: container.image_id.clone(),
                 image: container.image.clone(),
-                resources: container.resources.clone(),
+                resources: container.resources,
             });
         }
         let state = AgentState {

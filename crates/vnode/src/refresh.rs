@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::runtime::watcher;
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
@@ -84,7 +84,8 @@ impl Shown {
 
     /// Has a Pod show exactly these objects. `None`: not all are known yet; the Pod is woken when they are.
     pub(crate) fn hold(&self, uid: &str, namespace: &str, wanted: &BTreeSet<(Kind, String)>) -> Option<Contents> {
-        let key = |(kind, name): &(Kind, String)| Key { namespace: namespace.to_owned(), kind: *kind, name: name.clone() };
+        let key =
+            |(kind, name): &(Kind, String)| Key { namespace: namespace.to_owned(), kind: *kind, name: name.clone() };
         let keys: BTreeSet<Key> = wanted.iter().map(key).collect();
         let mut state = self.lock();
         if state.pods.get(uid).is_none_or(|held| *held != keys) {
@@ -224,7 +225,8 @@ mod tests {
         let (changes, from) = mpsc::unbounded_channel::<Value>();
         let (seen, from) = (asked.clone(), Arc::new(tokio::sync::Mutex::new(from)));
         let service = tower::service_fn(move |request: Request<Body>| {
-            let (query, from, object) = (request.uri().query().unwrap_or_default().to_owned(), from.clone(), object.clone());
+            let (query, from, object) =
+                (request.uri().query().unwrap_or_default().to_owned(), from.clone(), object.clone());
             let watches = query.contains("watch=");
             let verb = if watches { "watch" } else { "list" };
             assert!(query.contains("fieldSelector=metadata.name%3Dm"), "{query}");

@@ -129,7 +129,6 @@ impl Strategy for Pod {
         deadline_only_shrinks(new, before, faults);
         if new == before || changeable_removed(new, before) == changeable_removed(before, before) {
             tolerations_only_grow(new, before, faults);
-            deadline_only_shrinks(new, before, faults);
             grace_only_begins(new, before, faults);
             return;
         }
@@ -202,24 +201,6 @@ fn tolerations_only_grow(new: &Value, before: &Value, faults: &mut Vec<FieldFaul
     if list(before, "/tolerations").iter().any(|toleration| !after.contains(toleration)) {
         let why = "existing toleration can not be modified except its tolerationSeconds";
         faults.push(FieldFault::forbidden("spec.tolerations", why));
-    }
-}
-
-fn deadline_only_shrinks(new: &Value, before: &Value, faults: &mut Vec<FieldFault>) {
-    let seconds = |spec: &Value| spec.get("activeDeadlineSeconds").and_then(Value::as_i64);
-    let field = "spec.activeDeadlineSeconds";
-    match (seconds(before), seconds(new)) {
-        (Some(before), Some(now)) if now > before => {
-            faults.push(FieldFault::invalid(field, &now.into(), "must be less than or equal to previous value"));
-        }
-        (Some(_), None) => {
-            faults.push(FieldFault::invalid(
-                field,
-                &Value::Null,
-                "must not update from a positive integer to nil value",
-            ));
-        }
-        _ => {}
     }
 }
 

@@ -105,7 +105,9 @@ mod tests {
             "containers": [{"name": "a", "volumeDevices": [{}], "securityContext": {
                 "appArmorProfile": {"type": "Localhost"}, "capabilities": {"add": ["SYS_PTRACE", "NET_ADMIN", "NET_RAW"]}}}]}});
         let why = admit(&pod).unwrap_err();
-        for part in ["run as another user", "kernel.msgmax", "RuntimeDefault", "emptyDir", "debug container", "annotations"] {
+        for part in
+            ["run as another user", "kernel.msgmax", "RuntimeDefault", "emptyDir", "debug container", "annotations"]
+        {
             assert!(why.contains(part), "{part} in {why}");
         }
         assert!(!why.contains("sysctls[1]") && !why.contains("NET_RAW is"), "{why}");

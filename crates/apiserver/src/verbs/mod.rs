@@ -100,7 +100,7 @@ impl Call<'_> {
             Part::Main if resource.has_status() => &[&["status"]],
             Part::Main => &[],
             Part::Status => &[&["spec"], &["metadata", "deletionTimestamp"], &["metadata", "ownerReferences"]],
-            Part::Finalize => &[&["status"]],
+            Part::Finalize | Part::Debug | Part::Resources => &[&["status"]],
         };
         Ok(Writer {
             name: name.chars().filter(|letter| !letter.is_control()).take(MAX_WRITER).collect(),

@@ -12,8 +12,7 @@ use joey_model::{ErrorKind, Fault, InstanceId};
 use joey_network::{Bandwidth, Config, Networks};
 use scene::{Outside, PATIENCE, SILENCE, config, greet, heard, inside, is_greeted, run, send_from, traces};
 
-const UNLIMITED: Bandwidth =
-    Bandwidth { ingress: None, egress: None, ingress_packets: None, egress_packets: None };
+const UNLIMITED: Bandwidth = Bandwidth { ingress: None, egress: None, ingress_packets: None, egress_packets: None };
 
 fn id(bits: u64) -> InstanceId {
     InstanceId::from_bits(bits)

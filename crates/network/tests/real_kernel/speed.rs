@@ -14,7 +14,7 @@ use crate::{UNLIMITED, id};
 async fn caps_let_through_what_they_say() {
     for (bits, cap) in [(1, 5_000_000), (3, 100_000_000), (5, 1_000_000_000)] {
         let networks = Networks::open(config("w", 8, 24)).await.unwrap();
-        let caps = Bandwidth { ingress: Some(cap), egress: Some(cap) };
+        let caps = Bandwidth { ingress: Some(cap), egress: Some(cap), ..Bandwidth::default() };
         let a = networks.attach(&id(bits), caps).await.unwrap();
         let b = networks.attach(&id(bits + 1), UNLIMITED).await.unwrap();
         let start = |from: &Attachment, to: &Attachment| {

@@ -21,11 +21,14 @@ use joey_rpc::Client;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
-use crate::{CreateRequest, Sandbox, SandboxClass, SandboxError};
+use crate::{AgentClient, CreateRequest, Sandbox, SandboxClass, SandboxError};
 use process::Process;
 
 /// How long an agent may take until it answers. It takes milliseconds; this bounds a host in trouble.
 const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long an agent may take to end when it is asked to: longer than it lets calls that run come to their end.
+const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// How long killed processes may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -110,6 +113,14 @@ impl SandboxClass for Runc {
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         let name = format!("{}/{instance}", self.config.cgroup_root);
         if let Some(agent) = Process::recorded(&dir.join("agent.pid")).map_err(host("read the agent's record"))? {
+            // Asked first: those who follow a log get the rest of it.
+            let asked = AgentClient::new(Client::unix(dir.join("agent.sock")));
+            let ended = async {
+                if asked.shutdown().await.is_ok() {
+                    agent.ended().await;
+                }
+            };
+            let _ = tokio::time::timeout(END_LIMIT, ended).await;
             agent.kill();
             if tokio::time::timeout(KILL_LIMIT, agent.ended()).await.is_err() {
                 return Err(SandboxError::Unkillable { instance: instance.clone() });
@@ -200,12 +211,7 @@ fn end(mut child: Child) {
 }
 
 /// Watches the agent until it is gone, and reaps it where it is this process's child. `child` is what this process started.
-fn watched(
-    instance: &InstanceId,
-    process: Process,
-    child: Option<Child>,
-    dir: &Path,
-) -> io::Result<Arc<dyn Sandbox>> {
+fn watched(instance: &InstanceId, process: Process, child: Option<Child>, dir: &Path) -> io::Result<Arc<dyn Sandbox>> {
     if let Some(mut child) = child.filter(|child| child.id() != process.pid()) {
         // It has ended, or is about to: it had nothing to do but to make the agent.
         child.wait()?;

@@ -16,9 +16,10 @@ static TYPES: LazyLock<Value> = LazyLock::new(|| serde_json::from_str(FACTS).unw
 /// Values of fields whose type does not say enough.
 fn known(path: &str) -> Option<Value> {
     let containers = ["spec.initContainers[]", "spec.ephemeralContainers[]"];
-    let path = containers.iter().find_map(|kind| path.strip_prefix(kind)).map_or(path.to_owned(), |rest| {
-        format!("spec.containers[]{rest}")
-    });
+    let path = containers
+        .iter()
+        .find_map(|kind| path.strip_prefix(kind))
+        .map_or(path.to_owned(), |rest| format!("spec.containers[]{rest}"));
     let field = path.strip_prefix("spec.containers[].");
     Some(match (path.as_str(), field) {
         ("spec.activeDeadlineSeconds", _) => json!(60),
@@ -94,7 +95,10 @@ fn sample(schema: &Value) -> Value {
             return if name.ends_with("IntOrString") { json!(80) } else { json!("1") };
         }
         let required = of["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        return required.map(|field| (field.to_owned(), sample(&of["properties"][field]))).collect::<Map<_, _>>().into();
+        return required
+            .map(|field| (field.to_owned(), sample(&of["properties"][field])))
+            .collect::<Map<_, _>>()
+            .into();
     }
     match schema["type"].as_str() {
         Some("boolean") => json!(true),
@@ -158,7 +162,7 @@ fn faults(row: &str) -> Vec<String> {
     let config = Config::new("virtual", "192.0.2.1".parse().unwrap());
     match convert(&pod(row), &Objects::default(), &config) {
         Err(Refusal::Unsupported(faults)) => faults,
-        Err(Refusal::Missing(_)) => Vec::new(),
+        Err(Refusal::Missing(_) | Refusal::InvalidImages(_)) => Vec::new(),
         Ok(converted) => {
             joey_api::validate::instance(&converted.spec).err().map(|fault| fault.message).into_iter().collect()
         }

@@ -39,9 +39,7 @@ pub(super) fn container(
             let parsed = match name.as_str() {
                 "cpu" => parse_milli(&amount.0).map(|milli| found.cpu_milli = Some(milli)),
                 "memory" => parse_units(&amount.0).map(|bytes| found.memory_bytes = Some(bytes)),
-                "ephemeral-storage" => {
-                    parse_units(&amount.0).map(|bytes| found.ephemeral_storage_bytes = Some(bytes))
-                }
+                "ephemeral-storage" => parse_units(&amount.0).map(|bytes| found.ephemeral_storage_bytes = Some(bytes)),
                 _ => {
                     notes.refuse_if(
                         true,

@@ -125,9 +125,8 @@ pub(super) fn security(
     let wanted = |list: Option<&Vec<String>>| -> Vec<String> {
         list.into_iter().flatten().map(|name| name.strip_prefix("CAP_").unwrap_or(name).to_owned()).collect()
     };
-    let (added, dropped) = capabilities.as_ref().map_or((None, None), |core::Capabilities { add, drop }| {
-        (add.as_ref(), drop.as_ref())
-    });
+    let (added, dropped) =
+        capabilities.as_ref().map_or((None, None), |core::Capabilities { add, drop }| (add.as_ref(), drop.as_ref()));
     let (add_capabilities, drop_capabilities) = (wanted(added), wanted(dropped));
     for fault in add_capabilities.iter().filter_map(|name| check_capability(name).err()) {
         notes.faults.push(format!("{at}.capabilities.add: {fault}"));

@@ -15,10 +15,10 @@ use crate::resolve::{Kind, Missing, Objects};
 const DEFAULT_MODE: i32 = 0o644;
 
 /// What is said of volumes that are kept elsewhere than in the Pod.
-const KEPT_ELSEWHERE: &str =
-    "volumes outlive no Pod here for now; use an emptyDir, and keep what must last in a service that is reached over the network";
+const KEPT_ELSEWHERE: &str = "volumes outlive no Pod here for now; use an emptyDir, and keep what must last in a service that is reached over the network";
 /// What is said of volumes that are a provider's or a driver's.
-const NO_DRIVER: &str = "there are no storage drivers here; use emptyDir, configMap, secret, projected, downwardAPI or image";
+const NO_DRIVER: &str =
+    "there are no storage drivers here; use emptyDir, configMap, secret, projected, downwardAPI or image";
 
 pub(super) fn volumes(
     pod: &core::Pod,
@@ -45,7 +45,7 @@ pub(crate) fn files(pod: &core::Pod, objects: &Objects) -> (Vec<Volume>, Vec<(St
         match source(pod, spec, volume, objects, &mut Notes::default()) {
             Ok(Some(source @ VolumeSource::Files(_))) => found.push(Volume { name: volume.name.clone(), source }),
             Err(Refusal::Missing(object)) => missing.push((volume.name.clone(), object)),
-            Ok(_) | Err(Refusal::Unsupported(_)) => {}
+            Ok(_) | Err(Refusal::Unsupported(_) | Refusal::InvalidImages(_)) => {}
         }
     }
     (found, missing)
@@ -183,7 +183,11 @@ fn source(
         (persistent_volume_claim.is_some(), "persistentVolumeClaim", KEPT_ELSEWHERE),
         (ephemeral.is_some(), "ephemeral", "claims come later; use an emptyDir with a sizeLimit"),
         (host_path.is_some(), "hostPath", "there is no node to look into; use emptyDir, configMap, secret or image"),
-        (git_repo.is_some(), "gitRepo", "clone into an emptyDir in an init container, or put the files into an image volume"),
+        (
+            git_repo.is_some(),
+            "gitRepo",
+            "clone into an emptyDir in an init container, or put the files into an image volume",
+        ),
     ] {
         notes.refuse_if(present, format!("volume \"{name}\": {kind}"), alternative);
     }
@@ -231,9 +235,8 @@ fn of_image(name: &str, source: &core::ImageVolumeSource, notes: &mut Notes) -> 
 /// The user who owns tokens: the one whom all containers run as, where they say so.
 fn common_user(spec: &core::PodSpec) -> Option<u32> {
     let of_pod = spec.security_context.as_ref().and_then(|context| context.run_as_user);
-    let mut users = all_containers(spec).map(|(_, container)| {
-        container.security_context.as_ref().and_then(|context| context.run_as_user).or(of_pod)
-    });
+    let mut users = all_containers(spec)
+        .map(|(_, container)| container.security_context.as_ref().and_then(|context| context.run_as_user).or(of_pod));
     let first = users.next()??;
     users.all(|user| user == Some(first)).then(|| u32::try_from(first).ok()).flatten()
 }
@@ -460,8 +463,10 @@ mod tests {
         objects.tokens.insert((None, Some(600)), Token { text: "t".to_owned(), due });
         objects.values.insert((Kind::ConfigMap, "cm".into()), [("k".to_owned(), b"1".to_vec())].into());
         let (found, missing) = files(&projected(), &objects);
-        assert_eq!(missing.iter().map(|(volume, missing)| (volume.as_str(), missing.name.as_str())).collect::<Vec<_>>(),
-            [("late", "late")]);
+        assert_eq!(
+            missing.iter().map(|(volume, missing)| (volume.as_str(), missing.name.as_str())).collect::<Vec<_>>(),
+            [("late", "late")]
+        );
         let VolumeSource::Files(made) = &found[0].source else { panic!("{found:?}") };
         assert_eq!(found.len(), 1, "an empty directory holds nothing of ours");
         let names: Vec<_> = made.iter().map(|file| (file.path.as_str(), file.mode, file.user)).collect();
@@ -479,7 +484,8 @@ mod tests {
         let spec = |users: [Option<i64>; 2], of_pod: Option<i64>| -> core::PodSpec {
             let container = |user: Option<i64>| json!({ "name": "c", "securityContext": { "runAsUser": user } });
             let containers = users.map(container);
-            serde_json::from_value(json!({ "containers": containers, "securityContext": { "runAsUser": of_pod } })).unwrap()
+            serde_json::from_value(json!({ "containers": containers, "securityContext": { "runAsUser": of_pod } }))
+                .unwrap()
         };
         assert_eq!(common_user(&spec([Some(1), Some(1)], None)), Some(1));
         assert_eq!(common_user(&spec([Some(1), None], Some(1))), Some(1));

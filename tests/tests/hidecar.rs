@@ -292,7 +292,8 @@ fn a_sink_that_is_down_for_long_costs_bounded_memory_and_disk_and_the_loss_is_to
 
 #[test]
 fn the_example_of_the_page_runs() {
-    let page = std::fs::read_to_string(joey_tests::repository().join("docs/log-collection.md")).expect("the page is there");
+    let page =
+        std::fs::read_to_string(joey_tests::repository().join("docs/log-collection.md")).expect("the page is there");
     let blocks: Vec<&str> = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
     let registry = Registry::with_demo_image();
     let mut joey = Joey::prepare(Settings::default());
@@ -305,15 +306,18 @@ fn the_example_of_the_page_runs() {
     joey.kubectl_with_input(&["apply", "-f", "-"], &object).ok();
     let records = wait_until("both records come", seconds(60), || {
         let text = std::fs::read_to_string(logs.join("joey.ndjson")).unwrap_or_default();
-        let records: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("a record is JSON")).collect();
+        let records: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str(line).expect("a record is JSON")).collect();
         holds(records.len() >= 2, &records).map(|()| records)
     });
-    let shown = page.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the page shows records");
+    let shown =
+        page.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the page shows records");
     let plain = |mut record: Value| {
         (record["time"], record["instance"]) = (Value::Null, Value::Null);
         record.to_string()
     };
-    let shown: BTreeSet<String> = shown.lines().map(|line| plain(serde_json::from_str(line).expect("it shows JSON"))).collect();
+    let shown: BTreeSet<String> =
+        shown.lines().map(|line| plain(serde_json::from_str(line).expect("it shows JSON"))).collect();
     assert_eq!(records.into_iter().map(plain).collect::<BTreeSet<_>>(), shown, "as the page shows them");
     // The other configuration of the page is one too: its files are missed, and nothing else.
     let other = joey.scratch().join("other.yaml");

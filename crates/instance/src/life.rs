@@ -466,7 +466,8 @@ impl Life {
 
     async fn remove(&mut self) -> Result<(), Fault> {
         start::unmake(self).await?;
-        let (carrier, id, segments) = (self.shared.carrier.clone(), self.id.clone(), self.dir.join(joey_collect::DIRECTORY));
+        let (carrier, id, segments) =
+            (self.shared.carrier.clone(), self.id.clone(), self.dir.join(joey_collect::DIRECTORY));
         start::blocking("keep its logs", move || carrier.take_over(id.as_str(), &segments)).await?;
         checkpoint::reached("instance-logs-kept");
         let _recording = self.shared.recording(&self.id).await;

@@ -116,6 +116,7 @@ impl Carrier {
         let Settings { sinks, default, .. } = &self.shared.settings;
         match name.or(default.as_deref()) {
             Some(name) if sinks.contains_key(name) => Ok(name.to_owned()),
+            Some(name) if sinks.is_empty() => Err(format!("this host has no log sink \"{name}\", and no other")),
             Some(name) => {
                 let known: Vec<&str> = sinks.keys().map(String::as_str).collect();
                 Err(format!("this host has no log sink \"{name}\"; it has: {}", known.join(", ")))

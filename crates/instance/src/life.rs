@@ -103,6 +103,11 @@ impl Life {
             self.remember().await;
             // The daemon before this one may have ended between its record and its agent.
             self.behind = true;
+        } else if self.dir.join("agent.json").exists()
+            && let Err(fault) = start::unmake(&mut self).await
+        {
+            // Its agent ended while nobody looked: its containers go, and what they wrote last is collected.
+            tracing::error!(instance = %self.id, %fault, "what a lost agent left cannot be removed");
         }
         let mut sandbox = adopted;
         let grace = loop {

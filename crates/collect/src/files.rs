@@ -157,9 +157,8 @@ impl Source {
                 let mut words = line.splitn(4, |byte| *byte == b' ').skip(1);
                 let (Some(word), Some(flag), Some(text)) = (words.next(), words.next(), words.next()) else { continue };
                 let mut numbers =
-                    word.split(|byte| *byte == b':').map(|part| std::str::from_utf8(part).ok()?.parse().ok());
+                    word.split(|byte| *byte == b':').map(|part| std::str::from_utf8(part).ok()?.parse::<u64>().ok());
                 if let (Some(Some(inode)), Some(Some(offset))) = (numbers.next(), numbers.next()) {
-                    let offset: u64 = offset;
                     before.insert(inode, offset + text.len() as u64 + u64::from(flag == b"F"));
                 }
             }

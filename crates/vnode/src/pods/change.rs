@@ -24,9 +24,12 @@ pub(super) async fn follow(
         return Ok(());
     }
     let generation = pod.metadata.generation;
-    let looked = context.registry.read(uid, |entry| entry.followed).flatten();
-    let told = looked.or(known.observed_generation);
-    if generation.is_some() && told == generation {
+    // Kept before more is told: a change that fails now is not taken for one that was followed.
+    let looked = context.registry.read(uid, |entry| {
+        entry.followed = entry.followed.or(known.observed_generation);
+        entry.followed
+    });
+    if generation.is_some() && looked.flatten() == generation {
         return Ok(());
     }
     let mut change = match convert::changed(pod, &instance.spec) {

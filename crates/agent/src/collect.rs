@@ -24,7 +24,7 @@ const LAST: Duration = Duration::from_secs(2);
 pub struct Inside {
     pub root: OwnedFd,
     /// Keeps its mounts together.
-    pub mounts: OwnedFd,
+    pub _mounts: OwnedFd,
 }
 
 /// The looking of one run.

@@ -269,7 +269,7 @@ async fn start(
             Err(failure)
         }
         None => {
-            let inside = root.zip(mounts).map(|(root, mounts)| Inside { root, mounts });
+            let inside = root.zip(mounts).map(|(root, mounts)| Inside { root, _mounts: mounts });
             Ok(Started { pid, pidfd, streams, inside })
         }
     }

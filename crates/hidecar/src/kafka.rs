@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rskafka::BackoffConfig;
-use rskafka::chrono::Utc;
+use rskafka::chrono::DateTime;
 use rskafka::client::error::{Error, ProtocolError};
 use rskafka::client::partition::{Compression, PartitionClient, UnknownTopicHandling};
 use rskafka::client::{Client, ClientBuilder, Credentials, SaslConfig};
@@ -58,6 +58,7 @@ impl Kafka {
         if self.partitions.is_empty() {
             self.partitions = self.connect().await?;
         }
+        let now = DateTime::from_timestamp_millis(jiff::Timestamp::now().as_millisecond()).unwrap_or_default();
         let mut of_each: BTreeMap<usize, Vec<Record>> = BTreeMap::new();
         for number in records {
             let mut hasher = DefaultHasher::new();
@@ -67,7 +68,7 @@ impl Kafka {
                 key: Some(batch.key(number).as_bytes().to_vec()),
                 value: Some(text.strip_suffix(b"\n").unwrap_or(text).to_vec()),
                 headers: BTreeMap::new(),
-                timestamp: Utc::now(),
+                timestamp: now,
             });
         }
         for (partition, records) in of_each {

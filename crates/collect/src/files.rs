@@ -199,6 +199,8 @@ impl Followed {
         let taken = (self.read - begin) as usize;
         match taken {
             0 => self.length = Some(length),
+            // The end of a line that nobody ends does not mean that somebody goes on.
+            _ if ends => {}
             _ => self.quiet = 0,
         }
         Ok(taken)

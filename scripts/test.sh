@@ -10,6 +10,7 @@ scripts/check.sh
 scripts/kubectl.sh >/dev/null
 scripts/debian-files.sh .tools/docker-registry docker-registry
 demo/build.sh .run/demo
+scripts/kafka.sh
 
 at() { printf '%d min %02d s' $((SECONDS / 60)) $((SECONDS % 60)); }
 echo "== units (after $(at))"

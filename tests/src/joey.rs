@@ -110,6 +110,11 @@ impl Joey {
         self.settings.crash_at = step.map(str::to_owned);
     }
 
+    /// Further arguments for the next start.
+    pub fn arguments(&mut self, arguments: &[&str]) {
+        self.settings.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
+    }
+
     pub fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }

@@ -6,7 +6,9 @@
 pub mod guest;
 pub mod host;
 pub mod image;
+pub mod intake;
 pub mod joey;
+pub mod kafka;
 pub mod kubernetes;
 pub mod program;
 pub mod registry;

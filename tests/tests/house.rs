@@ -145,7 +145,7 @@ fn libraries_do_not_read_flags_or_environment() {
 }
 
 /// What each crate may depend on, of ours. Dependencies point down only.
-const MAY_USE: [(&str, &[&str]); 16] = [
+const MAY_USE: [(&str, &[&str]); 18] = [
     ("model", &[]),
     ("api", &["model"]),
     ("rpc", &["model", "api"]),
@@ -155,8 +155,10 @@ const MAY_USE: [(&str, &[&str]); 16] = [
     ("image", &["model", "api", "guard"]),
     ("network", &["model", "api"]),
     ("sandbox", &["model", "api", "rpc"]),
-    ("agent", &["model", "api", "rpc", "diagnosis"]),
-    ("instance", &["model", "api", "rpc", "image", "network", "sandbox"]),
+    ("collect", &["api"]),
+    ("agent", &["model", "api", "rpc", "collect", "diagnosis"]),
+    ("hidecar", &["api", "collect"]),
+    ("instance", &["model", "api", "rpc", "image", "network", "sandbox", "collect", "hidecar"]),
     ("pool", &["model", "api", "rpc", "store"]),
     ("schema", &["model"]),
     ("apiserver", &["model", "api", "store", "schema"]),

@@ -89,7 +89,7 @@ async fn exec(agent: &Agent, life: &Life, command: &[String], limit: Duration) -
 
 /// Exit code and output; no code: it did not end in time and was killed.
 async fn to_its_end(started: launch::Started, limit: Duration) -> (Option<i32>, Vec<u8>) {
-    let launch::Started { pid, pidfd, streams } = started;
+    let launch::Started { pid, pidfd, streams, .. } = started;
     let (out, err) = (tokio::spawn(gather(streams.stdout)), tokio::spawn(gather(streams.stderr)));
     let (mut handles, in_time) = ([out, err], tokio::time::timeout(limit, launch::ended(&pidfd, pid)).await);
     if in_time.is_err() {

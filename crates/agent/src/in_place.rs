@@ -76,7 +76,8 @@ fn become_anew(agent: &Agent, life: &Life, container: AgentContainer) -> Result<
         now.resources.clone_from(&container.resources);
     });
     let restarts = before.role != Role::Init && !life.has_settled();
-    life.become_anew(container);
+    // The sandbox's plan of what is collected stands.
+    life.become_anew(AgentContainer { collected: before.collected.clone(), ..container });
     if restarts {
         let message = format!("Container {} definition changed, will be restarted", before.name);
         agent.event(false, "Killing", message, &before);

@@ -14,6 +14,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::Cgroup;
+use crate::collect::Inside;
 use crate::{identity, root, seccomp, sys};
 
 /// Exit codes of a program that is not there and of one that cannot be executed (POSIX, 2.8.2: Exit Status for Commands).
@@ -81,6 +82,8 @@ pub struct Started {
     pub pid: u32,
     pub pidfd: AsyncFd<OwnedFd>,
     pub streams: Streams,
+    /// Where files of it are collected.
+    pub inside: Option<Inside>,
 }
 
 /// With a terminal all three are its master side.
@@ -220,7 +223,12 @@ async fn start(
             kept.push(far.as_raw_fd());
             // The agent's own descriptors lead to the host: nothing that the container decides on happens before they are gone.
             let closed = sys::close_all_but(&kept).map_err(|error| format!("cannot close the descriptors: {error}"));
-            let failure = match closed.map_err(Failure::Start).and_then(|()| enter()) {
+            let entered = closed.map_err(Failure::Start).and_then(|()| enter()).and_then(|()| {
+                // Only of a container's first process, which has a mount namespace of its own.
+                let shown = how.flags & libc::CLONE_NEWNS as u64 != 0 && !program.container.collected.files.is_empty();
+                if shown { show(&far) } else { Ok(()) }
+            });
+            let failure = match entered {
                 Ok(()) => match run(program, ends, &far) {
                     Ok(never) => match never {},
                     Err(failure) => failure,
@@ -246,9 +254,11 @@ async fn start(
     };
     let pidfd = watch(pidfd).map_err(|error| error.to_string())?;
     let near = watch(near).map_err(|error| error.to_string())?;
-    let mut failure = None;
+    let (mut failure, mut root, mut mounts) = (None, None, None);
     while let Ok(Some((message, fd))) = near.async_io(Interest::READABLE, |socket| sys::receive(socket.as_fd())).await {
         match fd {
+            Some(fd) if message == ROOT => root = Some(fd),
+            Some(fd) if message == MOUNTS => mounts = Some(fd),
             Some(fd) => terminal(&mut streams, fd).map_err(|error| error.to_string())?,
             None => failure = Some(Failure::from_bytes(&message)),
         }
@@ -258,8 +268,24 @@ async fn start(
             let _ = ended(&pidfd, pid).await;
             Err(failure)
         }
-        None => Ok(Started { pid, pidfd, streams }),
+        None => {
+            let inside = root.zip(mounts).map(|(root, mounts)| Inside { root, _mounts: mounts });
+            Ok(Started { pid, pidfd, streams, inside })
+        }
     }
+}
+
+/// What goes with the descriptors that [`show`] sends.
+const ROOT: &[u8] = b"root";
+const MOUNTS: &[u8] = b"mounts";
+
+/// The child shows the agent its files before it becomes a program that may end at any moment.
+fn show(status: &OwnedFd) -> Result<(), Failure> {
+    let shown = [(ROOT, "/"), (MOUNTS, "/proc/self/ns/mnt")].into_iter().try_for_each(|(word, path)| {
+        let fd = File::open(path)?;
+        sys::send(status.as_fd(), word, Some(fd.as_raw_fd()))
+    });
+    shown.map_err(|error| Failure::Start(format!("cannot show the files: {error}")))
 }
 
 /// Waits for the end of a child: exit code, and the signal that ended it.

@@ -17,19 +17,21 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use joey_api::agent::AgentContainer;
+use joey_api::agent::{AgentContainer, OUTPUT};
 use joey_api::frame::STATUS;
 use joey_api::instance::{ContainerState, InstanceEvent, Termination};
 use joey_api::lifecycle::Role;
+use joey_collect::{Files, Log, Segments};
 use joey_model::{RestartPolicy, checkpoint};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
 use crate::check::{self, Unwell};
+use crate::collect;
 use crate::hook::Refused;
 use crate::launch::{self, Failure, Program, Started};
-use crate::log_write::{self, LogWriter};
+use crate::log_write;
 use crate::output::{RunLog, Sink};
 use crate::probe::{self, Health, Verdict};
 use crate::stream::Pipe;
@@ -61,6 +63,8 @@ pub struct Life {
     pub log: Mutex<RunLog>,
     pub input: Mutex<Option<Arc<Pipe>>>,
     pub terminal: Mutex<Option<std::os::fd::OwnedFd>>,
+    /// Of its files, between two runs.
+    pub files: Mutex<Option<Files>>,
     /// When it is killed, once it was asked to end for good.
     end: watch::Sender<Option<Instant>>,
     /// It has got past its first attempt, hook included; and it has once started as its probes see it.
@@ -81,6 +85,7 @@ impl Life {
             log: Mutex::new(RunLog::of(0)),
             input: Mutex::new(None),
             terminal: Mutex::new(None),
+            files: Mutex::new(None),
             end: watch::Sender::new(None),
             begun: watch::Sender::new(false),
             started: watch::Sender::new(false),
@@ -372,7 +377,8 @@ impl Agent {
     /// Shows the log of this run. It and that of the run before are kept, as under the kubelet.
     pub fn begin_log(&self, container: &AgentContainer, life: &Life, run: u32) {
         let limits = (self.config.log_max_bytes, self.config.log_max_files);
-        let writer = LogWriter::open(&self.dir, &container.name, run, limits.0, limits.1);
+        let segments = container.collected.output.then(|| Segments::of(&self.dir, &container.name, OUTPUT));
+        let writer = Log::open(log_write::path(&self.dir, &container.name, run, 0), limits.0, limits.1, segments);
         let writer = writer.inspect_err(|error| eprintln!("cannot open the log of {}: {error}", container.name));
         lock(&life.log).begin(run, writer.ok());
         if let Some(old) = run.checked_sub(2) {
@@ -411,13 +417,14 @@ impl Agent {
         run: u32,
         started_at: Timestamp,
     ) -> End {
-        let Started { pid, pidfd, mut streams } = started;
+        let Started { pid, pidfd, mut streams, inside } = started;
         life.pid.store(pid, Ordering::Relaxed);
         *lock(&life.terminal) = streams.terminal.take();
         *lock(&life.input) = streams.stdin.take().and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
         self.begin_log(container, life, run);
         let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: "" };
         let mut carried = tokio::spawn(sink.carry(streams));
+        let following = collect::follow(&self.dir, life, inside);
         checkpoint::reached("agent.container-started");
         let health = watch::Sender::new(self.tell_running(container, life, pid, started_at));
         checkpoint::reached("agent.container-told");
@@ -426,6 +433,9 @@ impl Agent {
         life.pid.store(0, Ordering::Relaxed);
         if tokio::time::timeout(DRAIN, &mut carried).await.is_err() {
             carried.abort();
+        }
+        if let Some(following) = following {
+            following.end().await;
         }
         *lock(&life.input) = None;
         *lock(&life.terminal) = None;

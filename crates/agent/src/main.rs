@@ -6,6 +6,7 @@
 mod certificate;
 mod cgroup;
 mod check;
+mod collect;
 mod debugged;
 mod diagnosis;
 mod files;

@@ -5,11 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use joey_collect::Log;
 use tokio::sync::watch;
 
 use crate::launch::Streams;
 use crate::life::Life;
-use crate::log_write::{LineSplitter, LogWriter};
+use crate::log_write::LineSplitter;
 use crate::stream::Pipe;
 use crate::supervisor::lock;
 
@@ -17,7 +18,7 @@ use crate::supervisor::lock;
 pub struct RunLog {
     pub run: u32,
     /// While the run goes on; not there when it could not be opened.
-    writer: Option<Arc<Mutex<LogWriter>>>,
+    writer: Option<Arc<Mutex<Log>>>,
     /// 0: the run has not begun. Changes with every write, and is [`LOG_ENDED`] from the run's end on.
     pub grown: watch::Sender<u64>,
 }
@@ -31,7 +32,7 @@ impl RunLog {
     }
 
     /// From now on the log of `run` is shown; those who wait for its beginning see it.
-    pub fn begin(&mut self, run: u32, writer: Option<LogWriter>) {
+    pub fn begin(&mut self, run: u32, writer: Option<Log>) {
         if self.run != run {
             *self = Self::of(run);
         }
@@ -40,7 +41,7 @@ impl RunLog {
     }
 
     /// Where what the run writes goes.
-    pub fn writer(&self) -> Option<Arc<Mutex<LogWriter>>> {
+    pub fn writer(&self) -> Option<Arc<Mutex<Log>>> {
         self.writer.clone()
     }
 
@@ -69,7 +70,7 @@ impl RunLog {
 pub struct Sink {
     pub life: Arc<Life>,
     /// `None`: it could not be opened.
-    pub log: Option<Arc<Mutex<LogWriter>>>,
+    pub log: Option<Arc<Mutex<Log>>>,
     /// What each line begins with: who attached to the container is not shown such lines.
     pub mark: &'static str,
 }
@@ -84,7 +85,7 @@ impl Sink {
         }
     }
 
-    async fn one(&self, log: &Mutex<LogWriter>, fd: Option<OwnedFd>, channel: u8, name: &str) -> io::Result<()> {
+    async fn one(&self, log: &Mutex<Log>, fd: Option<OwnedFd>, channel: u8, name: &str) -> io::Result<()> {
         let Some(fd) = fd else { return Ok(()) };
         let pipe = Pipe::reader(fd)?;
         let (mut splitter, mut buffer) = (LineSplitter::marked(self.mark), vec![0; 8 << 10]);

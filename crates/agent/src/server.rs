@@ -249,7 +249,7 @@ async fn run_exec(agent: Arc<Agent>, life: Arc<Life>, exec: ExecRequest, body: I
             return status(&to, ExecStatus { exit_code: failure.exit_code(), message }).await;
         }
     };
-    let launch::Started { pid, pidfd, streams } = started;
+    let launch::Started { pid, pidfd, streams, .. } = started;
     let input = streams.stdin.and_then(|fd| Pipe::writer(fd).ok()).map(Arc::new);
     let feeder = tokio::spawn(feed(body, input, streams.terminal));
     let over = watch::Sender::new(false);

@@ -135,6 +135,27 @@ pub struct AgentContainer {
     /// Signal that asks it to end: `SIGTERM`, `15` …
     pub stop_signal: String,
     pub mounts: Vec<AgentMount>,
+    #[serde(default, skip_serializing_if = "Collected::is_nothing")]
+    pub collected: Collected,
+}
+
+/// The segments of a container's output, among those of its sources: no source's name.
+pub const OUTPUT: &str = "_output";
+
+/// What of a container is kept as numbered segments in `collect/`, for the host to carry to a sink: see `joey_hidecar`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Collected {
+    /// Its output.
+    pub output: bool,
+    /// Files in it: the name of each source, and the paths.
+    pub files: BTreeMap<String, String>,
+}
+
+impl Collected {
+    pub fn is_nothing(&self) -> bool {
+        !self.output && self.files.is_empty()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::RegistryCredential;
 use crate::lifecycle::{LastWords, Lifecycle, RestartRule, Role};
+use crate::logs::Logs;
 pub use crate::sizes::Limits;
 
 /// What a user asks for. Immutable after creation but for labels, annotations and the contents of volumes of files.
@@ -68,6 +69,9 @@ pub struct InstanceSpec {
     /// Cores of processes that crash are written there: [`crate::diagnosis::CoreSettings`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub core_pattern: Option<String>,
+    /// What is collected of its logs, and for which sink.
+    #[serde(default)]
+    pub logs: Logs,
     #[serde(default)]
     pub network: NetworkSpec,
     /// Used for pulling this instance's images; never returned by a read.
@@ -99,6 +103,7 @@ impl InstanceSpec {
             active_deadline_seconds: None,
             debug_ports: Vec::new(),
             core_pattern: None,
+            logs: Logs::default(),
             network: NetworkSpec::default(),
             credentials: Vec::new(),
         }

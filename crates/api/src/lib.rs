@@ -12,5 +12,6 @@ pub mod hooks;
 pub mod image;
 pub mod instance;
 pub mod lifecycle;
+pub mod logs;
 pub mod sizes;
 pub mod validate;

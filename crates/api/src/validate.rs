@@ -110,6 +110,8 @@ pub fn instance(spec: &InstanceSpec) -> Result<(), Fault> {
         }
         check_container(container, &volumes, &mut note);
     }
+    let containers: Vec<&str> = spec.containers.iter().map(|container| container.name.as_str()).collect();
+    crate::logs::check(&spec.logs, &containers).into_iter().for_each(|fault| note(Err(fault)));
     for (what, value) in
         [("ingress", spec.network.ingress_bits_per_second), ("egress", spec.network.egress_bits_per_second)]
     {

@@ -2,7 +2,7 @@
 //! What can be said is in `docs/configuration.md`, which a test reads.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use joey_api::instance;
@@ -11,6 +11,8 @@ use joey_guard::Limits;
 use joey_model::quantity::{parse_milli, parse_units};
 use serde::Deserialize;
 
+use crate::sinks::{self, Logs, Sink};
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -18,6 +20,10 @@ struct File {
     specs: BTreeMap<String, Spec>,
     #[serde(default)]
     guards: Guards,
+    #[serde(default)]
+    logs: Logs,
+    #[serde(default)]
+    sinks: BTreeMap<String, Sink>,
 }
 
 #[derive(Default, Deserialize)]
@@ -45,15 +51,37 @@ pub struct Configuration {
     pub sizes: Sizes,
     pub registry_tokens: Limits,
     pub account_tokens: Limits,
+    pub logs: joey_hidecar::Settings,
 }
 
-impl Default for Configuration {
-    fn default() -> Self {
+impl Configuration {
+    /// What holds without a file; logs of instances that are gone are kept in `left_logs` until a sink takes them.
+    pub fn usual(left_logs: PathBuf) -> Self {
         Self {
             sizes: Sizes::new(),
             registry_tokens: Limits::default(),
             account_tokens: joey_vnode::config::token_guard(),
+            logs: joey_hidecar::Settings::new(left_logs),
         }
+    }
+
+    /// With what a file says instead.
+    pub fn read(self, file: &Path) -> Result<Self, String> {
+        let text =
+            std::fs::read_to_string(file).map_err(|error| format!("{} cannot be read: {error}", file.display()))?;
+        self.with(&text).map_err(|fault| format!("{}: {fault}", file.display()))
+    }
+
+    fn with(mut self, text: &str) -> Result<Self, String> {
+        let file: File = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        let sizes = file.specs.into_iter().map(|(name, spec)| Ok((name.clone(), size(&name, &spec)?)));
+        sinks::take_in(&mut self.logs, file.logs, file.sinks)?;
+        Ok(Self {
+            sizes: sizes.collect::<Result<_, String>>()?,
+            registry_tokens: guard("registryTokens", &file.guards.registry_tokens, self.registry_tokens)?,
+            account_tokens: guard("accountTokens", &file.guards.account_tokens, self.account_tokens)?,
+            logs: self.logs,
+        })
     }
 }
 
@@ -72,37 +100,20 @@ struct Spec {
 /// `2`, `0.5` and `500m` alike.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Amount {
+pub enum Amount {
     Whole(u64),
     Number(f64),
     Text(String),
 }
 
 impl Amount {
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         match self {
             Self::Whole(number) => number.to_string(),
             Self::Number(number) => number.to_string(),
             Self::Text(text) => text.clone(),
         }
     }
-}
-
-/// Reads a configuration file.
-pub fn read(file: &Path) -> Result<Configuration, String> {
-    let text = std::fs::read_to_string(file).map_err(|error| format!("{} cannot be read: {error}", file.display()))?;
-    parse(&text).map_err(|fault| format!("{}: {fault}", file.display()))
-}
-
-fn parse(text: &str) -> Result<Configuration, String> {
-    let file: File = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
-    let sizes = file.specs.into_iter().map(|(name, spec)| Ok((name.clone(), size(&name, &spec)?)));
-    let usual = Configuration::default();
-    Ok(Configuration {
-        sizes: sizes.collect::<Result<_, String>>()?,
-        registry_tokens: guard("registryTokens", &file.guards.registry_tokens, usual.registry_tokens)?,
-        account_tokens: guard("accountTokens", &file.guards.account_tokens, usual.account_tokens)?,
-    })
 }
 
 fn guard(name: &str, wanted: &Guard, usual: Limits) -> Result<Limits, String> {
@@ -150,6 +161,14 @@ fn size(name: &str, spec: &Spec) -> Result<Size, String> {
 mod tests {
     use super::*;
 
+    fn usual() -> Configuration {
+        Configuration::usual(PathBuf::from("/left"))
+    }
+
+    fn parse(text: &str) -> Result<Configuration, String> {
+        usual().with(text)
+    }
+
     #[test]
     fn specs_by_name() {
         let read = parse("specs:\n  small: {cpu: 0.5, memory: 1Gi, pids: 64, packets: 20k}\n  large: {cpu: 8}\n")
@@ -161,7 +180,7 @@ mod tests {
         assert_eq!(read["large"].limits.cpu_milli, Some(8000));
         assert!(parse("specs: {a: {cpus: 1}}").is_err() && parse("spec: {}").is_err());
         assert!(parse("specs: {a: {cpu: much}}").unwrap_err().contains("spec \"a\": cpu"));
-        assert_eq!(parse("specs: {}").unwrap(), Configuration::default());
+        assert_eq!(parse("specs: {}").unwrap(), usual());
     }
 
     #[test]
@@ -169,14 +188,19 @@ mod tests {
         let page = include_str!("../../../docs/configuration.md");
         let example = page.split("```yaml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let read = parse(example).unwrap();
-        assert_eq!(Configuration { sizes: Sizes::new(), ..read.clone() }, Configuration::default());
+        let (sizes, logs) = (Sizes::new(), usual().logs);
+        assert_eq!(Configuration { sizes, logs, ..read.clone() }, usual());
+        // Once there are logs to speak of, they are not kept for ever.
+        assert_eq!(read.logs.default.as_deref(), Some("central"));
+        let plain = parse("logs: {}").unwrap().logs;
+        assert_eq!(joey_hidecar::Settings { sinks: BTreeMap::new(), default: None, ..read.logs }, plain);
         assert_eq!(read.sizes["small"].bits_per_second, Some(100_000_000));
     }
 
     #[test]
     fn guards_word_by_word() {
         let read = parse("guards:\n  registryTokens: {perSecond: 0.5, burst: 2, restSeconds: 600}\n").unwrap();
-        let (usual, limits) = (Configuration::default(), read.registry_tokens);
+        let (usual, limits) = (usual(), read.registry_tokens);
         assert_eq!((limits.per_second, limits.burst, limits.tries), (0.5, 2, usual.registry_tokens.tries));
         assert_eq!(limits.rest, (Duration::from_secs(600), Duration::from_secs(600)));
         assert_eq!(read.account_tokens, usual.account_tokens);

@@ -21,6 +21,7 @@ mod output;
 mod roles;
 mod run;
 mod settings;
+mod sinks;
 mod top;
 mod up;
 mod vnode;

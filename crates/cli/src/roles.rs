@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::sync::Arc;
 
 use joey_diagnosis::core_pattern;
+use joey_hidecar::Carrier;
 use joey_image::Images;
 use joey_instance::Engine;
 use joey_model::Fault;
@@ -102,7 +103,10 @@ impl HostRole {
         let runc =
             joey_sandbox::runc(RuncConfig { agent_binary: settings.agent.clone(), cgroup_root: place.cgroup_root() });
         let config = joey_instance::Config::new(place.file("instances"), &settings.host_name, place.cgroup_root());
-        let engine = Engine::open(config, images.clone(), network.clone(), vec![runc])?;
+        let carrier = Carrier::open(settings.configuration.logs.clone()).map_err(|error| {
+            Failure::new(format!("logs cannot be carried: {error}")).with_hint("see what --config says of sinks")
+        })?;
+        let engine = Engine::open(config, images.clone(), network.clone(), vec![runc], carrier)?;
         crashes(settings)?;
         let recovered = engine.recover().await?;
         tracing::info!(?recovered, "host is open");

@@ -7,7 +7,7 @@ use ipnet::Ipv4Net;
 use joey_model::{id, quantity};
 
 use crate::args::{HostFlags, Up, Vnode};
-use crate::configuration::{self, Configuration};
+use crate::configuration::Configuration;
 use crate::failure::Failure;
 
 /// The data directory of a system-wide joey: its names carry no suffix.
@@ -45,6 +45,11 @@ impl Place {
     /// Below every controller's root.
     pub fn cgroup_root(&self) -> String {
         format!("/{}", self.name)
+    }
+
+    /// What holds without a configuration file. Logs of instances that are gone stay on the instances' own disk: they are moved.
+    fn configuration(&self) -> Configuration {
+        Configuration::usual(self.file("instances").join("left-logs"))
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -151,8 +156,8 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
     }
     let agent = faults.take("--agent", agent(flags.agent.as_deref()));
     let configuration = match flags.config.as_deref() {
-        Some(file) => faults.take("--config", configuration::read(file)),
-        None => Some(Configuration::default()),
+        Some(file) => faults.take("--config", place.configuration().read(file)),
+        None => Some(place.configuration()),
     };
     let core_dumps = flags.core_dumps.as_deref().and_then(|amount| {
         let bytes = quantity::parse_units(amount).map_err(|error| error.to_string());
@@ -199,8 +204,9 @@ pub fn machine_name() -> String {
 /// What `down` needs of a host: it removes what is there, so the range and the agent do not matter. The range is one that no
 /// host routes (RFC 1112, class E), so that it never meets the range of another joey.
 pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
+    let place = Place::of(data_dir)?;
     Ok(HostSettings {
-        place: Place::of(data_dir)?,
+        place,
         host_name: machine_name(),
         pod_range: Ipv4Net::new_assert(std::net::Ipv4Addr::new(240, 0, 0, 0), 29),
         prepared: 0,
@@ -208,7 +214,7 @@ pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
         docker_config: None,
         max_layer_bytes: 1,
         agent: PathBuf::from("joey-agent"),
-        configuration: Configuration::default(),
+        configuration: place.configuration(),
         core_dumps: None,
     })
 }

@@ -11,6 +11,8 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
 use joey_api::instance::{ExecRequest, InstanceSpec, InstanceStatus, LogOptions, Usage};
+use joey_api::instance::{ExecRequest, InstanceEvent, InstanceSpec, InstanceStatus, LogOptions, Usage};
+use joey_hidecar::Carrier;
 use joey_image::Images;
 use joey_model::{Digest, ErrorKind, Fault, InstanceId, checkpoint};
 use joey_network::Networks;
@@ -85,6 +87,7 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) images: Images,
     pub(crate) network: Arc<Networks>,
+    pub(crate) carrier: Carrier,
     pub(crate) starts: Arc<Semaphore>,
     classes: Vec<Arc<dyn SandboxClass>>,
     instances: Mutex<HashMap<InstanceId, Handle>>,
@@ -110,6 +113,7 @@ impl Engine {
         images: Images,
         network: Arc<Networks>,
         classes: Vec<Arc<dyn SandboxClass>>,
+        carrier: Carrier,
     ) -> Result<Self, Fault> {
         use std::os::unix::fs::DirBuilderExt;
         std::fs::DirBuilder::new()
@@ -120,7 +124,7 @@ impl Engine {
         let starts = Arc::new(Semaphore::new(config.parallel_starts.max(1)));
         let (changes, _) = broadcast::channel(BACKLOG);
         let instances = Mutex::default();
-        Ok(Self { shared: Arc::new(Shared { config, images, network, starts, classes, instances, changes }) })
+        Ok(Self { shared: Arc::new(Shared { config, images, network, carrier, starts, classes, instances, changes }) })
     }
 
     /// Takes over what an earlier daemon left: adopts what runs, makes again or finishes what was half done, removes what nobody
@@ -403,6 +407,19 @@ impl Shared {
         if let Some(handle) = self.instances().get_mut(id) {
             handle.agent = agent;
         }
+    }
+
+    /// Carries the logs of an instance, if it has a plan of what is collected.
+    pub(crate) fn carry_logs(self: &Arc<Self>, id: &InstanceId) {
+        let (shared, own) = (Arc::downgrade(self), id.clone());
+        let tell = move |event: InstanceEvent| {
+            let Some(shared) = shared.upgrade() else { return };
+            if let Some(handle) = shared.instances().get(&own) {
+                // One whose queue is closed is gone, and nobody asks what happened to it.
+                let _ = handle.commands.send(Command::Told(event));
+            }
+        };
+        self.carrier.follow(id.as_str(), self.dir(id).join(joey_collect::DIRECTORY), Arc::new(tell));
     }
 
     /// Alone with the record of an instance, until the guard is dropped.

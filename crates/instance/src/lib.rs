@@ -11,6 +11,7 @@ mod change;
 mod engine;
 mod files;
 mod life;
+mod logs;
 mod merge;
 mod persist;
 mod start;

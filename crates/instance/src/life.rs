@@ -49,6 +49,8 @@ pub(crate) enum Command {
     /// Its record says something else now.
     Change,
     Restart,
+    /// Something happened to its logs.
+    Told(InstanceEvent),
 }
 
 /// One instance.
@@ -148,6 +150,7 @@ impl Life {
 
     /// What an adopted sandbox was made from: its address, and the images as its configuration names them.
     async fn remember(&mut self) {
+        self.shared.carry_logs(&self.id);
         self.status.address = self.shared.network.find(&self.id).map(|attachment| attachment.address);
         if let Some(config) = read_json::<AgentConfig>(&self.dir.join("agent.json")) {
             for made in config.containers {
@@ -208,7 +211,7 @@ impl Life {
                         command = commands.recv() => match command {
                             Some(Command::Delete { grace }) => break Err(Turn::Delete(grace)),
                             Some(Command::Change) => changed = true,
-                            Some(Command::Restart) => {}
+                            Some(Command::Restart | Command::Told(_)) => {}
                             // The engine is gone, and with it this process.
                             None => break Ok((&mut pulling).await),
                         },
@@ -272,6 +275,7 @@ impl Life {
                             }
                         }
                         Some(Command::Restart) => return Ok(()),
+                        Some(Command::Told(event)) => self.tell_at_once(event),
                         None => std::future::pending().await,
                     },
                 }
@@ -337,6 +341,7 @@ impl Life {
                             }
                         }
                         Some(Command::Restart) => self.restart(agent).await,
+                        Some(Command::Told(event)) => self.tell_at_once(event),
                         None => std::future::pending().await,
                     },
                     () = tokio::time::sleep(BRING_AGAIN), if self.behind => self.bring(agent).await,
@@ -423,6 +428,7 @@ impl Life {
                 Some(Command::Delete { grace }) => return Some(grace),
                 Some(Command::Change) => drop(self.take_in().await),
                 Some(Command::Restart) => return None,
+                Some(Command::Told(event)) => self.tell_at_once(event),
                 None => std::future::pending().await,
             }
         }
@@ -486,6 +492,10 @@ impl Life {
 
     async fn remove(&mut self) -> Result<(), Fault> {
         start::unmake(self).await?;
+        let (carrier, id, segments) =
+            (self.shared.carrier.clone(), self.id.clone(), self.dir.join(joey_collect::DIRECTORY));
+        start::blocking("keep its logs", move || carrier.take_over(id.as_str(), &segments)).await?;
+        checkpoint::reached("instance-logs-kept");
         let _recording = self.shared.recording(&self.id).await;
         let dir = self.dir.clone();
         start::blocking("remove its directory", move || match std::fs::remove_dir_all(&dir) {
@@ -556,6 +566,11 @@ impl Life {
         self.events.extend(events);
         let surplus = self.events.len().saturating_sub(EVENTS);
         self.events.drain(..surplus);
+    }
+
+    fn tell_at_once(&mut self, event: InstanceEvent) {
+        self.tell(vec![event]);
+        self.publish();
     }
 
     pub(crate) fn use_images(&self, ids: Vec<Digest>) {

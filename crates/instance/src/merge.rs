@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use joey_api::agent::{AgentContainer, AgentMount};
+use joey_api::agent::{AgentContainer, AgentMount, Collected};
 use joey_api::instance::{ContainerSpec, Mount, Resources, Security};
 use joey_api::lifecycle::Role;
 use joey_api::validate::{DEFAULT_CAPABILITIES, may_trace};
@@ -65,6 +65,8 @@ pub(crate) fn container(
         stop_signal: (spec.lifecycle.stop_signal.clone().or_else(|| config.stop_signal.clone()))
             .unwrap_or_else(|| "SIGTERM".to_owned()),
         mounts: spec.mounts.iter().map(|asked| mount(spec, asked, &given)).collect::<Result<_, _>>()?,
+        // Said by the instance's plan: `logs`.
+        collected: Collected::default(),
     })
 }
 
@@ -113,7 +115,7 @@ pub(crate) fn resources(spec: &ContainerSpec) -> Resources {
 }
 
 /// Variables of the specification, `$(NAME)` in each replaced by those before it.
-fn spec_env(spec: &ContainerSpec, address: Option<IpAddr>) -> Vec<(String, String)> {
+pub(crate) fn spec_env(spec: &ContainerSpec, address: Option<IpAddr>) -> Vec<(String, String)> {
     let mut known: Vec<(String, String)> = Vec::with_capacity(spec.env.len());
     for variable in &spec.env {
         let value = match &variable.value {

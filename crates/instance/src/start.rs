@@ -20,7 +20,7 @@ use joey_sandbox::{CreateRequest, Sandbox};
 
 use crate::life::Life;
 use crate::merge::{self, Surroundings};
-use crate::{files, persist};
+use crate::{files, logs, persist};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -82,7 +82,8 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
             checkpoint::reached("instance-network");
         }
         Step::Config => {
-            let config = config(life, made).await?;
+            let mut config = config(life, made).await?;
+            logs::plan(life, &mut config).await?;
             let bytes = serde_json::to_vec(&config).map_err(|error| host_fault("write its configuration", &error))?;
             let path = life.dir.join("agent.json");
             blocking("write its configuration", move || persist::write_private(&path, &bytes).map(drop)).await?;
@@ -97,6 +98,7 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
             };
             let request = CreateRequest { instance: life.id.clone(), dir: life.dir.clone(), netns, config };
             made.sandbox = Some(class.create(request).await?);
+            life.shared.carry_logs(&life.id);
             life.mark("sandbox");
             checkpoint::reached("instance-sandbox");
         }
@@ -118,7 +120,12 @@ async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
         }
         Step::Config => {
             let dir = life.dir.clone();
+            let id = life.id.clone();
             blocking("remove its files", move || {
+                // Where the agent ended by itself, there is nothing that it did not see.
+                if let Err(error) = joey_collect::last_look(&dir) {
+                    tracing::warn!(instance = %id, %error, "what its containers wrote last into files is not collected");
+                }
                 for name in ["volumes", "upper", "agent.json"] {
                     let path = dir.join(name);
                     let removed = match path.is_dir() {
@@ -281,7 +288,7 @@ async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<Vec<AgentVolume>,
 }
 
 /// The containers that a sandbox starts with: those that only look on come when it runs.
-fn started(spec: &InstanceSpec) -> impl Iterator<Item = &ContainerSpec> {
+pub(crate) fn started(spec: &InstanceSpec) -> impl Iterator<Item = &ContainerSpec> {
     spec.containers.iter().filter(|container| container.role != Role::Debug)
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
-use joey_api::agent::{AgentConfig, AgentContainer, AgentState, VERSION};
+use joey_api::agent::{AgentConfig, AgentContainer, AgentState, Collected, VERSION};
 use joey_api::frame::{Decoder, ExecStatus, STATUS, STDOUT};
 use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Resources, Termination, WireRestartPolicy};
 use joey_api::lifecycle::{LastWords, Lifecycle, Role};
@@ -130,6 +130,7 @@ pub fn container(name: &str, script: &str, layers: &[PathBuf]) -> AgentContainer
         resources: Resources::default(),
         stop_signal: "SIGTERM".to_owned(),
         mounts: Vec::new(),
+        collected: Collected::default(),
     }
 }
 

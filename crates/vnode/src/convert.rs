@@ -17,6 +17,7 @@ mod ephemeral;
 mod fields_tests;
 mod lifecycle;
 mod limits;
+mod logs;
 mod naming;
 mod security;
 #[cfg(test)]
@@ -114,6 +115,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
         host_aliases: host_aliases(&spec),
         ..limits::network(pod, &mut notes)
     };
+    let logs = logs::logs(pod, &containers, &mut notes);
     let (debug_ports, fs_group) = (debug_ports(pod, &mut notes), volumes::fs_group(&security, &mut notes));
     if !notes.faults.is_empty() {
         return Err(Refusal::Unsupported(notes.faults));
@@ -153,6 +155,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
         active_deadline_seconds: spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok()),
         debug_ports,
         core_pattern: limits::core_pattern(pod),
+        logs,
         network,
         credentials: objects.credentials.clone(),
     };

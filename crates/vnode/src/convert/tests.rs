@@ -331,3 +331,29 @@ fn host_names() {
     assert!(faults(&pod(long, json!({})))[0].contains("64 characters"));
     assert_eq!(of(json!({}), &format!("{}-{}", "x".repeat(62), "y".repeat(40))), "x".repeat(62));
 }
+
+#[test]
+fn logs_are_collected_by_annotation() {
+    let annotated = |sources: &str| {
+        let mut pod = pod(json!({}), json!({}));
+        let all = [("joey.dev/logs", sources), ("joey.dev/log-sink", "bus")];
+        pod.metadata.annotations = Some(all.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+        pod
+    };
+    let logs = taken(&annotated(r#"[{"name": "out", "from": "stdout"}]"#)).logs;
+    assert_eq!((logs.sink.as_deref(), logs.sources.len()), (Some("bus"), 1));
+    assert_eq!(logs.fields.keys().collect::<Vec<_>>(), ["namespace", "pod"]);
+    assert_eq!(taken(&annotated("[]")).logs, joey_api::logs::Logs::default(), "nothing is asked for");
+    for wrong in [
+        r#"[{"name": "out"}]"#,
+        r#"[{"name": "out", "from": "var/log"}]"#,
+        r#"[{"name": "o", "from": "stdout", "container": "no"}]"#,
+    ] {
+        let found = faults(&annotated(wrong));
+        assert!(found[0].starts_with("annotation joey.dev/logs"), "{found:?}");
+    }
+    let mut pod = pod(json!({}), json!({"env": [{"name": "aliyun_logs_out", "value": "stdout"}]}));
+    pod.metadata.annotations = Some([("joey.dev/log-sink".to_owned(), "bus".to_owned())].into());
+    let logs = taken(&pod).logs;
+    assert_eq!((logs.sink.as_deref(), logs.sources.len(), logs.fields.len()), (Some("bus"), 0, 2));
+}

@@ -97,7 +97,7 @@ impl Agent {
 
     /// Waits for the end of the hook before the start; too late, or in the way of a stop or a restart, it is ended.
     async fn until_done(&self, container: &AgentContainer, life: &Arc<Life>, hook: &Hook, started: Started) -> Done {
-        let Started { pid, pidfd, streams } = started;
+        let Started { pid, pidfd, streams, inside: _ } = started;
         let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: BEFORE_START };
         let mut carried = tokio::spawn(sink.carry(streams));
         let limit = Instant::now() + Duration::from_secs(hook.timeout_seconds.into());
@@ -161,7 +161,7 @@ impl Agent {
         let limit = Duration::from_secs(hook.timeout_seconds.into());
         // A task of its own: also when nobody waits any more, the process is ended in time and reaped.
         let done = tokio::spawn(async move {
-            let Started { pid, pidfd, streams } = started;
+            let Started { pid, pidfd, streams, inside: _ } = started;
             let mut carried = tokio::spawn(sink.carry(streams));
             let in_time = tokio::time::timeout(limit, launch::ended(&pidfd, pid)).await;
             if in_time.is_err() {

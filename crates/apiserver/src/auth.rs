@@ -8,7 +8,7 @@ use rustls::pki_types::CertificateDer;
 
 use crate::request::Target;
 use crate::status::{ApiError, ApiResult};
-use crate::{State, kinds, object, pki};
+use crate::{State, kinds, object};
 
 /// Who calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl Identity {
 /// The caller of a connection that showed a verified certificate.
 pub fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Identity> {
     let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
-    let (user, groups) = pki::subject_of(&certificate);
+    let (user, groups) = joey_pki::subject_of(&certificate);
     if user.is_empty() {
         return None;
     }

@@ -17,7 +17,6 @@ pub mod kinds;
 mod leases;
 mod metrics;
 mod object;
-pub mod pki;
 mod proxy;
 mod request;
 mod review;
@@ -27,7 +26,6 @@ mod service;
 mod status;
 mod strategy;
 mod table;
-mod tls;
 mod token;
 mod typing;
 mod verbs;
@@ -42,7 +40,7 @@ use joey_store::Store;
 use tokio::net::TcpListener;
 
 pub use auth::Identity;
-pub use pki::{Credentials, Pki, PkiError};
+pub use joey_pki::{Credentials, Pki, PkiError};
 pub use service::ApiService;
 
 /// Body of every answer.
@@ -130,7 +128,7 @@ impl ApiServer {
             true => SocketAddr::from(([127, 0, 0, 1], config.advertise.port())),
             false => config.advertise,
         };
-        let mut names = pki::Names { hosts: config.hosts, addresses: config.addresses, node: config.node_name };
+        let mut names = joey_pki::Names { hosts: config.hosts, addresses: config.addresses, node: config.node_name };
         names.addresses.push(advertise.ip());
         if let Some(host) = nix::unistd::gethostname().ok().and_then(|host| host.into_string().ok())
             && joey_model::id::check_subdomain("host name", &host).is_ok()
@@ -152,7 +150,7 @@ impl ApiServer {
             admin_token: pki.admin_token.clone(),
             authority: pki.ca.clone(),
             kubelets: proxy::Kubelets::new(&pki)?,
-            tls: Arc::new(tls::server(&pki)?),
+            tls: Arc::new(joey_pki::tls::server(&pki)?),
             in_flight: Arc::new(tokio::sync::Semaphore::new(config.max_in_flight.max(1))),
             advertise,
         };

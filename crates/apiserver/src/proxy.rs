@@ -16,11 +16,11 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 use crate::object::{list, text};
-use crate::pki::{Pki, PkiError};
 use crate::request::Query;
 use crate::status::{ApiError, ApiResult};
 use crate::verbs::Call;
-use crate::{Body, kinds, tls};
+use crate::{Body, kinds};
+use joey_pki::{Pki, PkiError};
 
 /// Time to reach a node.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -32,7 +32,7 @@ pub struct Kubelets {
 
 impl Kubelets {
     pub fn new(pki: &Pki) -> Result<Self, PkiError> {
-        Ok(Self { tls: tokio_rustls::TlsConnector::from(Arc::new(tls::kubelet_client(pki)?)) })
+        Ok(Self { tls: tokio_rustls::TlsConnector::from(Arc::new(joey_pki::tls::kubelet_client(pki)?)) })
     }
 }
 

@@ -146,7 +146,7 @@ pub async fn rm(service: &PoolClient, rm: &Rm) -> Result<ExitCode, Failure> {
 async fn end(service: &PoolClient, name: &str, grace: Option<u32>, force: bool) -> Result<String, Failure> {
     let instance = service.get(name).await?;
     let label = |label: &str| instance.spec.labels.get(label).map_or("", String::as_str);
-    let (namespace, pod) = (label(joey_vnode::convert::LABEL_NAMESPACE), label(joey_vnode::convert::LABEL_POD));
+    let (namespace, pod) = (label(joey_podspec::LABEL_NAMESPACE), label(joey_podspec::LABEL_POD));
     if !force && !pod.is_empty() {
         return Err(Failure::new(format!("instance \"{name}\" belongs to Pod {namespace}/{pod}"))
             .with_hint(format!("kubectl delete pod -n {namespace} {pod}; or end it under its Pod with --force")));

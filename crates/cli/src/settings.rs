@@ -206,6 +206,7 @@ pub fn machine_name() -> String {
 pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
     let place = Place::of(data_dir)?;
     Ok(HostSettings {
+        configuration: place.configuration(),
         place,
         host_name: machine_name(),
         pod_range: Ipv4Net::new_assert(std::net::Ipv4Addr::new(240, 0, 0, 0), 29),
@@ -214,7 +215,6 @@ pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
         docker_config: None,
         max_layer_bytes: 1,
         agent: PathBuf::from("joey-agent"),
-        configuration: place.configuration(),
         core_dumps: None,
     })
 }

@@ -106,7 +106,7 @@ fn virtual_node(
         key: pki("kubelet-server.key"),
     };
     config.client_auth = joey_vnode::ClientAuth::Authority(pki("ca.crt"));
-    config.trusted_callers = vec![joey_apiserver::pki::KUBELET_CLIENT.to_owned()];
+    config.trusted_callers = vec![joey_pki::KUBELET_CLIENT.to_owned()];
     let provider = Arc::new(PoolProvider::new(joey_rpc::Client::in_process("the pool", pool.router())));
     async move {
         joey_vnode::run(client, provider, config, shutdown)

@@ -357,7 +357,7 @@ mod tests {
 
     async fn captured(query: &str, send: impl Fn()) -> Result<Vec<u8>, Fault> {
         let capture = Capture::open(&joey_rpc::parse_query(query).unwrap())?;
-        let (to, mut from) = mpsc::channel(8);
+        let (to, mut from) = mpsc::channel::<io::Result<Bytes>>(8);
         send();
         let reading = tokio::spawn(async move {
             let mut file = Vec::new();

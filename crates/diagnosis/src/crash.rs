@@ -75,10 +75,8 @@ impl Process {
         let mut process = Self { dir, status: String::new() };
         process.status = process.read("status")?;
         // Between the crash and now it may have been killed, and its number taken by another process.
-        match process.field("CoreDumping").next() {
-            Some("1") => Ok(process),
-            _ => Err(io::Error::new(io::ErrorKind::NotFound, "the process is gone")),
-        }
+        let dumping = process.field("CoreDumping").next() == Some("1");
+        if dumping { Ok(process) } else { Err(io::Error::new(io::ErrorKind::NotFound, "the process is gone")) }
     }
 
     fn place(&self, name: &str) -> PathBuf {

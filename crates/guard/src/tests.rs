@@ -133,7 +133,7 @@ async fn who_goes_away_while_trying_alone_is_in_nobodys_way() {
     peer.sick.store(3, Ordering::Relaxed);
     assert_eq!(calls(&guard, &peer, 1, None).await, 0);
     tokio::time::sleep(Duration::from_secs(6)).await;
-    let given_up = guard.call("app", || std::future::pending::<Result<(), Failed<String>>>());
+    let given_up = guard.call("app", std::future::pending::<Result<(), Failed<String>>>);
     assert!(tokio::time::timeout(Duration::from_secs(1), given_up).await.is_err());
     assert_eq!(calls(&guard, &peer, 5, None).await, 5);
 }

@@ -10,7 +10,6 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use joey_api::diagnosis::{CaptureRequest, CoreSettings, Cores};
-use joey_api::instance::{ExecRequest, InstanceSpec, InstanceStatus, LogOptions, Usage};
 use joey_api::instance::{ExecRequest, InstanceEvent, InstanceSpec, InstanceStatus, LogOptions, Usage};
 use joey_hidecar::Carrier;
 use joey_image::Images;

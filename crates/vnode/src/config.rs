@@ -5,13 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use joey_podspec::Node;
+
 /// Everything a virtual node is told.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Name of the Node object, a DNS subdomain.
-    pub node_name: String,
-    /// Address the kubelet endpoints are reached at by the API server, put into the Node's status.
-    pub address: IpAddr,
+    pub node: Node,
     /// Where the kubelet endpoints listen; port 0 takes a free one. The port taken is published in the Node's status.
     pub kubelet_listen: SocketAddr,
     pub serving: ServingCertificate,
@@ -22,10 +21,6 @@ pub struct Config {
     pub taint: bool,
     /// Further labels of the Node.
     pub labels: BTreeMap<String, String>,
-    /// Name servers for Pods with dnsPolicy ClusterFirst; empty: those of the host.
-    pub cluster_dns: Vec<IpAddr>,
-    /// Domain of Services: `cluster.local`.
-    pub cluster_domain: String,
     /// Pods that are worked upon at the same time.
     pub workers: usize,
     /// How often tokens are asked for on behalf of one service account.
@@ -50,16 +45,13 @@ impl Config {
     /// A node `node_name` reached at `address`, with what suits a cluster that others run.
     pub fn new(node_name: impl Into<String>, address: IpAddr) -> Self {
         Self {
-            node_name: node_name.into(),
-            address,
+            node: Node::new(node_name, address),
             kubelet_listen: SocketAddr::new(address, 0),
             serving: ServingCertificate::SelfSigned,
             client_auth: ClientAuth::Cluster,
             trusted_callers: Vec::new(),
             taint: true,
             labels: BTreeMap::new(),
-            cluster_dns: Vec::new(),
-            cluster_domain: "cluster.local".to_owned(),
             workers: 32,
             token_guard: token_guard(),
         }

@@ -16,10 +16,10 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::convert::all_containers;
 use crate::pods::Registry;
 use crate::provider::{ByteStream, Frames, Provider};
 use crate::serving::{self, Caller};
+use joey_podspec::all_containers;
 
 mod figures;
 mod forward;

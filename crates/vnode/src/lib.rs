@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  API server ◄── kube::Client ──  node      registration, heartbeat, lease
-//!             ◄──────────────────  pods      watch → convert → Provider; Provider's watch → status, events
+//!             ◄──────────────────  pods      watch → joey_podspec → Provider; Provider's watch → status, events
 //!             ──► kubelet endpoints ─────►   logs, exec, attach → Provider
 //! ```
 //!
@@ -10,7 +10,6 @@
 //! or on the API server's crate: instances are reached through [`Provider`] alone, the cluster through its client alone.
 
 pub mod config;
-pub mod convert;
 pub mod events;
 mod kubelet;
 pub mod node;

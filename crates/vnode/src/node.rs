@@ -59,7 +59,7 @@ pub(crate) async fn run(
         tokio::select! {
             () = shutdown.cancelled() => return,
             beat = heart.beat() => if let Err(error) = beat {
-                tracing::warn!(node = heart.config.node_name, %error, "node could not be kept alive, trying again");
+                tracing::warn!(node = heart.config.node.name, %error, "node could not be kept alive, trying again");
                 ticks.reset_after(RETRY);
             }
         }
@@ -78,7 +78,7 @@ struct Heart {
 
 impl Heart {
     async fn beat(&mut self) -> Result<(), kube::Error> {
-        let node = match self.nodes.get_opt(&self.config.node_name).await? {
+        let node = match self.nodes.get_opt(&self.config.node.name).await? {
             Some(node) => node,
             None => {
                 self.reported = None;
@@ -93,19 +93,19 @@ impl Heart {
     async fn register(&self) -> Result<Node, kube::Error> {
         let node = Node {
             metadata: ObjectMeta {
-                name: Some(self.config.node_name.clone()),
+                name: Some(self.config.node.name.clone()),
                 labels: Some(labels(&self.config)),
                 ..ObjectMeta::default()
             },
             spec: Some(NodeSpec {
                 taints: self.config.taint.then(|| vec![taint()]),
-                provider_id: Some(format!("joey://{}", self.config.node_name)),
+                provider_id: Some(format!("joey://{}", self.config.node.name)),
                 ..NodeSpec::default()
             }),
             status: None,
         };
         let created = self.nodes.create(&PostParams::default(), &node).await?;
-        tracing::info!(node = self.config.node_name, "node registered");
+        tracing::info!(node = self.config.node.name, "node registered");
         Ok(created)
     }
 
@@ -123,7 +123,7 @@ impl Heart {
             patch.insert("spec".into(), json!({ "taints": taints }));
         }
         if !patch.is_empty() {
-            self.nodes.patch(&self.config.node_name, &PatchParams::default(), &Patch::Merge(patch)).await?;
+            self.nodes.patch(&self.config.node.name, &PatchParams::default(), &Patch::Merge(patch)).await?;
         }
         Ok(())
     }
@@ -143,14 +143,14 @@ impl Heart {
         }
         let status = status(&self.config, self.kubelet_port, capacity.as_ref(), node, Timestamp::now());
         let patch = Patch::Strategic(json!({ "status": status }));
-        self.nodes.patch_status(&self.config.node_name, &PatchParams::default(), &patch).await?;
+        self.nodes.patch_status(&self.config.node.name, &PatchParams::default(), &patch).await?;
         self.reported = Some((capacity, Instant::now()));
         Ok(())
     }
 
     async fn renew(&self, node: &Node) -> Result<(), kube::Error> {
         let now = MicroTime(Timestamp::now());
-        let name = &self.config.node_name;
+        let name = &self.config.node.name;
         let patch = Patch::Merge(json!({ "spec": {
             "holderIdentity": name, "leaseDurationSeconds": LEASE_SECONDS, "renewTime": now,
         }}));
@@ -200,7 +200,7 @@ fn labels(config: &Config) -> BTreeMap<String, String> {
         ("type", "virtual-kubelet"),
         ("kubernetes.io/os", "linux"),
         ("kubernetes.io/arch", architecture()),
-        ("kubernetes.io/hostname", config.node_name.as_str()),
+        ("kubernetes.io/hostname", config.node.name.as_str()),
         ("kubernetes.io/role", "agent"),
     ]
     .into_iter()
@@ -239,8 +239,8 @@ fn status(config: &Config, port: u16, capacity: Option<&Capacity>, node: &Node, 
     };
     NodeStatus {
         addresses: Some(vec![
-            NodeAddress { type_: "InternalIP".into(), address: config.address.to_string() },
-            NodeAddress { type_: "Hostname".into(), address: config.node_name.clone() },
+            NodeAddress { type_: "InternalIP".into(), address: config.node.address.to_string() },
+            NodeAddress { type_: "Hostname".into(), address: config.node.name.clone() },
         ]),
         capacity: resources.clone(),
         allocatable: resources,
@@ -259,7 +259,7 @@ fn status(config: &Config, port: u16, capacity: Option<&Capacity>, node: &Node, 
             kernel_version: capacity.map(|c| c.kernel.clone()).unwrap_or_default(),
             kubelet_version: KUBELET_VERSION.into(),
             kube_proxy_version: String::new(),
-            machine_id: config.node_name.clone(),
+            machine_id: config.node.name.clone(),
             operating_system: "linux".into(),
             os_image: "Joey".into(),
             ..NodeSystemInfo::default()

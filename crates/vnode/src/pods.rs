@@ -21,11 +21,11 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::convert::{LABEL_NODE, LABEL_UID};
 use crate::events::Events;
 use crate::provider::Provider;
 use crate::refresh::Shown;
 use crate::services::Services;
+use joey_podspec::{LABEL_NODE, LABEL_UID};
 
 mod change;
 mod contents;
@@ -95,7 +95,7 @@ pub(crate) async fn run(
     config: Arc<Config>,
     shutdown: CancellationToken,
 ) {
-    let (events, writer) = Events::new(client.clone(), config.node_name.clone());
+    let (events, writer) = Events::new(client.clone(), config.node.name.clone());
     let workers = Semaphore::new(config.workers.max(1));
     let (shown, mut waking) = Shown::new(client.clone());
     let context = Arc::new(Context {
@@ -122,7 +122,7 @@ pub(crate) async fn run(
 
 async fn watch_pods(context: Arc<Context>) {
     let api: Api<Pod> = Api::all(context.client.clone());
-    let config = watcher::Config::default().fields(&format!("spec.nodeName={}", context.config.node_name));
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={}", context.config.node.name));
     let mut events = watcher(api, config).boxed();
     let mut listed = Vec::new();
     loop {
@@ -188,7 +188,7 @@ fn take(context: &Arc<Context>, event: WatchEvent, listed: &mut Option<Vec<Strin
     match event {
         WatchEvent::Set { instance } => {
             let labels = &instance.spec.labels;
-            if labels.get(LABEL_NODE) != Some(&context.config.node_name) {
+            if labels.get(LABEL_NODE) != Some(&context.config.node.name) {
                 return;
             }
             let Some(uid) = labels.get(LABEL_UID).cloned() else { return };

@@ -15,7 +15,8 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use crate::resolve::{Kind, Values, of_config_map, of_secret};
+use crate::resolve::{of_config_map, of_secret};
+use joey_podspec::{Kind, Values};
 
 const RETRY: Duration = Duration::from_secs(1);
 

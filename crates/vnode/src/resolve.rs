@@ -1,6 +1,6 @@
-//! What a Pod names and conversion needs: ConfigMaps, Secrets, tokens, registry credentials. Fetched here, judged in `convert`.
+//! What a Pod names and conversion needs: ConfigMaps, Secrets, tokens, registry credentials. Fetched here, judged by [`joey_podspec`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
@@ -11,61 +11,12 @@ use jiff::{SignedDuration, Timestamp};
 use joey_api::image::RegistryCredential;
 use joey_guard::{Failed, Guard};
 use joey_model::{ErrorKind, Fault};
+use joey_podspec::{Kind, Needs, Objects, Token, TokenWish, Tokens, Values};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, ServiceAccount};
 use kube::api::{Api, PostParams};
 
-use crate::convert::all_containers;
 use crate::provider::Capacity;
-
-/// Kinds of objects that hold values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    ConfigMap,
-    Secret,
-}
-
-impl Kind {
-    fn word(self) -> &'static str {
-        match self {
-            Self::ConfigMap => "configmap",
-            Self::Secret => "secret",
-        }
-    }
-}
-
-/// An object or key that is not there yet.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Missing {
-    pub kind: Kind,
-    pub name: String,
-    pub key: Option<String>,
-}
-
-impl std::fmt::Display for Missing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.key {
-            None => write!(f, "{} \"{}\" not found", self.kind.word(), self.name),
-            Some(key) => write!(f, "couldn't find key {key} in {} \"{}\"", self.kind.word(), self.name),
-        }
-    }
-}
-
-impl std::error::Error for Missing {}
-
-/// What an object holds, by key.
-pub(crate) type Values = BTreeMap<String, Vec<u8>>;
-/// Tokens by audience and by the life that was asked for in seconds.
-pub(crate) type Tokens = BTreeMap<TokenWish, Token>;
-pub(crate) type TokenWish = (Option<String>, Option<i64>);
-
-/// A token of the Pod's service account.
-#[derive(Clone)]
-pub struct Token {
-    pub(crate) text: String,
-    /// When another shall take its place.
-    pub(crate) due: Timestamp,
-}
 
 /// The longest life of a token in a Pod, however long it is good.
 const LONGEST: SignedDuration = SignedDuration::from_hours(24);
@@ -80,48 +31,6 @@ fn due(now: Timestamp, expires: Timestamp, text: &str) -> Timestamp {
     let early = SignedDuration::from_secs(i64::try_from(hasher.finish() % SPREAD).unwrap_or(0));
     let after = ((life / 5) * 4).min(LONGEST) - early;
     now.checked_add(after.max(SignedDuration::from_secs(1))).unwrap_or(expires)
-}
-
-/// Everything fetched for one Pod. Holds secrets: never logged, not `Debug`.
-#[derive(Clone, Default)]
-pub struct Objects {
-    pub(crate) values: BTreeMap<(Kind, String), Values>,
-    pub(crate) tokens: Tokens,
-    pub(crate) credentials: Vec<RegistryCredential>,
-    /// Variables that tell of Services.
-    pub(crate) services: Vec<(String, String)>,
-    pub(crate) node_cpu_milli: u64,
-    pub(crate) node_memory_bytes: u64,
-}
-
-impl Objects {
-    /// Every key of an object; nothing when it is optional and not there.
-    pub(crate) fn all(&self, kind: Kind, name: &str, optional: Option<bool>) -> Result<Values, Missing> {
-        match self.values.get(&(kind, name.to_owned())) {
-            Some(values) => Ok(values.clone()),
-            None if optional == Some(true) => Ok(Values::new()),
-            None => Err(Missing { kind, name: name.to_owned(), key: None }),
-        }
-    }
-
-    /// One key of an object; `None` when it is optional and not there.
-    pub(crate) fn one(
-        &self,
-        kind: Kind,
-        name: &str,
-        key: &str,
-        optional: Option<bool>,
-    ) -> Result<Option<Vec<u8>>, Missing> {
-        let mut all = self.all(kind, name, optional)?;
-        match all.remove(key) {
-            None if optional != Some(true) => Err(Missing { kind, name: name.to_owned(), key: Some(key.to_owned()) }),
-            value => Ok(value),
-        }
-    }
-
-    pub(crate) fn token(&self, audience: Option<&str>, seconds: Option<i64>) -> Option<&str> {
-        self.tokens.get(&(audience.map(str::to_owned), seconds)).map(|token| token.text.as_str())
-    }
 }
 
 /// Fetches what the Pod names, but for tokens. Objects that are not there are left out; only a cluster that is away is an
@@ -142,59 +51,6 @@ pub async fn fetch(client: &kube::Client, pod: &Pod, capacity: Option<&Capacity>
         node_cpu_milli: capacity.map_or(0, |c| c.cpu_milli),
         node_memory_bytes: capacity.map_or(0, |c| c.memory_bytes),
     })
-}
-
-/// What a Pod names.
-#[derive(Default)]
-pub(crate) struct Needs {
-    pub(crate) objects: BTreeSet<(Kind, String)>,
-    pub(crate) tokens: BTreeSet<TokenWish>,
-    /// It shows fields of its own, some of which change.
-    pub(crate) fields: bool,
-}
-
-impl Needs {
-    fn of(pod: &Pod) -> Self {
-        let mut needs = Self::shown(pod);
-        let Some(spec) = &pod.spec else { return needs };
-        let mut object = |kind, name: &str| {
-            needs.objects.insert((kind, name.to_owned()));
-        };
-        for (_, container) in all_containers(spec) {
-            for source in container.env_from.iter().flatten() {
-                source.config_map_ref.iter().for_each(|r| object(Kind::ConfigMap, &r.name));
-                source.secret_ref.iter().for_each(|r| object(Kind::Secret, &r.name));
-            }
-            for source in container.env.iter().flatten().filter_map(|variable| variable.value_from.as_ref()) {
-                source.config_map_key_ref.iter().for_each(|r| object(Kind::ConfigMap, &r.name));
-                source.secret_key_ref.iter().for_each(|r| object(Kind::Secret, &r.name));
-            }
-        }
-        needs
-    }
-
-    /// What its volumes show: this is kept up to date while it runs.
-    pub(crate) fn shown(pod: &Pod) -> Self {
-        let mut needs = Self::default();
-        let Some(spec) = &pod.spec else { return needs };
-        let mut object = |kind, name: &str| {
-            needs.objects.insert((kind, name.to_owned()));
-        };
-        for volume in spec.volumes.iter().flatten() {
-            needs.fields |= volume.downward_api.is_some();
-            volume.config_map.iter().for_each(|r| object(Kind::ConfigMap, &r.name));
-            volume.secret.iter().filter_map(|r| r.secret_name.as_ref()).for_each(|n| object(Kind::Secret, n));
-            for source in volume.projected.iter().flat_map(|projected| projected.sources.iter().flatten()) {
-                source.config_map.iter().for_each(|r| object(Kind::ConfigMap, &r.name));
-                source.secret.iter().for_each(|r| object(Kind::Secret, &r.name));
-                needs.fields |= source.downward_api.is_some();
-                if let Some(token) = &source.service_account_token {
-                    needs.tokens.insert((token.audience.clone(), token.expiration_seconds));
-                }
-            }
-        }
-        needs
-    }
 }
 
 async fn value(client: &kube::Client, namespace: &str, kind: Kind, name: &str) -> Result<Option<Values>, kube::Error> {

@@ -47,8 +47,9 @@ pub(crate) fn identity(config: &Config) -> Result<Identity, NodeError> {
             Ok((chain, key))
         }
         ServingCertificate::SelfSigned => {
-            let made = rcgen::generate_simple_self_signed(vec![config.node_name.clone(), config.address.to_string()])
-                .map_err(|error| tls_fault("serving certificate could not be made", error))?;
+            let made =
+                rcgen::generate_simple_self_signed(vec![config.node.name.clone(), config.node.address.to_string()])
+                    .map_err(|error| tls_fault("serving certificate could not be made", error))?;
             let key = PrivateKeyDer::try_from(made.signing_key.serialize_der())
                 .map_err(|error| tls_fault("key could not be made", error))?;
             Ok((vec![made.cert.der().clone()], key))
@@ -220,7 +221,7 @@ pub(crate) async fn allowed(client: &kube::Client, config: &Config, caller: &Cal
                 verb: Some(verb.to_owned()),
                 resource: Some("nodes".into()),
                 subresource: Some("proxy".into()),
-                name: Some(config.node_name.clone()),
+                name: Some(config.node.name.clone()),
                 version: Some("v1".into()),
                 ..ResourceAttributes::default()
             }),

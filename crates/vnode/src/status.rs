@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::{Value, json};
 
-use crate::convert::InvalidImage;
+use joey_podspec::InvalidImage;
 
 /// Conditions that are ours; all others are somebody else's and stay as they are.
 pub const OWN_CONDITIONS: [&str; 5] =

@@ -113,7 +113,7 @@ impl Figures {
         let memory = |bytes: u64| json!({"time": time, "workingSetBytes": bytes});
         let sum = |of: fn(&Measured) -> u64| measured.iter().map(of).sum::<u64>();
         let node = json!({
-            "nodeName": config.node_name,
+            "nodeName": config.node.name,
             "cpu": cpu(sum(|one| one.now.rate(&one.before, None)), sum(|one| one.usage.cpu_nanoseconds)),
             "memory": memory(sum(|one| one.usage.memory_working_set_bytes)),
         });

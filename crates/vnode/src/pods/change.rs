@@ -9,8 +9,8 @@ use k8s_openapi::api::core::v1::{EphemeralContainer, Pod, PodStatus};
 
 use super::Context;
 use super::reconcile::{away, warn};
-use crate::convert::{self, Refusal};
 use crate::resolve;
+use joey_podspec::{Objects, Refusal};
 
 /// Has the instance follow its Pod. Looks once at each generation of the Pod; where a cluster counts none, at every event.
 pub(super) async fn follow(
@@ -32,15 +32,15 @@ pub(super) async fn follow(
     if generation.is_some() && looked.flatten() == generation {
         return Ok(());
     }
-    let mut change = match convert::changed(pod, &instance.spec) {
+    let mut change = match joey_podspec::changed(pod, &instance.spec) {
         Ok(change) => change,
         Err(refusal) => return refuse(context, uid, pod, &refusal.to_string()),
     };
     let further = further(pod, known, instance);
     if !further.is_empty() {
         let objects = resolve::fetch(&context.client, pod, None).await.map_err(away)?;
-        let objects = resolve::Objects { services: context.services.of(pod).await, ..objects };
-        match convert::debug(pod, &further, &objects, &context.config) {
+        let objects = Objects { services: context.services.of(pod).await, ..objects };
+        match joey_podspec::debug(pod, &further, &objects, &context.config.node) {
             Ok(debug) => change.debug = debug,
             Err(Refusal::Missing(missing)) => {
                 let message = format!("Error: {missing}");

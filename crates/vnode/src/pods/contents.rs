@@ -14,8 +14,9 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::Context;
 use super::reconcile::warn;
-use crate::convert;
-use crate::resolve::{self, Needs, Objects, Tokens};
+use joey_podspec::{Needs, Objects, TokenWish, Tokens};
+
+use crate::resolve;
 
 /// Sends what a Pod's volumes hold, where that is something else than before.
 pub(super) async fn renew(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, instance: &Instance) -> Result<(), Fault> {
@@ -45,7 +46,7 @@ pub(super) async fn renew(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, ins
         node_memory_bytes: capacity.as_ref().map_or(0, |capacity| capacity.memory_bytes),
         ..Objects::default()
     };
-    let (volumes, missing) = convert::files(pod, &objects);
+    let (volumes, missing) = joey_podspec::files(pod, &objects);
     for (volume, object) in missing {
         // As under the kubelet, what was there before stays.
         let message = format!("MountVolume.SetUp failed for volume \"{volume}\" : {object}");
@@ -106,7 +107,7 @@ fn source(pod: &Pod, revision: u64, tokens: &Tokens) -> u64 {
 pub(super) async fn tokens(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, needs: &Needs) -> Result<Tokens, Fault> {
     let mut tokens = context.registry.read(uid, |entry| entry.files.tokens.clone()).unwrap_or_default();
     let now = Timestamp::now();
-    let is_due = |wish: &&resolve::TokenWish| tokens.get(*wish).is_none_or(|token| token.due <= now);
+    let is_due = |wish: &&TokenWish| tokens.get(*wish).is_none_or(|token| token.due <= now);
     let due = needs.tokens.iter().filter(is_due).cloned().collect::<std::collections::BTreeSet<_>>();
     if due.is_empty() {
         return Ok(tokens);

@@ -20,9 +20,9 @@ use kube::runtime::wait::await_condition;
 use serde_json::json;
 
 use super::{Context, change, contents};
-use crate::convert::{self, InvalidImage, Refusal};
-use crate::resolve::{self, Kind, Missing};
+use crate::resolve;
 use crate::status;
+use joey_podspec::{InvalidImage, Kind, Missing, Needs, Objects, Refusal};
 
 /// Grace of an instance whose Pod was removed without waiting, in seconds.
 const FORCED_GRACE: u32 = 1;
@@ -129,10 +129,10 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
         true => Some(context.provider.capacity().await?),
         false => None,
     };
-    let needs = resolve::Needs::shown(pod);
+    let needs = Needs::shown(pod);
     let fetched = resolve::fetch(&context.client, pod, capacity.as_ref());
     let (fetched, tokens) = tokio::join!(fetched, contents::tokens(context, uid, pod, &needs));
-    let objects = match fetched.map_err(away).and_then(|objects| Ok(resolve::Objects { tokens: tokens?, ..objects })) {
+    let objects = match fetched.map_err(away).and_then(|objects| Ok(Objects { tokens: tokens?, ..objects })) {
         Ok(objects) => objects,
         Err(fault) => {
             let status = status::waits(pod, known, "CreateContainerConfigError", &fault.message, now);
@@ -140,8 +140,8 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
             return Err(fault);
         }
     };
-    let objects = resolve::Objects { services: context.services.of(pod).await, ..objects };
-    let converted = match convert::convert(pod, &objects, &context.config) {
+    let objects = Objects { services: context.services.of(pod).await, ..objects };
+    let converted = match joey_podspec::convert(pod, &objects, &context.config.node) {
         Ok(converted) => converted,
         Err(Refusal::Missing(missing)) => return wait_for(context, uid, pod, known, missing).await,
         Err(Refusal::InvalidImages(invalid)) => return blame_images(context, uid, pod, known, &invalid).await,
@@ -177,10 +177,10 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
 
 fn needs_capacity(pod: &Pod) -> bool {
     let spec = pod.spec.iter();
-    spec.flat_map(convert::all_containers)
+    spec.flat_map(joey_podspec::all_containers)
         .flat_map(|(_, container)| container.env.iter().flatten())
         .any(|variable| variable.value_from.as_ref().is_some_and(|from| from.resource_field_ref.is_some()))
-        || resolve::Needs::shown(pod).fields
+        || Needs::shown(pod).fields
 }
 
 async fn refuse(
@@ -310,7 +310,7 @@ async fn tell(context: &Context, uid: &str, pod: &Pod, known: &PodStatus, instan
         }
     }
     let now = Timestamp::now();
-    let status = status::of_instance(pod, &before, instance, context.config.address, now);
+    let status = status::of_instance(pod, &before, instance, context.config.node.address, now);
     send(context, uid, pod, known, status).await
 }
 

@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use joey_api::instance::{Instance, InstanceEvent, WirePhase};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 
-use crate::resolve::{Missing, Tokens};
+use joey_podspec::{Missing, Tokens};
 
 /// A Pod that goes on waiting for the same reason says so this often; the cluster forgets events after an hour.
 const WARN_AGAIN: SignedDuration = SignedDuration::from_mins(10);

@@ -8,9 +8,6 @@ use joey_api::instance::{ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpe
 use joey_api::lifecycle::Role;
 use k8s_openapi::api::core::v1 as core;
 
-use crate::config::Config;
-use crate::resolve::{Missing, Objects};
-
 mod environment;
 mod ephemeral;
 #[cfg(test)]
@@ -19,13 +16,19 @@ mod lifecycle;
 mod limits;
 mod logs;
 mod naming;
+mod needs;
+mod node;
+mod objects;
 mod security;
 #[cfg(test)]
 mod tests;
 mod volumes;
 
-pub(crate) use ephemeral::{changed, debug};
-pub(crate) use volumes::files;
+pub use ephemeral::{changed, debug};
+pub use needs::Needs;
+pub use node::Node;
+pub use objects::{Kind, Missing, Objects, Token, TokenWish, Tokens, Values};
+pub use volumes::files;
 
 /// Label on instances: the virtual node that made them.
 pub const LABEL_NODE: &str = "joey.dev/virtual-node";
@@ -88,7 +91,7 @@ fn given<T>(list: &Option<Vec<T>>) -> bool {
 }
 
 /// The instance of a Pod, given the objects it names.
-pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Converted, Refusal> {
+pub fn convert(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<Converted, Refusal> {
     let mut notes = Notes::default();
     let spec = pod.spec.clone().unwrap_or_default();
     let namespace = pod.metadata.namespace.clone().unwrap_or_default();
@@ -98,20 +101,20 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
     let security = spec.security_context.clone().unwrap_or_default();
     security::check_pod(&security, &mut notes);
     let sysctls = security::sysctls(&security, &mut notes);
-    let naming = naming::naming(&spec, (&name, &namespace), &config.cluster_domain, &mut notes);
+    let naming = naming::naming(&spec, (&name, &namespace), &node.cluster_domain, &mut notes);
     let limits = limits::pod(pod, &spec, &mut notes);
     let volumes = volumes::volumes(pod, &spec, objects, &mut notes)?;
     let mut containers = Vec::new();
     hook_faults(pod, &spec, &mut notes);
     for (role, container) in all_containers(&spec) {
-        let mut made = self::container(pod, &spec, container, &security, objects, config, &mut notes)?;
+        let mut made = self::container(pod, &spec, container, &security, objects, node, &mut notes)?;
         if let Some(annotations) = &pod.metadata.annotations {
             hooks::add(annotations, &made.name, &mut made.lifecycle);
         }
         containers.push(ContainerSpec { role, ..made });
     }
     let network = NetworkSpec {
-        dns: dns(&spec, &namespace, config),
+        dns: dns(&spec, &namespace, node),
         host_aliases: host_aliases(&spec),
         ..limits::network(pod, &mut notes)
     };
@@ -127,7 +130,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
         name: format!("{name}.{namespace}"),
         client_token: Some(uid.clone()),
         labels: BTreeMap::from([
-            (LABEL_NODE.to_owned(), config.node_name.clone()),
+            (LABEL_NODE.to_owned(), node.name.clone()),
             (LABEL_UID.to_owned(), uid),
             (LABEL_NAMESPACE.to_owned(), namespace),
             (LABEL_POD.to_owned(), name),
@@ -163,7 +166,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, config: &Config) -> Result<Co
 }
 
 /// The containers in the order of their start, and what each is to the Pod.
-pub(crate) fn all_containers(spec: &core::PodSpec) -> impl Iterator<Item = (Role, &core::Container)> {
+pub fn all_containers(spec: &core::PodSpec) -> impl Iterator<Item = (Role, &core::Container)> {
     let before = spec.init_containers.iter().flatten().map(|container| {
         let sidecar = container.restart_policy.as_deref() == Some("Always");
         (if sidecar { Role::Sidecar } else { Role::Init }, container)
@@ -237,7 +240,7 @@ fn container(
     container: &core::Container,
     pod_security: &core::PodSecurityContext,
     objects: &Objects,
-    config: &Config,
+    node: &Node,
     notes: &mut Notes,
 ) -> Result<ContainerSpec, Refusal> {
     let at = format!("container \"{}\": ", container.name);
@@ -267,7 +270,7 @@ fn container(
         image,
         command: container.command.clone().unwrap_or_default(),
         args: container.args.clone().unwrap_or_default(),
-        env: environment::environment(pod, spec, container, objects, config, notes)?,
+        env: environment::environment(pod, spec, container, objects, node, notes)?,
         working_dir: container.working_dir.clone().filter(|dir| !dir.is_empty()),
         stdin: container.stdin == Some(true),
         stdin_once: container.stdin_once == Some(true),
@@ -365,15 +368,15 @@ fn host_aliases(spec: &core::PodSpec) -> Vec<HostAlias> {
 }
 
 /// Name servers as the Pod's dnsPolicy says; without a cluster DNS, ClusterFirst is the host's, as the kubelet does.
-fn dns(spec: &core::PodSpec, namespace: &str, config: &Config) -> Option<Dns> {
+fn dns(spec: &core::PodSpec, namespace: &str, node: &Node) -> Option<Dns> {
     let mut dns = match spec.dns_policy.as_deref() {
         Some("None") => Some(Dns::default()),
         Some("Default") => None,
-        _ if config.cluster_dns.is_empty() => None,
+        _ if node.cluster_dns.is_empty() => None,
         _ => {
-            let domain = &config.cluster_domain;
+            let domain = &node.cluster_domain;
             Some(Dns {
-                nameservers: config.cluster_dns.iter().map(ToString::to_string).collect(),
+                nameservers: node.cluster_dns.iter().map(ToString::to_string).collect(),
                 searches: vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.clone()],
                 options: vec!["ndots:5".into()],
             })

@@ -1,7 +1,8 @@
 //! The cluster's own certificates and keys: made once, kept in one directory, reused at restart, renewed before they expire.
 //!
 //! Every key is a file of mode 0600 in a directory of mode 0700; a file is written beside its place and renamed, so a crash
-//! leaves the old one or the new one. Who may do what with a certificate is decided in [`crate::auth`].
+//! leaves the old one or the new one. Who may do what with
+//! a certificate is the API server's matter.
 
 use std::io::Write;
 use std::net::IpAddr;
@@ -15,6 +16,8 @@ use rcgen::{
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use time::{Duration, OffsetDateTime};
+
+pub mod tls;
 
 /// Life of the authority: ten years, as kubeadm's.
 const CA_LIFE: Duration = Duration::days(3650);
@@ -84,7 +87,7 @@ pub struct Pki {
     /// Bearer token of the administrator.
     pub admin_token: String,
     /// PKCS#8 of the ECDSA P-256 key that signs service-account tokens.
-    pub(crate) signing_key: Vec<u8>,
+    pub signing_key: Vec<u8>,
 }
 
 /// The common name of the API server's certificate towards kubelet endpoints.
@@ -285,7 +288,7 @@ fn address(bytes: &[u8]) -> Option<String> {
 }
 
 /// Common name and organisations of a certificate: user and groups.
-pub(crate) fn subject_of(certificate: &x509_parser::certificate::X509Certificate<'_>) -> (String, Vec<String>) {
+pub fn subject_of(certificate: &x509_parser::certificate::X509Certificate<'_>) -> (String, Vec<String>) {
     let subject = certificate.subject();
     let user = subject.iter_common_name().filter_map(|name| name.as_str().ok()).next().unwrap_or_default();
     let groups = subject.iter_organization().filter_map(|name| name.as_str().ok()).map(str::to_owned).collect();

@@ -8,9 +8,9 @@ use joey_model::ImageRef;
 use joey_model::quantity::parse_units;
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Notes, Refusal, all_containers, environment};
-use crate::config::Config;
-use crate::resolve::{Kind, Missing, Objects};
+use crate::node::Node;
+use crate::objects::{Kind, Missing, Objects};
+use crate::{Notes, Refusal, all_containers, environment};
 
 const DEFAULT_MODE: i32 = 0o644;
 
@@ -20,7 +20,7 @@ const KEPT_ELSEWHERE: &str = "volumes outlive no Pod here for now; use an emptyD
 const NO_DRIVER: &str =
     "there are no storage drivers here; use emptyDir, configMap, secret, projected, downwardAPI or image";
 
-pub(super) fn volumes(
+pub(crate) fn volumes(
     pod: &core::Pod,
     spec: &core::PodSpec,
     objects: &Objects,
@@ -37,7 +37,7 @@ pub(super) fn volumes(
 
 /// The volumes of files as they are to be now, and those that cannot be for want of an object. What else is asked for was judged
 /// when the instance was made.
-pub(crate) fn files(pod: &core::Pod, objects: &Objects) -> (Vec<Volume>, Vec<(String, Missing)>) {
+pub fn files(pod: &core::Pod, objects: &Objects) -> (Vec<Volume>, Vec<(String, Missing)>) {
     let (mut found, mut missing) = (Vec::new(), Vec::new());
     let empty = core::PodSpec::default();
     let spec = pod.spec.as_ref().unwrap_or(&empty);
@@ -52,7 +52,7 @@ pub(crate) fn files(pod: &core::Pod, objects: &Objects) -> (Vec<Volume>, Vec<(St
 }
 
 /// The group that owns what is in the volumes.
-pub(super) fn fs_group(security: &core::PodSecurityContext, notes: &mut Notes) -> Option<u32> {
+pub(crate) fn fs_group(security: &core::PodSecurityContext, notes: &mut Notes) -> Option<u32> {
     let group = u32::try_from(security.fs_group?).ok();
     if group.is_none() {
         notes.faults.push("spec.securityContext.fsGroup is not an id".to_owned());
@@ -61,7 +61,7 @@ pub(super) fn fs_group(security: &core::PodSecurityContext, notes: &mut Notes) -
 }
 
 /// What a container is shown of the volumes, and where.
-pub(super) fn mounts(at: &str, container: &core::Container, notes: &mut Notes) -> Vec<Mount> {
+pub(crate) fn mounts(at: &str, container: &core::Container, notes: &mut Notes) -> Vec<Mount> {
     let mut mounts = Vec::new();
     for mount in container.volume_mounts.iter().flatten() {
         let core::VolumeMount {
@@ -304,13 +304,13 @@ impl Files<'_> {
     }
 
     fn downward(&mut self, items: Option<&Vec<core::DownwardAPIVolumeFile>>) {
-        let config = Config::new("", std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+        let node = Node::new("", std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
         for core::DownwardAPIVolumeFile { field_ref, mode, path, resource_field_ref } in items.into_iter().flatten() {
             let allowed = |field: &&core::ObjectFieldSelector| field.field_path.starts_with("metadata.");
             let value = match (field_ref, resource_field_ref) {
                 (Some(field), _) => Some(field)
                     .filter(allowed)
-                    .and_then(|field| environment::pod_field(self.pod, self.spec, &field.field_path, &config)),
+                    .and_then(|field| environment::pod_field(self.pod, self.spec, &field.field_path, &node)),
                 (None, Some(field)) => environment::resource_field(self.spec, None, field, self.objects),
                 (None, None) => None,
             };
@@ -364,8 +364,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::convert::convert;
-    use crate::resolve::Token;
+    use crate::convert;
+
+    use crate::objects::Token;
 
     fn pod(spec: Value, mounts: Value) -> core::Pod {
         let container = json!({ "name": "main", "image": "app:1", "volumeMounts": mounts });
@@ -376,8 +377,8 @@ mod tests {
     }
 
     fn converted(pod: &core::Pod, objects: &Objects) -> Result<joey_api::instance::InstanceSpec, Refusal> {
-        let config = Config::new("virtual", "192.0.2.1".parse().unwrap());
-        convert(pod, objects, &config).map(|converted| converted.spec)
+        let node = Node::new("virtual", "192.0.2.1".parse().unwrap());
+        convert(pod, objects, &node).map(|converted| converted.spec)
     }
 
     fn fault(pod: &core::Pod) -> String {

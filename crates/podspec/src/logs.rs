@@ -6,14 +6,14 @@ use joey_api::instance::ContainerSpec;
 use joey_api::logs::{self, LogSource, Logs};
 use k8s_openapi::api::core::v1 as core;
 
-use super::Notes;
+use crate::Notes;
 
 /// Annotation: the sources, as a JSON list of [`LogSource`].
 const SOURCES: &str = "joey.dev/logs";
 /// Annotation: the sink of sources that name none.
 const SINK: &str = "joey.dev/log-sink";
 
-pub(super) fn logs(pod: &core::Pod, containers: &[ContainerSpec], notes: &mut Notes) -> Logs {
+pub(crate) fn logs(pod: &core::Pod, containers: &[ContainerSpec], notes: &mut Notes) -> Logs {
     let annotation = |key: &str| pod.metadata.annotations.as_ref()?.get(key);
     let sources = match annotation(SOURCES).map(|text| serde_json::from_str::<Vec<LogSource>>(text)).transpose() {
         Ok(sources) => sources.unwrap_or_default(),

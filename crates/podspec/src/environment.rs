@@ -4,17 +4,17 @@ use joey_api::instance::EnvVar;
 use joey_model::quantity::parse_milli;
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Notes, Refusal};
-use crate::config::Config;
-use crate::resolve::{Kind, Objects};
+use crate::node::Node;
+use crate::objects::{Kind, Objects};
+use crate::{Notes, Refusal};
 
 /// Every variable in order, envFrom first, as the kubelet builds them.
-pub(super) fn environment(
+pub(crate) fn environment(
     pod: &core::Pod,
     spec: &core::PodSpec,
     container: &core::Container,
     objects: &Objects,
-    config: &Config,
+    node: &Node,
     notes: &mut Notes,
 ) -> Result<Vec<EnvVar>, Refusal> {
     let mut variables: Vec<EnvVar> = Vec::new();
@@ -58,7 +58,7 @@ pub(super) fn environment(
                 variables.push(EnvVar { name: name.clone(), value: None, address: true });
                 continue;
             }
-            let value = pod_field(pod, spec, &field.field_path, config);
+            let value = pod_field(pod, spec, &field.field_path, node);
             notes.refuse_if(value.is_none(), format!("{}: field {}", at(), field.field_path), "give the value itself");
             value.map(String::into_bytes)
         } else if let Some(field) = resource_field_ref {
@@ -96,7 +96,7 @@ fn literal(value: &str) -> String {
 }
 
 /// A field of the Pod by its path (the list of the downward API); `None`: it cannot be referred to.
-pub(super) fn pod_field(pod: &core::Pod, spec: &core::PodSpec, path: &str, config: &Config) -> Option<String> {
+pub(crate) fn pod_field(pod: &core::Pod, spec: &core::PodSpec, path: &str, node: &Node) -> Option<String> {
     let metadata = &pod.metadata;
     let keyed = |rest: &str, map: &Option<std::collections::BTreeMap<String, String>>| {
         let key = rest.strip_prefix("['").and_then(|rest| rest.strip_suffix("']"))?;
@@ -111,7 +111,7 @@ pub(super) fn pod_field(pod: &core::Pod, spec: &core::PodSpec, path: &str, confi
         "metadata.annotations" => Some(lines(&metadata.annotations)),
         "spec.nodeName" => text(&spec.node_name),
         "spec.serviceAccountName" => text(&spec.service_account_name),
-        "status.hostIP" | "status.hostIPs" => Some(config.address.to_string()),
+        "status.hostIP" | "status.hostIPs" => Some(node.address.to_string()),
         _ => match path.strip_prefix("metadata.labels") {
             Some(rest) => keyed(rest, &metadata.labels),
             None => keyed(path.strip_prefix("metadata.annotations")?, &metadata.annotations),
@@ -125,14 +125,14 @@ fn lines(map: &Option<std::collections::BTreeMap<String, String>>) -> String {
 }
 
 /// An amount of a container's resources in units of the divisor, rounded up; a limit that is not set is the node's capacity.
-pub(super) fn resource_field(
+pub(crate) fn resource_field(
     spec: &core::PodSpec,
     own: Option<&core::Container>,
     field: &core::ResourceFieldSelector,
     objects: &Objects,
 ) -> Option<String> {
     let container = match &field.container_name {
-        Some(name) => super::all_containers(spec).find(|(_, container)| container.name == *name)?.1,
+        Some(name) => crate::all_containers(spec).find(|(_, container)| container.name == *name)?.1,
         None => own?,
     };
     let (list, name) = field.resource.split_once('.')?;

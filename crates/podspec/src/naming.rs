@@ -3,21 +3,21 @@
 use joey_api::validate::MAX_HOSTNAME;
 use k8s_openapi::api::core::v1 as core;
 
-use super::Notes;
+use crate::Notes;
 
 /// Longest host name that is made from a Pod's name.
 const LONGEST: usize = 63;
 
 /// How a Pod is called inside.
-pub(super) struct Naming {
-    pub(super) hostname: String,
-    pub(super) domain: Option<String>,
+pub(crate) struct Naming {
+    pub(crate) hostname: String,
+    pub(crate) domain: Option<String>,
     /// Programs are told both when they ask for the host name.
-    pub(super) full: bool,
+    pub(crate) full: bool,
 }
 
 /// A name that overrides all others stands alone; else it is the given name or the Pod's, below the subdomain where there is one.
-pub(super) fn naming(
+pub(crate) fn naming(
     spec: &core::PodSpec,
     (name, namespace): (&str, &str),
     cluster_domain: &str,

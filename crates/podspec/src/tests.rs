@@ -3,11 +3,11 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::resolve::Kind;
+use crate::objects::Kind;
 use joey_api::instance::{Mount, Resources, VolumeSource};
 
-fn config() -> Config {
-    Config::new("virtual", "192.0.2.1".parse().unwrap())
+fn node() -> Node {
+    Node::new("virtual", "192.0.2.1".parse().unwrap())
 }
 
 /// A Pod of one container; `spec` and `container` are laid over it.
@@ -21,11 +21,11 @@ fn pod(spec: Value, container: Value) -> core::Pod {
 }
 
 fn taken(pod: &core::Pod) -> InstanceSpec {
-    convert(pod, &Objects::default(), &config()).unwrap().spec
+    convert(pod, &Objects::default(), &node()).unwrap().spec
 }
 
 fn faults(pod: &core::Pod) -> Vec<String> {
-    match convert(pod, &Objects::default(), &config()) {
+    match convert(pod, &Objects::default(), &node()) {
         Err(Refusal::Unsupported(faults)) => faults,
         other => panic!("{other:?}"),
     }
@@ -63,7 +63,7 @@ fn hooks_by_annotation() {
 #[test]
 fn an_image_whose_name_cannot_be_read_is_not_a_refusal_for_good() {
     let bad = pod(json!({}), json!({ "image": "Bad//Ref:::" }));
-    let Err(Refusal::InvalidImages(invalid)) = convert(&bad, &Objects::default(), &config()) else {
+    let Err(Refusal::InvalidImages(invalid)) = convert(&bad, &Objects::default(), &node()) else {
         panic!("it was taken or refused")
     };
     assert_eq!(invalid.len(), 1);
@@ -263,7 +263,7 @@ fn variables_and_files_of_objects() {
             "volumeMounts": [{ "name": "conf", "mountPath": "/conf", "readOnly": true }],
         }),
     );
-    let missing = |objects: &Objects| match convert(&pod, objects, &config()) {
+    let missing = |objects: &Objects| match convert(&pod, objects, &node()) {
         Err(Refusal::Missing(missing)) => missing.to_string(),
         other => panic!("{other:?}"),
     };
@@ -275,7 +275,7 @@ fn variables_and_files_of_objects() {
     objects.values.insert((Kind::Secret, "s".into()), BTreeMap::new());
     assert_eq!(missing(&objects), "couldn't find key p in secret \"s\"");
     objects.values.insert((Kind::Secret, "s".into()), BTreeMap::from([("p".to_owned(), b"pw".to_vec())]));
-    let spec = convert(&pod, &objects, &config()).unwrap().spec;
+    let spec = convert(&pod, &objects, &node()).unwrap().spec;
     let wanted = [
         ("X_key", Some("$$(HOME)")),
         ("PLAIN", Some("$(X_key)")),
@@ -299,19 +299,18 @@ fn variables_and_files_of_objects() {
 
 #[test]
 fn name_servers() {
-    let mut config = config();
-    let dns = |spec: Value, config: &Config| {
-        convert(&pod(spec, json!({})), &Objects::default(), config).unwrap().spec.network.dns
-    };
-    assert_eq!(dns(json!({ "dnsPolicy": "ClusterFirst" }), &config), None);
-    config.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
-    let found = dns(json!({ "dnsPolicy": "ClusterFirst" }), &config).unwrap();
+    let mut node = node();
+    let dns =
+        |spec: Value, node: &Node| convert(&pod(spec, json!({})), &Objects::default(), node).unwrap().spec.network.dns;
+    assert_eq!(dns(json!({ "dnsPolicy": "ClusterFirst" }), &node), None);
+    node.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
+    let found = dns(json!({ "dnsPolicy": "ClusterFirst" }), &node).unwrap();
     assert_eq!(found.nameservers, ["10.96.0.10"]);
     assert_eq!(found.searches, ["shop.svc.cluster.local", "svc.cluster.local", "cluster.local"]);
-    assert_eq!(dns(json!({ "dnsPolicy": "Default" }), &config), None);
+    assert_eq!(dns(json!({ "dnsPolicy": "Default" }), &node), None);
     let own =
         json!({ "nameservers": ["192.0.2.53"], "options": [{ "name": "ndots", "value": "1" }, { "name": "debug" }] });
-    let found = dns(json!({ "dnsPolicy": "None", "dnsConfig": own }), &config).unwrap();
+    let found = dns(json!({ "dnsPolicy": "None", "dnsConfig": own }), &node).unwrap();
     assert_eq!((found.nameservers, found.options), (vec!["192.0.2.53".into()], vec!["ndots:1".into(), "debug".into()]));
 }
 

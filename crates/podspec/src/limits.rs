@@ -8,7 +8,7 @@ use joey_model::quantity::{parse_milli, parse_units};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::{Notes, given};
+use crate::{Notes, given};
 
 /// Annotation: sizes for the whole Pod, separated by commas; the first that can be had counts. The name is that of Alibaba
 /// Cloud's Elastic Container Instance.
@@ -26,7 +26,7 @@ type Amounts = BTreeMap<String, Quantity>;
 
 /// A container's limits. Where the Pod has limits as a whole, a request alone limits nothing: the container may use what the
 /// others leave.
-pub(super) fn container(
+pub(crate) fn container(
     at: &str,
     resources: Option<&core::ResourceRequirements>,
     pod_is_limited: bool,
@@ -69,12 +69,12 @@ pub(super) fn container(
 }
 
 /// Whether something limits the Pod's CPU and memory as a whole.
-pub(super) fn pod_is_limited(pod: &core::Pod, spec: &core::PodSpec) -> bool {
+pub(crate) fn pod_is_limited(pod: &core::Pod, spec: &core::PodSpec) -> bool {
     spec.resources.is_some() || annotation(pod, USE_SPECS).is_some()
 }
 
 /// Limits on the Pod as a whole.
-pub(super) fn pod(pod: &core::Pod, spec: &core::PodSpec, notes: &mut Notes) -> Limits {
+pub(crate) fn pod(pod: &core::Pod, spec: &core::PodSpec, notes: &mut Notes) -> Limits {
     let own = container("spec.resources: ", spec.resources.as_ref(), false, notes);
     notes.refuse_if(
         own.ephemeral_storage_bytes.is_some(),
@@ -92,18 +92,18 @@ pub(super) fn pod(pod: &core::Pod, spec: &core::PodSpec, notes: &mut Notes) -> L
 }
 
 /// Sizes of which the Pod takes the first that can be had.
-pub(super) fn use_specs(pod: &core::Pod) -> Vec<String> {
+pub(crate) fn use_specs(pod: &core::Pod) -> Vec<String> {
     let words = annotation(pod, USE_SPECS).into_iter().flat_map(|text| text.split(','));
     words.map(str::trim).filter(|word| !word.is_empty()).map(str::to_owned).collect()
 }
 
 /// Where cores are written; what is no pattern is refused with the instance.
-pub(super) fn core_pattern(pod: &core::Pod) -> Option<String> {
+pub(crate) fn core_pattern(pod: &core::Pod) -> Option<String> {
     annotation(pod, CORE_PATTERN).map(str::to_owned)
 }
 
 /// Caps of the network by annotation.
-pub(super) fn network(pod: &core::Pod, notes: &mut Notes) -> NetworkSpec {
+pub(crate) fn network(pod: &core::Pod, notes: &mut Notes) -> NetworkSpec {
     let mut amount = |key: &str| amount(pod, key, notes);
     NetworkSpec {
         ingress_bits_per_second: amount(BANDWIDTH[0]),

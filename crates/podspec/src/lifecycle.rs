@@ -5,10 +5,10 @@ use joey_api::lifecycle::{Action, HttpGet, LastWords, Lifecycle, Probe};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::Notes;
+use crate::Notes;
 
 /// What is done to `container` while it lives; `at` names it in faults.
-pub(super) fn lifecycle(at: &str, container: &core::Container, notes: &mut Notes) -> Lifecycle {
+pub(crate) fn lifecycle(at: &str, container: &core::Container, notes: &mut Notes) -> Lifecycle {
     let hooks = container.lifecycle.clone().unwrap_or_default();
     let core::Lifecycle { post_start, pre_stop, stop_signal } = hooks;
     let ports = container.ports.as_deref().unwrap_or_default();
@@ -29,7 +29,7 @@ pub(super) fn lifecycle(at: &str, container: &core::Container, notes: &mut Notes
 }
 
 /// Where the container's last words are taken from.
-pub(super) fn last_words(container: &core::Container) -> LastWords {
+pub(crate) fn last_words(container: &core::Container) -> LastWords {
     let path = container.termination_message_path.clone().filter(|path| !path.is_empty());
     let or_log = container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError");
     LastWords { path: path.unwrap_or_else(|| LastWords::default().path), or_log }

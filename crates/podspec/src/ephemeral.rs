@@ -6,12 +6,12 @@ use joey_api::instance::{ContainerSpec, InstanceSpec};
 use joey_api::lifecycle::Role;
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Notes, Refusal, all_containers, container, limits};
-use crate::config::Config;
-use crate::resolve::Objects;
+use crate::node::Node;
+use crate::objects::Objects;
+use crate::{Notes, Refusal, all_containers, container, limits};
 
 /// What a living instance has to change to be what its Pod says, debug containers apart.
-pub(crate) fn changed(pod: &core::Pod, instance: &InstanceSpec) -> Result<InstanceChange, Refusal> {
+pub fn changed(pod: &core::Pod, instance: &InstanceSpec) -> Result<InstanceChange, Refusal> {
     let spec = pod.spec.clone().unwrap_or_default();
     let mut notes = Notes::default();
     let mut change = InstanceChange::default();
@@ -37,11 +37,11 @@ pub(crate) fn changed(pod: &core::Pod, instance: &InstanceSpec) -> Result<Instan
 }
 
 /// Ephemeral containers as an instance has them.
-pub(crate) fn debug(
+pub fn debug(
     pod: &core::Pod,
     wanted: &[core::EphemeralContainer],
     objects: &Objects,
-    config: &Config,
+    node: &Node,
 ) -> Result<Vec<ContainerSpec>, Refusal> {
     let spec = pod.spec.clone().unwrap_or_default();
     let security = spec.security_context.clone().unwrap_or_default();
@@ -50,7 +50,7 @@ pub(crate) fn debug(
     for one in wanted {
         let target = one.target_container_name.clone().filter(|name| !name.is_empty());
         let alike = as_container(one.clone());
-        let converted = container(pod, &spec, &alike, &security, objects, config, &mut notes)?;
+        let converted = container(pod, &spec, &alike, &security, objects, node, &mut notes)?;
         // It is run once, and nothing is asked of it.
         made.push(ContainerSpec { role: Role::Debug, target, restart_policy: None, ..converted });
     }
@@ -124,7 +124,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::convert::convert;
+    use crate::convert;
 
     fn pod(change: impl Fn(&mut Value)) -> core::Pod {
         let mut pod = json!({"metadata": {"name": "web", "namespace": "shop", "uid": "u"}, "spec": {"containers": [
@@ -135,8 +135,8 @@ mod tests {
 
     #[test]
     fn only_what_changed_is_told() {
-        let config = Config::new("node", "192.0.2.1".parse().unwrap());
-        let before = convert(&pod(|_| {}), &Objects::default(), &config).unwrap().spec;
+        let node = Node::new("node", "192.0.2.1".parse().unwrap());
+        let before = convert(&pod(|_| {}), &Objects::default(), &node).unwrap().spec;
         assert!(changed(&pod(|_| {}), &before).unwrap().is_empty());
         let after = pod(|pod| {
             pod["spec"]["containers"][0]["resources"]["limits"]["memory"] = "128Mi".into();
@@ -151,11 +151,11 @@ mod tests {
 
     #[test]
     fn a_debug_container_keeps_its_target() {
-        let config = Config::new("node", "192.0.2.1".parse().unwrap());
+        let node = Node::new("node", "192.0.2.1".parse().unwrap());
         let wanted: Vec<core::EphemeralContainer> = serde_json::from_value(json!([
             {"name": "look", "image": "tools", "stdin": true, "tty": true, "targetContainerName": "a"}]))
         .unwrap();
-        let made = debug(&pod(|_| {}), &wanted, &Objects::default(), &config).unwrap();
+        let made = debug(&pod(|_| {}), &wanted, &Objects::default(), &node).unwrap();
         assert_eq!((made[0].role, made[0].target.as_deref()), (Role::Debug, Some("a")));
         assert!(made[0].stdin && made[0].tty);
     }

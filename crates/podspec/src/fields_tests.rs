@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::*;
 
-const TABLE: &str = include_str!("../../../../docs/pod-fields.md");
-const FACTS: &str = include_str!("../../../schema/facts/types.json");
+const TABLE: &str = include_str!("../../../docs/pod-fields.md");
+const FACTS: &str = include_str!("../../schema/facts/types.json");
 const PREFIX: &str = "io.k8s.api.core.v1.";
 
 static TYPES: LazyLock<Value> = LazyLock::new(|| serde_json::from_str(FACTS).unwrap());
@@ -159,8 +159,8 @@ fn pod(row: &str) -> core::Pod {
 }
 
 fn faults(row: &str) -> Vec<String> {
-    let config = Config::new("virtual", "192.0.2.1".parse().unwrap());
-    match convert(&pod(row), &Objects::default(), &config) {
+    let node = Node::new("virtual", "192.0.2.1".parse().unwrap());
+    match convert(&pod(row), &Objects::default(), &node) {
         Err(Refusal::Unsupported(faults)) => faults,
         Err(Refusal::Missing(_) | Refusal::InvalidImages(_)) => Vec::new(),
         Ok(converted) => {

@@ -6,10 +6,10 @@ use joey_api::instance::Security;
 use joey_api::validate::{SYSCTLS, check_capability, sysctl_refusal};
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Notes, given};
+use crate::{Notes, given};
 
 /// Goes through every field of a Pod's security context. Those named `_` are read in [`security`] or by volumes.
-pub(super) fn check_pod(security: &core::PodSecurityContext, notes: &mut Notes) {
+pub(crate) fn check_pod(security: &core::PodSecurityContext, notes: &mut Notes) {
     let core::PodSecurityContext {
         app_armor_profile,
         fs_group: _,
@@ -61,7 +61,7 @@ fn check_profiles(
 }
 
 /// Kernel settings, by their names with dots.
-pub(super) fn sysctls(security: &core::PodSecurityContext, notes: &mut Notes) -> BTreeMap<String, String> {
+pub(crate) fn sysctls(security: &core::PodSecurityContext, notes: &mut Notes) -> BTreeMap<String, String> {
     let mut safe = BTreeMap::new();
     for core::Sysctl { name, value } in security.sysctls.iter().flatten() {
         // Kubernetes takes slashes as well.
@@ -75,7 +75,7 @@ pub(super) fn sysctls(security: &core::PodSecurityContext, notes: &mut Notes) ->
 }
 
 /// A container's own context over the Pod's.
-pub(super) fn security(
+pub(crate) fn security(
     at: &str,
     context: Option<&core::SecurityContext>,
     pod: &core::PodSecurityContext,
@@ -145,7 +145,7 @@ pub(super) fn security(
 }
 
 /// Rules by which a container is started again whatever its policy says.
-pub(super) fn restart_rules(
+pub(crate) fn restart_rules(
     at: &str,
     container: &core::Container,
     notes: &mut Notes,

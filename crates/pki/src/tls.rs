@@ -8,7 +8,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
-use crate::pki::{Pki, PkiError};
+use crate::{Pki, PkiError};
 
 fn roots(pki: &Pki) -> Result<Arc<RootCertStore>, PkiError> {
     let mut roots = RootCertStore::empty();

@@ -333,7 +333,6 @@ fn what_may_change_changes_in_place() {
     let class = json!({"spec": {"containers": [{"name": "main", "resources": {"requests": {"cpu": "100m"}}}]}});
     let refused = patch(&joey, "pair", &class, &["--subresource=resize"]).fails(1);
     assert!(refused.contains("QOS Class may not change"), "{refused}");
-
     // An image: that container alone is started again.
     let image = registry.image("joey/hello:2");
     joey.kubectl(&["set", "image", "pod/pair", &format!("main={image}")]).ok();

@@ -1,70 +1,34 @@
 //! Does an action once: runs a program in the container, or asks it over the network as a probe or a hook does. What the
 //! answers mean to the container is the business of `probe` and `supervisor`.
 
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use http::{Request, Uri, header};
-use http_body_util::{BodyExt, Full};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use joey_api::lifecycle::{Action, HttpGet};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use joey_api::lifecycle::Action;
+pub use joey_health::Unwell;
 
 use crate::launch::{self, Program};
 use crate::life::Life;
 use crate::stream::Pipe;
 use crate::supervisor::Agent;
-use crate::{certificate, sys};
+use crate::sys;
 
-/// Output of a program, and body of an answer, that is kept for the message.
+/// Output of a program that is kept for the message.
 const KEPT: usize = 10 << 10;
 /// How long the streams of an ended program may stay open.
 const STREAMS: Duration = Duration::from_millis(500);
-/// Redirections to the same host that are followed.
-const REDIRECTIONS: usize = 10;
-/// Name under which kubelets make themselves known to probed servers.
-const USER_AGENT: &str = "kube-probe/1.36";
-
-/// Why an action was not good, in words for the user.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unwell(pub String);
-
-impl From<io::Error> for Unwell {
-    fn from(error: io::Error) -> Self {
-        Self(error.to_string())
-    }
-}
 
 /// Does `action` within `limit`.
 pub async fn perform(agent: &Agent, life: &Life, action: &Action, limit: Duration) -> Result<(), Unwell> {
-    let timed = |what: &str| Unwell(format!("{what}: no answer within {} s", limit.as_secs()));
+    let own = agent.config.address;
     match action {
         Action::Exec { command } => exec(agent, life, command, limit).await,
         Action::Sleep { seconds } => {
             tokio::time::sleep(Duration::from_secs((*seconds).into())).await;
             Ok(())
         }
-        Action::HttpGet(get) => {
-            let url = url(agent, get);
-            tokio::time::timeout(limit, http_get(agent, get))
-                .await
-                .unwrap_or_else(|_| Err(timed(&format!("Get \"{url}\""))))
-        }
-        Action::TcpSocket { host, port } => {
-            let place = place(agent, host.as_deref(), *port);
-            let connected = tokio::time::timeout(limit, connect(&place)).await;
-            connected.unwrap_or_else(|_| Err(timed(&format!("dial tcp {place}")))).map(drop)
-        }
-        Action::Grpc { port, service } => {
-            let place = place(agent, None, *port);
-            tokio::time::timeout(limit, grpc(&place, service))
-                .await
-                .unwrap_or_else(|_| Err(timed(&format!("health check of service \"{service}\" at {place}"))))
-        }
+        Action::HttpGet(get) => joey_health::http(own, get, limit).await,
+        Action::TcpSocket { host, port } => joey_health::tcp(own, host.as_deref(), *port, limit).await,
+        Action::Grpc { port, service } => joey_health::grpc(own, *port, service, limit).await,
     }
 }
 
@@ -120,219 +84,4 @@ async fn gather(fd: Option<std::os::fd::OwnedFd>) -> Vec<u8> {
         kept.extend_from_slice(&buffer[..count.min(room)]);
     }
     kept
-}
-
-/// `HOST:PORT`, the instance's own address where no host is given.
-fn place(agent: &Agent, host: Option<&str>, port: u16) -> String {
-    match host {
-        Some(host) if !host.is_empty() => match host.parse() {
-            Ok(address) => SocketAddr::new(address, port).to_string(),
-            Err(_) => format!("{host}:{port}"),
-        },
-        _ => match agent.config.address {
-            Some(address) => SocketAddr::new(address, port).to_string(),
-            None => format!("127.0.0.1:{port}"),
-        },
-    }
-}
-
-async fn connect(place: &str) -> Result<TcpStream, Unwell> {
-    TcpStream::connect(place).await.map_err(|error| {
-        let why = match error.kind() {
-            io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
-            _ => error.to_string(),
-        };
-        Unwell(format!("dial tcp {place}: {why}"))
-    })
-}
-
-fn url(agent: &Agent, get: &HttpGet) -> String {
-    let scheme = if get.https { "https" } else { "http" };
-    let slash = if get.path.starts_with('/') { "" } else { "/" };
-    format!("{scheme}://{}{slash}{}", place(agent, get.host.as_deref(), get.port), get.path)
-}
-
-/// A byte stream, in the clear or not.
-trait Wire: AsyncRead + AsyncWrite + Send {}
-impl<T: AsyncRead + AsyncWrite + Send> Wire for T {}
-
-async fn http_get(agent: &Agent, get: &HttpGet) -> Result<(), Unwell> {
-    let first: Uri = url(agent, get).parse().map_err(|error| Unwell(format!("path \"{}\": {error}", get.path)))?;
-    let mut uri = first.clone();
-    for _ in 0..=REDIRECTIONS {
-        let (status, location, body) = one_get(&uri, &get.headers).await?;
-        if !(200..400).contains(&status) {
-            let body = if body.is_empty() { String::new() } else { format!(": {body}") };
-            return Err(Unwell(format!("HTTP probe failed with statuscode: {status}{body}")));
-        }
-        match location.and_then(|location| resolve(&uri, &location)) {
-            // Elsewhere is somebody else's health: the answer of this server counts.
-            Some(next) if (300..400).contains(&status) && next.host() == first.host() => uri = next,
-            _ => return Ok(()),
-        }
-    }
-    Err(Unwell(format!("Get \"{first}\": stopped after {REDIRECTIONS} redirects")))
-}
-
-/// Where a redirection leads: a whole URL, or a path of the same server.
-fn resolve(from: &Uri, location: &str) -> Option<Uri> {
-    if location.starts_with('/') && !location.starts_with("//") {
-        return format!("{}://{}{location}", from.scheme_str()?, from.authority()?).parse().ok();
-    }
-    location.parse::<Uri>().ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")))
-}
-
-async fn one_get(uri: &Uri, headers: &[(String, String)]) -> Result<(u16, Option<String>, String), Unwell> {
-    let said = |error: &dyn std::fmt::Display| Unwell(format!("Get \"{uri}\": {error}"));
-    let https = uri.scheme_str() == Some("https");
-    let host = uri.host().unwrap_or_default();
-    let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
-    let plain = connect(&format!("{host}:{port}")).await.map_err(|error| said(&error.0))?;
-    let wire: Pin<Box<dyn Wire>> = match https {
-        true => Box::pin(certificate::unchecked(host, plain).await.map_err(|error| said(&error))?),
-        false => Box::pin(plain),
-    };
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(wire)).await.map_err(|error| said(&error))?;
-    let _connection = Background(tokio::spawn(async move {
-        let _ = connection.await;
-    }));
-    let path = uri.path_and_query().map_or("/", |path| path.as_str());
-    let mut request = Request::get(path);
-    let given = |name: &str| headers.iter().any(|(known, _)| known.eq_ignore_ascii_case(name));
-    for (name, value) in headers {
-        request = request.header(name, value);
-    }
-    if !given("host") {
-        request = request.header(header::HOST, uri.authority().map_or(host, |authority| authority.as_str()));
-    }
-    if !given("user-agent") {
-        request = request.header(header::USER_AGENT, USER_AGENT);
-    }
-    if !given("accept") {
-        request = request.header(header::ACCEPT, "*/*");
-    }
-    let request = request.body(Full::<Bytes>::default()).map_err(|error| said(&error))?;
-    let answer = sender.send_request(request).await.map_err(|error| said(&error))?;
-    let status = answer.status().as_u16();
-    let location = answer.headers().get(header::LOCATION).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let mut body = answer.into_body();
-    let mut kept = BytesMut::new();
-    while kept.len() < KEPT
-        && let Some(Ok(frame)) = body.frame().await
-    {
-        if let Some(data) = frame.data_ref() {
-            kept.extend_from_slice(&data[..data.len().min(KEPT - kept.len())]);
-        }
-    }
-    Ok((status, location, String::from_utf8_lossy(&kept).into_owned()))
-}
-
-/// A task that ends with its owner.
-struct Background(tokio::task::JoinHandle<()>);
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// One call of the gRPC health protocol (`grpc.health.v1`). Its two messages have one field each, so they are written and read
-/// here: `HealthCheckRequest.service` is field 1, text; `HealthCheckResponse.status` is field 1, an enumeration.
-async fn grpc(place: &str, service: &str) -> Result<(), Unwell> {
-    let said =
-        |error: &dyn std::fmt::Display| Unwell(format!("health check of service \"{service}\" at {place}: {error}"));
-    let plain = connect(place).await?;
-    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(plain))
-        .await
-        .map_err(|error| said(&error))?;
-    let _connection = Background(tokio::spawn(async move {
-        let _ = connection.await;
-    }));
-    let request = Request::post(format!("http://{place}/grpc.health.v1.Health/Check"))
-        .header(header::CONTENT_TYPE, "application/grpc")
-        .header(header::TE, "trailers")
-        .header(header::USER_AGENT, USER_AGENT)
-        .body(Full::new(health_request(service)))
-        .map_err(|error| said(&error))?;
-    let answer = sender.send_request(request).await.map_err(|error| said(&error))?;
-    let in_head = grpc_status(answer.headers());
-    let whole = answer.into_body().collect().await.map_err(|error| said(&error))?;
-    let status = in_head.or_else(|| whole.trailers().and_then(grpc_status)).unwrap_or(0);
-    match (status, health_answer(&whole.to_bytes())) {
-        (0, Some(1)) => Ok(()),
-        (0, Some(other)) => {
-            let name =
-                ["UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"].get(other as usize).unwrap_or(&"UNKNOWN");
-            Err(Unwell(format!("service unhealthy (responded with \"{name}\")")))
-        }
-        (0, None) => Err(said(&"the answer is not understood")),
-        (12, _) => Err(Unwell(format!(
-            "this server does not implement the grpc health protocol (grpc.health.v1.Health): {place}"
-        ))),
-        (5, _) => Err(said(&"the server does not know the service")),
-        (code, _) => Err(said(&format_args!("rpc error: code = {code}"))),
-    }
-}
-
-fn grpc_status(headers: &http::HeaderMap) -> Option<u32> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
-}
-
-/// The five bytes of a gRPC message's head, then field 1 as text when it is not empty.
-fn health_request(service: &str) -> Bytes {
-    let mut message = Vec::new();
-    if !service.is_empty() {
-        message.push(0x0a);
-        let mut length = service.len();
-        while length > 0x7f {
-            message.push((length & 0x7f) as u8 | 0x80);
-            length >>= 7;
-        }
-        message.push(length as u8);
-        message.extend_from_slice(service.as_bytes());
-    }
-    let mut whole = vec![0];
-    whole.extend_from_slice(&(message.len() as u32).to_be_bytes());
-    whole.extend(message);
-    whole.into()
-}
-
-/// The status of the first message; a message without the field has its default, 0.
-fn health_answer(bytes: &[u8]) -> Option<u8> {
-    let (head, rest) = bytes.split_at_checked(5)?;
-    let length = u32::from_be_bytes(head[1..].try_into().ok()?) as usize;
-    match (head[0], rest.get(..length)?) {
-        (0, []) => Some(0),
-        (0, [0x08, status, ..]) => Some(*status),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn health_messages() {
-        assert_eq!(&health_request("")[..], [0, 0, 0, 0, 0]);
-        assert_eq!(&health_request("ab")[..], [0, 0, 0, 0, 4, 0x0a, 2, b'a', b'b']);
-        let long = health_request(&"x".repeat(200));
-        assert_eq!((&long[5..8], long.len()), (&[0x0a, 0xc8, 0x01][..], 208));
-        assert_eq!(health_answer(&[0, 0, 0, 0, 2, 8, 1]), Some(1));
-        assert_eq!(health_answer(&[0, 0, 0, 0, 0]), Some(0));
-        for broken in [&[][..], &[0, 0, 0, 0, 2, 8], &[1, 0, 0, 0, 2, 8, 1], &[0, 255, 255, 255, 255]] {
-            assert_eq!(health_answer(broken), None);
-        }
-    }
-
-    #[test]
-    fn redirections() {
-        let from: Uri = "http://10.0.0.1:8080/a?b".parse().unwrap();
-        let to = |location: &str| resolve(&from, location).map(|uri| uri.to_string());
-        assert_eq!(to("/ready").as_deref(), Some("http://10.0.0.1:8080/ready"));
-        assert_eq!(to("https://10.0.0.1/x").as_deref(), Some("https://10.0.0.1/x"));
-        assert_eq!(to("//elsewhere/x"), None);
-        assert_eq!(to("javascript:1"), None);
-    }
 }

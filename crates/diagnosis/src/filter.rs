@@ -43,10 +43,12 @@ fn field(at: u32, size: u16) -> Field {
 /// Where the jump goes, before it is known how far that is.
 type Label = usize;
 
+/// Code, value, and the labels for true and false.
+type Line = (u16, u32, Option<(Label, Label)>);
+
 #[derive(Default)]
 struct Assembler {
-    /// Code, value, and the labels for true and false.
-    program: Vec<(u16, u32, Option<(Label, Label)>)>,
+    program: Vec<Line>,
     labels: Vec<usize>,
 }
 

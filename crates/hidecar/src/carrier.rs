@@ -340,7 +340,9 @@ fn remember(pieces: &[Piece]) {
 /// Delivers all of a batch in its order, however long it takes; the numbers of the records that the sink refuses for good.
 async fn deliver(name: &str, sink: &mut Sink, batch: &Batch) -> Vec<usize> {
     let (mut refused, mut pause, mut down) = (Vec::new(), PAUSE.0, false);
-    let mut left = vec![0..batch.len()];
+    // Ranges, the next one last.
+    let mut left = Vec::new();
+    left.push(0..batch.len());
     while let Some(range) = left.pop() {
         if range.is_empty() {
             continue;

@@ -183,11 +183,7 @@ fn source(
         (persistent_volume_claim.is_some(), "persistentVolumeClaim", KEPT_ELSEWHERE),
         (ephemeral.is_some(), "ephemeral", "claims come later; use an emptyDir with a sizeLimit"),
         (host_path.is_some(), "hostPath", "there is no node to look into; use emptyDir, configMap, secret or image"),
-        (
-            git_repo.is_some(),
-            "gitRepo",
-            "clone into an emptyDir in an init container, or put the files into an image volume",
-        ),
+        (git_repo.is_some(), "gitRepo", "clone into an emptyDir in an init container, or use an image volume"),
     ] {
         notes.refuse_if(present, format!("volume \"{name}\": {kind}"), alternative);
     }

@@ -243,7 +243,7 @@ mod tests {
             serde_json::from_value(serde_json::json!({"metadata": {"namespace": "n", "name": "p"}})).unwrap();
         let wanted = BTreeSet::from([(None, Some(600))]);
         let all = futures::future::join_all((0..500).map(|_| tokens(&client, &guard, &pod, &wanted))).await;
-        let fault = all.into_iter().map(|one| one.err().unwrap()).last().unwrap();
+        let fault = all.into_iter().map(|one| one.err().unwrap()).next_back().unwrap();
         for part in ["token of service account \"n/default\" cannot be made", "not now", "call guard"] {
             assert!(fault.message.contains(part), "{part} in {fault}");
         }

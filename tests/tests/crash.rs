@@ -70,6 +70,7 @@ impl Keeper {
         }
         let folders = std::fs::read_dir(self.joey.data().join("instances")).into_iter().flatten().flatten();
         let folders = folders.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let folders = folders.filter(|name| name != "left-logs");
         let of_processes = running.into_keys().map(|(id, _)| id);
         for left in folders.chain(belongings.with_cgroups()).chain(of_processes).filter(|id| !ids.contains(id)) {
             wrong.push(format!("{left} is left behind"));

@@ -268,7 +268,8 @@ fn a_sink_that_is_down_for_long_costs_bounded_memory_and_disk_and_the_loss_is_to
     joey.delete_pod("gone");
     wait_until("what it left is given up", seconds(40), || {
         let left = disk(&joey.data().join("instances/left-logs"), &mut BTreeSet::new());
-        holds(left <= 4 << 20, left)
+        let output = joey.output();
+        holds(left <= 4 << 20 && output.contains("logs that it left behind are given up"), (left, output))
     });
     intake.answer(200);
     let counted = |source: &str| {

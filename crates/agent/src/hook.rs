@@ -66,15 +66,11 @@ impl Agent {
         let done = match self.first_process(&program, upper, cgroup).await {
             Ok(started) => {
                 self.begin_log(container, life, life.run.load(Ordering::Relaxed));
-                self.until_done(container, life, hook, started).await
+                self.until_done(container, life, hook, cgroup, started).await
             }
             Err(failure @ (Failure::Config(_) | Failure::Create(_))) => return Err(Refused::NotMade(failure)),
             Err(failure) => Done { code: 128, signal: None, why: failure.message().to_owned(), asked: false },
         };
-        if container.target.is_some() || self.shared.is_some() {
-            // No namespace ends with it.
-            cgroup.end_all().await;
-        }
         if done.code == 0 && done.why.is_empty() {
             // The kernel mounts a layer that must survive nothing but once: its notes of that go.
             let work = upper.join("work");
@@ -96,7 +92,14 @@ impl Agent {
     }
 
     /// Waits for the end of the hook before the start; too late, or in the way of a stop or a restart, it is ended.
-    async fn until_done(&self, container: &AgentContainer, life: &Arc<Life>, hook: &Hook, started: Started) -> Done {
+    async fn until_done(
+        &self,
+        container: &AgentContainer,
+        life: &Arc<Life>,
+        hook: &Hook,
+        cgroup: &Cgroup,
+        started: Started,
+    ) -> Done {
         let Started { pid, pidfd, streams, inside: _ } = started;
         let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: BEFORE_START };
         let mut carried = tokio::spawn(sink.carry(streams));
@@ -124,6 +127,10 @@ impl Agent {
             let _ = sys::kill(pid, libc::SIGKILL);
             break ended.await;
         };
+        if container.target.is_some() || self.shared.is_some() {
+            // No namespace ends with it, and what it left running holds its streams open.
+            cgroup.end_all().await;
+        }
         if tokio::time::timeout(STREAMS, &mut carried).await.is_err() {
             carried.abort();
         }

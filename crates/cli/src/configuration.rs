@@ -61,7 +61,11 @@ impl Configuration {
             sizes: Sizes::new(),
             registry_tokens: Limits::default(),
             account_tokens: joey_vnode::config::token_guard(),
-            logs: joey_hidecar::Settings::new(left_logs),
+            logs: joey_hidecar::Settings {
+                keep_bytes: 1 << 30,
+                keep: Duration::from_secs(24 * 3600),
+                ..joey_hidecar::Settings::new(left_logs)
+            },
         }
     }
 
@@ -188,12 +192,9 @@ mod tests {
         let page = include_str!("../../../docs/configuration.md");
         let example = page.split("```yaml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let read = parse(example).unwrap();
-        let (sizes, logs) = (Sizes::new(), usual().logs);
-        assert_eq!(Configuration { sizes, logs, ..read.clone() }, usual());
-        // Once there are logs to speak of, they are not kept for ever.
-        assert_eq!(read.logs.default.as_deref(), Some("central"));
-        let plain = parse("logs: {}").unwrap().logs;
-        assert_eq!(joey_hidecar::Settings { sinks: BTreeMap::new(), default: None, ..read.logs }, plain);
+        assert_eq!((read.logs.sinks.len(), read.logs.default.as_deref()), (3, Some("central")));
+        let logs = joey_hidecar::Settings { sinks: BTreeMap::new(), default: None, ..read.logs.clone() };
+        assert_eq!(Configuration { sizes: Sizes::new(), logs, ..read.clone() }, usual());
         assert_eq!(read.sizes["small"].bits_per_second, Some(100_000_000));
     }
 

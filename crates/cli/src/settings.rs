@@ -49,7 +49,11 @@ impl Place {
 
     /// What holds without a configuration file. Logs of instances that are gone stay on the instances' own disk: they are moved.
     fn configuration(&self) -> Configuration {
-        Configuration::usual(self.file("instances").join("left-logs"))
+        Configuration::usual(self.left_logs())
+    }
+
+    fn left_logs(&self) -> PathBuf {
+        self.file("instances").join("left-logs")
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -206,7 +210,8 @@ pub fn machine_name() -> String {
 pub fn for_down(data_dir: &Path) -> Result<HostSettings, Failure> {
     let place = Place::of(data_dir)?;
     Ok(HostSettings {
-        configuration: place.configuration(),
+        // Nothing is given up only because all else goes.
+        configuration: Configuration { logs: joey_hidecar::Settings::new(place.left_logs()), ..place.configuration() },
         place,
         host_name: machine_name(),
         pod_range: Ipv4Net::new_assert(std::net::Ipv4Addr::new(240, 0, 0, 0), 29),

@@ -66,8 +66,8 @@ pub fn take_in(settings: &mut Settings, logs: Logs, sinks: BTreeMap<String, Sink
         return Err(format!("logs: default: there is no sink \"{name}\""));
     }
     settings.default = logs.default;
-    settings.keep_bytes = bytes("logs: keepBytes", &logs.keep_bytes)?.unwrap_or(1 << 30);
-    settings.keep = Duration::from_secs(3600 * u64::from(logs.keep_hours.unwrap_or(24)));
+    settings.keep_bytes = bytes("logs: keepBytes", &logs.keep_bytes)?.unwrap_or(settings.keep_bytes);
+    settings.keep = logs.keep_hours.map_or(settings.keep, |hours| Duration::from_secs(3600 * u64::from(hours)));
     Ok(())
 }
 
@@ -131,7 +131,7 @@ mod tests {
                     c: {kafka: {brokers: ['k:9092'], topic: t, user: u, passwordFile: /p}}\n";
         let settings = read(text).unwrap();
         assert_eq!((settings.sinks.len(), settings.default.as_deref()), (3, Some("a")));
-        assert_eq!((settings.keep_bytes, settings.keep), (10 << 20, Duration::from_secs(24 * 3600)));
+        assert_eq!((settings.keep_bytes, settings.keep), (10 << 20, Duration::MAX));
         for (bad, word) in [
             ("logs: {default: a}", "no sink \"a\""),
             ("sinks: {a: {}}", "one of"),

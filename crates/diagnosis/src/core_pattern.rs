@@ -112,7 +112,8 @@ pub fn take(dir: &Path, wanted: &Wanted<'_>) -> Result<(), CorePatternError> {
     install(dir, wanted.program).map_err(host("put the handler in its place"))?;
     let seen = |place: &Path| fs::metadata(place).map(|meta| (meta.dev(), meta.ino())).ok();
     let program = dir.join(PROGRAM);
-    let outside = Path::new("/proc/1/root").join(program.strip_prefix("/").unwrap_or(&program));
+    // Handlers are started where the kernel's own threads are, and the first of them is always process 2.
+    let outside = Path::new("/proc/2/root").join(program.strip_prefix("/").unwrap_or(&program));
     if seen(&program) != seen(&outside) || !is_first_namespace() {
         return Err(CorePatternError::NotTheHost);
     }

@@ -110,6 +110,10 @@ impl Cgroup {
     /// Sets a container's limits.
     pub fn limit(&self, limits: &Resources) -> io::Result<()> {
         self.bound(limits)?;
+        if limits.pids.is_none() {
+            // What was ended may have been kept from forking: `end_all`.
+            let _ = std::fs::write(self.place("pids").join("pids.max"), "max");
+        }
         if self.unified && limits.memory_bytes.is_some() {
             // The container as a whole runs out of memory, not its unlucky process: as the kubelet on v2.
             let _ = std::fs::write(self.place("").join("memory.oom.group"), "1");
@@ -201,26 +205,32 @@ impl Cgroup {
 
     /// Brings the limits of a living container to these, also where there were none or shall be none any more.
     pub fn resize(&self, limits: &Resources) -> io::Result<()> {
+        if let (Some(bytes), true) = (limits.memory_bytes, self.unified) {
+            make_room(&self.place("memory"), bytes)?;
+        }
+        self.lift(limits);
+        self.limit(limits)
+    }
+
+    /// Takes away the limits that these do not name.
+    pub fn lift(&self, limits: &Resources) {
         let set = |controller: &str, file: &str, text: &str| {
-            // What matters is written once more, and told, by `limit`.
+            // What was never made has no limit.
             let _ = std::fs::write(self.place(controller).join(file), text);
         };
         match (limits.memory_bytes, self.unified) {
             (None, true) => set("memory", "memory.max", "max"),
-            // Memory with swap is never less than memory: for more memory it grows first, for less it shrinks last.
-            (Some(bytes), false) => set("memory", "memory.memsw.limit_in_bytes", &bytes.to_string()),
             (None, false) => {
                 set("memory", "memory.memsw.limit_in_bytes", "-1");
                 set("memory", "memory.limit_in_bytes", "-1");
             }
-            (Some(_), true) => {}
+            (Some(_), _) => {}
         }
         match (limits.cpu_milli, self.unified) {
             (None, true) => set("cpu", "cpu.max", &format!("max {PERIOD}")),
             (None, false) => set("cpu", "cpu.cfs_quota_us", "-1"),
             (Some(_), _) => {}
         }
-        self.limit(limits)
     }
 
     /// How many processes in it the kernel killed for want of memory.
@@ -252,9 +262,17 @@ impl Cgroup {
         text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
-    /// Kills what is in it until nothing is: for containers that no namespace of processes ends with.
+    /// Kills what is in it until nothing is: for containers that no namespace of processes ends with. Nothing in it forks
+    /// meanwhile, so that no chain of processes is faster.
     pub async fn end_all(&self) {
-        let _ = tokio::time::timeout(END_LIMIT, async {
+        let most = self.place("pids").join("pids.max");
+        let before = std::fs::read_to_string(&most);
+        let _ = std::fs::write(&most, "0");
+        if self.unified {
+            // All at once, where the kernel knows it.
+            let _ = std::fs::write(self.place("").join("cgroup.kill"), "1");
+        }
+        let ended = tokio::time::timeout(END_LIMIT, async {
             loop {
                 let found: Vec<_> = self.processes().into_iter().filter_map(sys::Target::open).collect();
                 if found.is_empty() {
@@ -267,6 +285,10 @@ impl Cgroup {
             }
         })
         .await;
+        // What would not end may not fork on; the next run sets the limit again.
+        if let (Ok(()), Ok(before)) = (ended, before) {
+            let _ = std::fs::write(most, before.trim());
+        }
     }
 
     fn number(&self, controller: &str, file: &str) -> u64 {
@@ -277,6 +299,26 @@ impl Cgroup {
     fn field(&self, controller: &str, file: &str, name: &str) -> u64 {
         let text = std::fs::read_to_string(self.place(controller).join(file)).unwrap_or_default();
         text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
+/// Whether what is in use in a cgroup of v2 leaves room for a limit of memory. A limit below it would end processes there; v1
+/// gives back what it can and refuses then, and so does this.
+fn make_room(place: &Path, bytes: u64) -> io::Result<()> {
+    let excess = || {
+        let text = std::fs::read_to_string(place.join("memory.current")).unwrap_or_default();
+        text.trim().parse::<u64>().unwrap_or(0).saturating_sub(bytes)
+    };
+    let asked = excess();
+    if asked > 0 {
+        let _ = std::fs::write(place.join("memory.reclaim"), asked.to_string());
+    }
+    match excess() {
+        0 => Ok(()),
+        _ => {
+            let busy = io::Error::from_raw_os_error(libc::EBUSY);
+            Err(io::Error::new(busy.kind(), format!("cannot set memory.max: {busy}")))
+        }
     }
 }
 
@@ -335,5 +377,18 @@ mod tests {
         assert_eq!(missing("cpu memory pids\n", "cpu memory pids\n"), "");
         assert!(disk_of(Path::new("/proc")).is_err());
         assert_eq!(missing("cpuset memory pids\n", "\n"), "+memory +pids");
+    }
+
+    #[test]
+    fn a_limit_of_memory_below_what_is_in_use_is_refused() {
+        let place = std::env::temp_dir().join(format!("joey-agent-room-{}", std::process::id()));
+        std::fs::create_dir_all(&place).unwrap();
+        std::fs::write(place.join("memory.current"), "5000000\n").unwrap();
+        make_room(&place, 5_000_000).unwrap();
+        assert!(!place.join("memory.reclaim").exists(), "nothing is taken where there is room");
+        let refused = make_room(&place, 4_000_000).unwrap_err();
+        assert!(refused.to_string().starts_with("cannot set memory.max: Device or resource busy"), "{refused}");
+        assert_eq!(std::fs::read_to_string(place.join("memory.reclaim")).unwrap(), "1000000");
+        std::fs::remove_dir_all(place).unwrap();
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use joey_api::lifecycle::Action;
 pub use joey_health::Unwell;
+use tokio::time::Instant;
 
 use crate::launch::{self, Program};
 use crate::life::Life;
@@ -39,23 +40,26 @@ async fn exec(agent: &Agent, life: &Life, command: &[String], limit: Duration) -
     let program = Program { container, args: command, stdin: false, tty: false };
     let cgroup = agent.cgroup.child(&container.name);
     let init = life.running().ok_or_else(|| Unwell("container is not running".to_owned()))?;
-    let started =
-        launch::further(&program, init, &cgroup).await.map_err(|failure| Unwell(failure.message().to_owned()))?;
+    let by = Instant::now() + limit;
+    let late = || Unwell(format!("command \"{}\" timed out after {} s", command.join(" "), limit.as_secs()));
+    // The way to the program is the container's files, which may let it wait.
+    let started = tokio::time::timeout_at(by, launch::further(&program, init, &cgroup)).await.map_err(|_| late())?;
+    let started = started.map_err(|failure| Unwell(failure.message().to_owned()))?;
     // A task of its own: also when nobody waits any more, the process is ended in time and reaped.
-    let (code, text) = tokio::spawn(to_its_end(started, limit)).await.map_err(|error| Unwell(error.to_string()))?;
+    let (code, text) = tokio::spawn(to_its_end(started, by)).await.map_err(|error| Unwell(error.to_string()))?;
     match code {
         Some(0) => Ok(()),
         Some(code) if text.is_empty() => Err(Unwell(format!("command exited with {code}"))),
         Some(_) => Err(Unwell(String::from_utf8_lossy(&text).into_owned())),
-        None => Err(Unwell(format!("command \"{}\" timed out after {} s", command.join(" "), limit.as_secs()))),
+        None => Err(late()),
     }
 }
 
 /// Exit code and output; no code: it did not end in time and was killed.
-async fn to_its_end(started: launch::Started, limit: Duration) -> (Option<i32>, Vec<u8>) {
+async fn to_its_end(started: launch::Started, by: Instant) -> (Option<i32>, Vec<u8>) {
     let launch::Started { pid, pidfd, streams, .. } = started;
     let (out, err) = (tokio::spawn(gather(streams.stdout)), tokio::spawn(gather(streams.stderr)));
-    let (mut handles, in_time) = ([out, err], tokio::time::timeout(limit, launch::ended(&pidfd, pid)).await);
+    let (mut handles, in_time) = ([out, err], tokio::time::timeout_at(by, launch::ended(&pidfd, pid)).await);
     if in_time.is_err() {
         let _ = sys::kill_group(pid, libc::SIGKILL);
         launch::ended(&pidfd, pid).await;

@@ -163,14 +163,17 @@ impl Agent {
         let program = Program { container, args: &hook.command, stdin: false, tty: false };
         let init = life.running().ok_or_else(|| "the container is not running".to_owned())?;
         let cgroup = self.cgroup.child(&container.name);
-        let started = launch::further(&program, init, &cgroup).await.map_err(|failure| failure.message().to_owned())?;
-        let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: BEFORE_READY };
         let limit = Duration::from_secs(hook.timeout_seconds.into());
+        let by = Instant::now() + limit;
+        let late = || format!("it did not end within {} s", limit.as_secs());
+        let started = tokio::time::timeout_at(by, launch::further(&program, init, &cgroup)).await;
+        let started = started.map_err(|_| late())?.map_err(|failure| failure.message().to_owned())?;
+        let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: BEFORE_READY };
         // A task of its own: also when nobody waits any more, the process is ended in time and reaped.
         let done = tokio::spawn(async move {
             let Started { pid, pidfd, streams, inside: _ } = started;
             let mut carried = tokio::spawn(sink.carry(streams));
-            let in_time = tokio::time::timeout(limit, launch::ended(&pidfd, pid)).await;
+            let in_time = tokio::time::timeout_at(by, launch::ended(&pidfd, pid)).await;
             if in_time.is_err() {
                 let _ = sys::kill_group(pid, libc::SIGKILL);
                 launch::ended(&pidfd, pid).await;
@@ -183,7 +186,7 @@ impl Agent {
         match done.await.map_err(|error| error.to_string())? {
             Some((0, _)) => Ok(()),
             Some((code, _)) => Err(exited(code)),
-            None => Err(format!("it did not end within {} s", limit.as_secs())),
+            None => Err(late()),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! A container's termination message: the file it may write, and what is told of it. Limits are those of the Kubernetes API:
-//! 4096 bytes of the file, 2048 bytes or 80 lines of the log.
+//! the last 4096 bytes of the file, the last 2048 bytes or 80 lines of the log.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -30,15 +30,41 @@ pub fn prepare(upper: &Path) -> io::Result<()> {
 
 /// What the run left behind.
 pub fn read(dir: &Path, container: &AgentContainer, upper: &Path, run: u32, exit_code: i32) -> String {
-    let mut bytes = Vec::new();
     // The container never sees the directory, so the file is the one that was made.
-    let written = File::open(place(upper)).and_then(|file| file.take(FROM_FILE).read_to_end(&mut bytes));
-    if let Err(error) = written {
+    let mut bytes = end_of(&place(upper)).unwrap_or_else(|error| {
         eprintln!("cannot read the last words of {}: {error}", container.name);
-    }
+        Vec::new()
+    });
     let _ = std::fs::remove_file(place(upper));
     if bytes.is_empty() && exit_code != 0 && container.last_words.or_log {
         bytes = log_read::end(dir, &container.name, run, LINES, FROM_LOG);
     }
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn end_of(path: &Path) -> io::Result<Vec<u8>> {
+    let (mut file, mut bytes) = (File::open(path)?, Vec::new());
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(FROM_FILE)))?;
+    file.take(FROM_FILE).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_the_file_counts() {
+        let path = std::env::temp_dir().join(format!("joey-agent-words-{}", std::process::id()));
+        for (written, read) in [
+            (String::new(), String::new()),
+            ("why".to_owned(), "why".to_owned()),
+            (format!("{}why", "x".repeat(5000)), format!("{}why", "x".repeat(4093))),
+        ] {
+            std::fs::write(&path, written).unwrap();
+            assert_eq!(end_of(&path).unwrap(), read.into_bytes());
+        }
+        std::fs::remove_file(path).unwrap();
+    }
 }

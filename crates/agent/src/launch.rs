@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use joey_api::agent::{AgentConfig, AgentContainer};
 use tokio::io::Interest;
@@ -20,6 +21,8 @@ use crate::{identity, root, seccomp, sys};
 /// Exit codes of a program that is not there and of one that cannot be executed (POSIX, 2.8.2: Exit Status for Commands).
 const NOT_FOUND: i32 = 127;
 const NOT_EXECUTABLE: i32 = 126;
+/// Between two looks whether a child that was given up has ended.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Why a process did not start, in words for its user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -203,6 +206,29 @@ fn entrance(cgroup: &Cgroup) -> Result<Option<File>, Failure> {
     cgroup.entrance().map_err(|error| Failure::Create(format!("cannot open the cgroup: {error}")))
 }
 
+/// A child on its way to its program. One that nobody waits for any more is killed and reaped.
+struct Underway {
+    pid: u32,
+    arrived: bool,
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        if self.arrived {
+            return;
+        }
+        let pid = self.pid;
+        let _ = sys::kill(pid, libc::SIGKILL);
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                while matches!(sys::reap(pid), Ok(None)) {
+                    tokio::time::sleep(LOOK).await;
+                }
+            });
+        }
+    }
+}
+
 /// Clones; in the child closes every descriptor but `kept`, enters the container and becomes the program.
 async fn start(
     program: &Program<'_>,
@@ -245,6 +271,7 @@ async fn start(
             return Err(Failure::Create(format!("cannot start a process: {error}")));
         }
     };
+    let mut child = Underway { pid, arrived: false };
     cloned_once()?;
     drop((far, ends));
     let watch = |fd: OwnedFd| -> io::Result<AsyncFd<OwnedFd>> {
@@ -266,9 +293,11 @@ async fn start(
     match failure {
         Some(failure) => {
             let _ = ended(&pidfd, pid).await;
+            child.arrived = true;
             Err(failure)
         }
         None => {
+            child.arrived = true;
             let inside = root.zip(mounts).map(|(root, mounts)| Inside { root, _mounts: mounts });
             Ok(Started { pid, pidfd, streams, inside })
         }

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use jiff::Timestamp;
 use joey_api::agent::{AgentContainer, OUTPUT};
 use joey_api::frame::STATUS;
@@ -26,6 +27,7 @@ use joey_model::{RestartPolicy, checkpoint};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
 use crate::cgroup::Cgroup;
 use crate::check::{self, Unwell};
 use crate::collect;
@@ -38,10 +40,8 @@ use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock, waiting};
 use crate::{last_words, signal, sys};
 
-/// Back-off after a container's end, as the kubelet has it: the first restart comes at once.
-const FIRST_DELAY: Duration = Duration::from_secs(10);
-const LAST_DELAY: Duration = Duration::from_secs(300);
-const GOOD_RUN: Duration = Duration::from_secs(600);
+/// Until a container that could not be made is tried again.
+const PAUSE: Duration = Duration::from_secs(10);
 /// How long a dead container's streams may take to end.
 const DRAIN: Duration = Duration::from_secs(2);
 /// What is left to a container whose preStop hook took all of its grace, as the kubelet has it.
@@ -57,7 +57,10 @@ pub struct Life {
     /// 0: no process.
     pub pid: AtomicU32,
     pub run: AtomicU32,
+    /// That its run is to be ended for a further one: for those of its task who wait for that.
     pub restart: Notify,
+    /// Its task is at work.
+    living: AtomicBool,
     /// Frames by channel; `STATUS` with the exit code as four bytes is a run's last.
     pub output: broadcast::Sender<(u8, Bytes)>,
     pub log: Mutex<RunLog>,
@@ -81,6 +84,7 @@ impl Life {
             pid: AtomicU32::new(0),
             run: AtomicU32::new(0),
             restart: Notify::new(),
+            living: AtomicBool::new(false),
             output: broadcast::channel(64).0,
             log: Mutex::new(RunLog::of(0)),
             input: Mutex::new(None),
@@ -100,6 +104,18 @@ impl Life {
     /// From its next run on it is this.
     pub fn become_anew(&self, container: AgentContainer) {
         *lock(&self.container) = Arc::new(container);
+    }
+
+    /// Ends its run and begins a further one without back-off. What has no task yet will begin as it shall be anyway.
+    pub fn run_again(&self) {
+        if self.living.load(Ordering::Relaxed) {
+            self.restart.notify_one();
+        }
+    }
+
+    /// Who asked for another run before this moment gets the one that begins now.
+    fn forget_restart(&self) {
+        let _ = self.restart.notified().now_or_never();
     }
 
     /// The process id of its first process, while it runs.
@@ -138,6 +154,7 @@ impl Life {
         self.begun.send_replace(false);
         self.started.send_replace(false);
         self.settled.store(false, Ordering::Relaxed);
+        self.forget_restart();
         self.run.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -184,7 +201,9 @@ impl Agent {
     /// Lives until the container has ended for good; its last exit code, if it ever ran.
     pub async fn live(self: Arc<Self>, at: usize) -> Option<i32> {
         let life = self.life(at);
+        life.living.store(true, Ordering::Relaxed);
         let code = self.runs(&life).await;
+        life.living.store(false, Ordering::Relaxed);
         life.settled.store(true, Ordering::Relaxed);
         life.begun.send_replace(true);
         code
@@ -192,32 +211,35 @@ impl Agent {
 
     async fn runs(&self, life: &Arc<Life>) -> Option<i32> {
         let at = life.at;
-        let mut delay = Duration::ZERO;
+        let mut backoff = Backoff::default();
         let mut code = None;
         self.change(|state| state.containers[at].state = waiting("ContainerCreating", String::new()));
         loop {
             if life.is_ending() {
                 return code;
             }
+            life.forget_restart();
             let container = life.container();
             let container = &*container;
             let policy = self.policy(container);
             let begun = Instant::now();
             let (ended, asked) = match self.run_once(container, life).await {
                 Outcome::Ended { end, asked } => (end, asked),
-                Outcome::NotMade { reason, message } => match self.wait_to_retry(life, reason, message).await {
-                    true => continue,
-                    false => return code,
-                },
+                Outcome::NotMade { reason, message } => {
+                    // Its neighbours do not wait for what may take for ever.
+                    life.begun.send_replace(true);
+                    match self.wait_to_retry(life, reason, message).await {
+                        true => continue,
+                        false => return code,
+                    }
+                }
             };
             code = Some(ended.exit_code);
             life.begun.send_replace(true);
             let ruled = container.restart_rules.iter().any(|rule| rule.holds(ended.exit_code));
             let again = !life.is_ending() && (asked || ruled || policy.restarts(ended.exit_code));
-            if begun.elapsed() >= GOOD_RUN {
-                delay = Duration::ZERO;
-            }
-            let waits = again && !asked && !delay.is_zero();
+            let delay = backoff.after(begun.elapsed(), asked);
+            let waits = again && !delay.is_zero();
             self.change(|state| {
                 let now = &mut state.containers[at];
                 (now.running_since, now.started) = (None, false);
@@ -242,9 +264,6 @@ impl Agent {
                 self.change(|state| state.containers[at].state = ContainerState::Terminated(ended));
                 return code;
             }
-            if !asked {
-                delay = (delay * 2).clamp(FIRST_DELAY, LAST_DELAY);
-            }
             life.run.fetch_add(1, Ordering::Relaxed);
             self.change(|state| state.containers[at].restart_count += 1);
         }
@@ -267,7 +286,7 @@ impl Agent {
         let mut end = life.end.subscribe();
         self.change(|state| state.containers[life.at].state = waiting(reason, message.clone()));
         tokio::select! {
-            () = tokio::time::sleep(FIRST_DELAY) => true,
+            () = tokio::time::sleep(PAUSE) => true,
             () = life.restart.notified() => true,
             _ = end.wait_for(Option::is_some) => {
                 let end = not_started(reason, message);
@@ -430,7 +449,6 @@ impl Agent {
         checkpoint::reached("agent.container-told");
         let (code, signal, why) = self.until_its_end(container, life, &health, &pidfd, pid).await;
         checkpoint::reached("agent.container-ended");
-        life.pid.store(0, Ordering::Relaxed);
         if tokio::time::timeout(DRAIN, &mut carried).await.is_err() {
             carried.abort();
         }
@@ -497,6 +515,8 @@ impl Agent {
                 }
             }
         };
+        // It is reaped: from now on the number may be another process's, also while the rest is ended.
+        life.pid.store(0, Ordering::Relaxed);
         if container.target.is_some() || self.shared.is_some() {
             // No namespace ends with it, so that what it started would stay with the others.
             self.cgroup.child(&container.name).end_all().await;

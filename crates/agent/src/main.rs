@@ -3,6 +3,7 @@
 //!
 //! Called as `joey-agent core …` by the kernel it is the handler of crashes (`joey_diagnosis::core_handler`), on its own.
 
+mod backoff;
 mod cgroup;
 mod check;
 mod collect;
@@ -30,6 +31,7 @@ mod storage;
 mod stream;
 mod supervisor;
 mod sys;
+mod telling;
 mod view;
 mod volumes;
 

@@ -16,7 +16,7 @@ use joey_model::checkpoint;
 
 use crate::cgroup::Cgroup;
 use crate::supervisor::Agent;
-use crate::{diagnosis, processes, server, storage, sys, view, volumes};
+use crate::{diagnosis, processes, server, sys, view, volumes};
 
 /// How long killed containers may take to end at a shutdown.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -189,7 +189,6 @@ async fn serve(
     let listener = tokio::net::UnixListener::from_std(socket).map_err(|error| format!("cannot listen: {error}"))?;
     let agent = Arc::new(Agent::new(config, dir, shared));
     let containers = tokio::spawn(agent.clone().run());
-    tokio::spawn(storage::watch(agent.clone()));
     tokio::task::yield_now().await;
     say_ready().map_err(|error| format!("cannot say that the agent is ready: {error}"))?;
     checkpoint::reached("agent.ready");

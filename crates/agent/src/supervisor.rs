@@ -23,6 +23,8 @@ use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
 use crate::life::Life;
+use crate::storage;
+use crate::telling::{self, Allowance};
 
 const EVENTS: usize = 32;
 /// What a sidecar has to end in, however late the main containers ended: the kubelet's least grace.
@@ -47,6 +49,7 @@ pub struct Agent {
     /// Containers that have ended for good and are to run again.
     again: mpsc::UnboundedSender<usize>,
     wanted_again: tokio::sync::Mutex<mpsc::UnboundedReceiver<usize>>,
+    allowance: Mutex<Allowance>,
 }
 
 impl Agent {
@@ -94,6 +97,7 @@ impl Agent {
             stop: watch::Sender::new(None),
             again,
             wanted_again: tokio::sync::Mutex::new(wanted_again),
+            allowance: Mutex::default(),
         }
     }
 
@@ -118,12 +122,16 @@ impl Agent {
         Ok(())
     }
 
+    /// Tells what happened to a container, as far as [`telling`] lets it.
     pub fn event(&self, warning: bool, reason: &str, message: String, container: &AgentContainer) {
+        if !lock(&self.allowance).take(&container.name, reason, Instant::now()) {
+            return;
+        }
         let event = InstanceEvent {
             at: Timestamp::now(),
             warning,
             reason: reason.to_owned(),
-            message,
+            message: telling::cut(message),
             container: Some(container.name.clone()),
         };
         self.change(|state| state.events.push(event));
@@ -192,16 +200,18 @@ impl Agent {
         if life.has_settled() {
             let _ = self.again.send(life.at);
         } else {
-            life.restart.notify_one();
+            life.run_again();
         }
     }
 
     /// Runs the containers until a stop has ended them all.
     pub async fn run(self: Arc<Self>) {
-        let limit = tokio::spawn(self.clone().limit());
         let mut again = self.wanted_again.lock().await;
         loop {
+            let limits = [tokio::spawn(self.clone().limit()), tokio::spawn(storage::watch(self.clone()))];
             self.clone().pass(&mut again).await;
+            // How it ended stays as it is: no deadline and no file changes that any more.
+            limits.iter().for_each(JoinHandle::abort);
             tokio::select! {
                 () = self.stopped() => break,
                 at = again.recv() => if at.is_none() { break },
@@ -212,7 +222,6 @@ impl Agent {
                 self.begin_anew(at);
             }
         }
-        limit.abort();
     }
 
     /// Ends everything when the Pod's time is over.

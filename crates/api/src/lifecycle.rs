@@ -129,7 +129,7 @@ pub struct Lifecycle {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LastWords {
-    /// File in the container; at most 4096 bytes are read.
+    /// File in the container; its last 4096 bytes at most are read.
     pub path: String,
     /// When the file is empty and the container failed: the end of its log, at most 2048 bytes or 80 lines.
     #[serde(default)]

@@ -86,12 +86,19 @@ fn become_anew(agent: &Agent, life: &Life, container: AgentContainer) -> Result<
     Ok(())
 }
 
-/// Sets the limits of a container; its processes go on.
+/// Sets the limits of a container; its processes go on, unless it wants to be started again for that.
 pub fn limit(agent: &Agent, life: &Life, resources: &Resources) -> Result<(), Fault> {
     let before = life.container();
-    if life.running().is_some() {
-        let done = agent.cgroup.child(&before.name).resize(resources);
-        done.map_err(|error| {
+    let cgroup = agent.cgroup.child(&before.name);
+    let runs = life.running().is_some();
+    let restarts = runs
+        && matches!(before.role, Role::Main | Role::Sidecar)
+        && before.restart_on_resize.holds(&before.resources, resources);
+    if restarts || !runs {
+        // The next run sets what there is to set.
+        cgroup.lift(resources);
+    } else {
+        cgroup.resize(resources).map_err(|error| {
             let message = format!("limits of container \"{}\" cannot be set: {error}", before.name);
             refused(ErrorKind::Conflict, "ResizeFailed", message)
                 .with_hint("a memory limit below what is in use waits until less is used")
@@ -99,6 +106,12 @@ pub fn limit(agent: &Agent, life: &Life, resources: &Resources) -> Result<(), Fa
     }
     life.become_anew(AgentContainer { resources: *resources, ..AgentContainer::clone(&before) });
     agent.change(|state| state.containers[life.at].resources.clone_from(resources));
+    if restarts {
+        let message = format!("Container {} resize requires restart", before.name);
+        agent.event(false, "Killing", message, &before);
+        agent.restart(life);
+        return Ok(());
+    }
     agent.event(false, "ResizeCompleted", format!("Set the limits of container {}", before.name), &before);
     Ok(())
 }

@@ -3,9 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use joey_api::agent::{AgentContainer, AgentMount, AgentState, AgentVolume};
-use joey_api::instance::{ContainerState, LogOptions, WireRestartPolicy};
-use joey_api::lifecycle::{Action, Hook, LastWords, Probe, Role};
+use joey_api::agent::{AgentContainer, AgentMount, AgentState, AgentVolume, Deadline};
+use joey_api::instance::{ContainerState, LogOptions, Resources, WireRestartPolicy};
+use joey_api::lifecycle::{Action, Hook, LastWords, Probe, RestartOnResize, Role};
 use joey_sandbox::conformance::{Bench, container, exec, logs, running, state_where, termination};
 use joey_sandbox::{AgentClient, CreateRequest};
 
@@ -397,7 +397,8 @@ async fn last_words_are_told() {
     let mut request = pod(bench, 5, WireRestartPolicy::Never, &[("main", Role::Main, long)]);
     request.config.containers[0].last_words = LastWords { path: "/words".to_owned(), or_log: false };
     let agent = started(bench, &request).await;
-    assert_eq!(termination(&agent, 0).await.message.len(), 4096);
+    let message = termination(&agent, 0).await.message;
+    assert_eq!((message.len(), message.ends_with("\n100000\n")), (4096, true), "{message}");
     bench.destroy(&request).await;
 }
 
@@ -411,5 +412,111 @@ async fn a_pod_whose_time_is_over_has_failed() {
     termination(&agent, 0).await;
     let failed = agent.state().await.unwrap().failed.expect("a reason");
     assert_eq!(failed.reason, "DeadlineExceeded");
+    bench.destroy(&request).await;
+
+    // What has ended by itself keeps its end.
+    let request = pod(bench, 2, WireRestartPolicy::Never, &[("main", Role::Main, "exit 0")]);
+    let agent = started(bench, &request).await;
+    assert_eq!(termination(&agent, 0).await.exit_code, 0);
+    let at = Some(jiff::Timestamp::now());
+    agent.end_at(Deadline { at }).await.unwrap();
+    // The agent does one thing after another: what the deadline does has been done when it answers.
+    agent.usage().await.unwrap();
+    let state = agent.state().await.unwrap();
+    assert_eq!((state.deadline, state.failed), (at, None));
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_neighbour_of_what_cannot_be_made_starts() {
+    let Some(ground) = ground("neighbour") else { return };
+    let bench = &ground.0;
+    let containers = [("main", Role::Main, "sleep 1000"), ("other", Role::Main, "sleep 1000")];
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &containers);
+    request.config.containers[0].run_as_non_root = true;
+    request.config.containers[0].lifecycle.post_start = Some(shell("exit 0"));
+    let agent = started(bench, &request).await;
+    let runs = |state: &AgentState| matches!(state.containers[1].state, ContainerState::Running { .. });
+    let state = state_where(&agent, runs).await;
+    assert!(waits(&state, 0, "CreateContainerConfigError"), "{state:?}");
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
+async fn a_restart_before_the_first_run_ends_no_run() {
+    let Some(ground) = ground("early") else { return };
+    let bench = &ground.0;
+    let init = "while ! test -e /all/go; do sleep 0.05; done";
+    let main = "trap 'touch /all/asked; exit 0' TERM; touch /all/runs; while true; do sleep 0.05; done";
+    let containers = [("init", Role::Init, init), ("main", Role::Main, main)];
+    let request = pod(bench, 1, WireRestartPolicy::Always, &containers);
+    let agent = started(bench, &request).await;
+    running(&agent).await;
+    agent.restart("main").await.unwrap();
+    std::fs::write(shared(&request, "go"), "").unwrap();
+    // It would be asked to end as soon as it runs, which is before it says so.
+    let wait = "while ! test -e /all/runs; do sleep 0.05; done; sleep 0.2";
+    state_where(&agent, |state| matches!(state.containers[1].state, ContainerState::Running { .. })).await;
+    exec(&agent, &["/bin/sh", "-c", wait]).await;
+    let state = agent.state().await.unwrap();
+    assert!(
+        !std::fs::exists(shared(&request, "asked")).unwrap() && state.containers[1].restart_count == 0,
+        "{state:?}"
+    );
+    // One that runs is restarted.
+    agent.restart("main").await.unwrap();
+    state_where(&agent, |state| state.containers[1].restart_count == 1).await;
+    bench.destroy(&request).await;
+}
+
+/// Shells that each start the next one and end.
+const CHAIN: &str = "echo '/bin/sh /all/chain & ' > /all/chain; /bin/sh /all/chain";
+
+#[tokio::test]
+async fn what_forks_on_and_on_ends_with_its_container() {
+    let Some(ground) = ground("chain") else { return };
+    let bench = &ground.0;
+    // With and without a limit of its own, which the next run has again.
+    for (number, pids) in [(1, None), (2, Some(64))] {
+        let main = format!("test -e /all/again && exec sleep 1000; touch /all/again; {CHAIN}; sleep 0.2; exit 1");
+        let mut request = pod(bench, number, WireRestartPolicy::Always, &[("main", Role::Main, &main)]);
+        request.config.share_processes = true;
+        request.config.containers[0].resources.pids = pids;
+        let agent = started(bench, &request).await;
+        state_where(&agent, |state| {
+            let main = &state.containers[0];
+            main.restart_count == 1 && matches!(main.state, ContainerState::Running { .. })
+        })
+        .await;
+        let (listed, status) = exec(&agent, &["/bin/sh", "-c", "ps | grep -c 'all/chai[n]'"]).await;
+        assert_eq!(listed.trim(), "0", "{status:?}");
+        bench.destroy(&request).await;
+    }
+}
+
+#[tokio::test]
+async fn a_change_of_resources_restarts_who_wants_it() {
+    let Some(ground) = ground("resize") else { return };
+    let bench = &ground.0;
+    let mut request = pod(bench, 1, WireRestartPolicy::Always, &[("main", Role::Main, "sleep 1000")]);
+    let container = &mut request.config.containers[0];
+    container.resources = Resources { memory_bytes: Some(64 << 20), pids: Some(64), ..Resources::default() };
+    container.restart_on_resize = RestartOnResize { cpu: false, memory: true };
+    let mut wanted = container.resources;
+    let agent = started(bench, &request).await;
+    running(&agent).await;
+    wanted.pids = Some(128);
+    agent.limit("main", &wanted).await.unwrap();
+    let state = agent.state().await.unwrap();
+    assert!(has_event(&state, "ResizeCompleted", "main") && state.containers[0].restart_count == 0, "{state:?}");
+    wanted.memory_bytes = Some(96 << 20);
+    agent.limit("main", &wanted).await.unwrap();
+    let state = state_where(&agent, |state| {
+        let main = &state.containers[0];
+        main.restart_count == 1 && matches!(main.state, ContainerState::Running { .. })
+    })
+    .await;
+    assert!(has_event(&state, "Killing", "resize requires restart"), "{state:?}");
+    assert_eq!(state.containers[0].resources, wanted);
     bench.destroy(&request).await;
 }

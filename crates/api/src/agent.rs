@@ -16,7 +16,7 @@
 //! | `GET /v1/containers/C/files?path=P` | | what is at that path of the container, as tar; its first name is the path's last |
 //! | `PUT /v1/containers/C/files?path=P` | tar | 204; unpacked into the directory P, or as P where there is none |
 //! | `PUT /v1/containers/C` | [`AgentContainer`] | 202; a further [`Role::Debug`] container is started, or one that is there is started again as this |
-//! | `PUT /v1/containers/C/resources` | [`Resources`] | 204; the limits from now on |
+//! | `PUT /v1/containers/C/resources` | [`Resources`] | 204; the limits from now on, by a new run where `restartOnResize` says so |
 //! | `POST /v1/capture` | query [`CaptureRequest`]; any byte ends it | packets as pcapng, with what was lost at the end |
 //! | `GET /v1/cores`, `PUT /v1/cores` | nothing, [`CoreSettings`] | [`Cores`] |
 //! | `POST /v1/cores` | query [`Crash`], [`CoreWritten`] when it is done | 204; from the kernel's handler of crashes |
@@ -40,7 +40,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::instance::{ContainerState, FileContent, InstanceEvent, Limits, Resources, Termination, WireRestartPolicy};
-use crate::lifecycle::{LastWords, Lifecycle, RestartRule, Role};
+use crate::lifecycle::{LastWords, Lifecycle, RestartOnResize, RestartRule, Role};
 
 /// Version of `agent.json` and of the protocol; an agent refuses another.
 pub const VERSION: u32 = 1;
@@ -132,6 +132,8 @@ pub struct AgentContainer {
     pub stdin_once: bool,
     pub tty: bool,
     pub resources: Resources,
+    #[serde(default, skip_serializing_if = "RestartOnResize::is_never")]
+    pub restart_on_resize: RestartOnResize,
     /// Signal that asks it to end: `SIGTERM`, `15` …
     pub stop_signal: String,
     pub mounts: Vec<AgentMount>,

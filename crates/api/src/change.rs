@@ -20,7 +20,7 @@ pub struct InstanceChange {
     /// Container → image. Only that container is started again.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub images: BTreeMap<String, String>,
-    /// Container → its limits; nothing is started again.
+    /// Container → its limits; started again is only what says so in its `restartOnResize`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub resources: BTreeMap<String, Resources>,
     /// Further containers, of [`Role::Debug`].

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::image::RegistryCredential;
-use crate::lifecycle::{LastWords, Lifecycle, RestartRule, Role};
+use crate::lifecycle::{LastWords, Lifecycle, RestartOnResize, RestartRule, Role};
 use crate::logs::Logs;
 pub use crate::sizes::Limits;
 
@@ -169,6 +169,8 @@ pub struct ContainerSpec {
     pub tty: bool,
     #[serde(default)]
     pub resources: Resources,
+    #[serde(default, skip_serializing_if = "RestartOnResize::is_never")]
+    pub restart_on_resize: RestartOnResize,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<Mount>,
     #[serde(default)]
@@ -205,6 +207,7 @@ impl ContainerSpec {
             stdin_once: false,
             tty: false,
             resources: Resources::default(),
+            restart_on_resize: RestartOnResize::default(),
             mounts: Vec::new(),
             security: Security::default(),
             restart_policy: None,

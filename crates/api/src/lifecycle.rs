@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::instance::Resources;
+
 /// One thing to do to a container, or to ask of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -158,6 +160,25 @@ impl RestartRule {
     }
 }
 
+/// Amounts whose change starts the container again; the others change while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct RestartOnResize {
+    pub cpu: bool,
+    pub memory: bool,
+}
+
+impl RestartOnResize {
+    pub fn is_never(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether this change starts the container again.
+    pub fn holds(self, before: &Resources, now: &Resources) -> bool {
+        (self.cpu && before.cpu_milli != now.cpu_milli) || (self.memory && before.memory_bytes != now.memory_bytes)
+    }
+}
+
 /// What a container is to its instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Role {
@@ -169,4 +190,23 @@ pub enum Role {
     Sidecar,
     /// Added to an instance that runs, to look at it; never started again, and of no weight for how the instance is.
     Debug,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_that_change_restart_where_it_is_said() {
+        let of = |cpu: u64, bytes: u64| Resources {
+            cpu_milli: Some(cpu),
+            memory_bytes: Some(bytes),
+            ..Resources::default()
+        };
+        let memory = RestartOnResize { cpu: false, memory: true };
+        assert!(memory.holds(&of(1, 1), &of(1, 2)) && !memory.holds(&of(1, 1), &of(2, 1)));
+        let cpu = RestartOnResize { cpu: true, memory: false };
+        assert!(cpu.holds(&of(1, 1), &of(2, 1)) && !cpu.holds(&of(1, 1), &of(1, 2)));
+        assert!(!RestartOnResize::default().holds(&of(1, 1), &of(2, 2)));
+    }
 }

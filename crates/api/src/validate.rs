@@ -1,13 +1,14 @@
 //! Checks of what users send, all faults at once, before anything is stored.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 
 use joey_model::id::{check_label, check_subdomain};
 use joey_model::{ErrorKind, Fault, ImageRef};
 
 use crate::diagnosis::check_core_pattern;
 use crate::instance::{ContainerSpec, InstanceSpec, Limits, Mount, Volume, VolumeSource};
-use crate::lifecycle::{Action, Lifecycle, Role};
+use crate::lifecycle::{Action, HttpGet, Lifecycle, Role};
 
 /// Capabilities a container has unless it drops them: the default set of Docker and containerd.
 pub const DEFAULT_CAPABILITIES: [&str; 14] = [
@@ -301,6 +302,14 @@ fn check_lifecycle(container: &ContainerSpec, note: &mut impl FnMut(Result<(), S
             note(Err(format!("container \"{name}\": a sleep tells nothing: its {kind} probe needs another action")));
         }
     }
+    let probes = [&lifecycle.startup, &lifecycle.liveness, &lifecycle.readiness].into_iter().flatten();
+    let hooks = [&lifecycle.post_start, &lifecycle.pre_stop].into_iter().flatten();
+    for action in probes.map(|probe| &probe.action).chain(hooks) {
+        let (Action::HttpGet(HttpGet { host, .. }) | Action::TcpSocket { host, .. }) = action else { continue };
+        if let Some(host) = host.as_deref().filter(|host| !host.is_empty() && host.parse::<IpAddr>().is_err()) {
+            note(Err(format!("container \"{name}\": host \"{host}\" of a probe or hook must be an IP address")));
+        }
+    }
     for (kind, hook) in [("preStart", &lifecycle.pre_start), ("preOnline", &lifecycle.pre_online)] {
         let checked = hook.as_ref().map_or(Ok(()), crate::hooks::check);
         note(checked.map_err(|fault| format!("container \"{name}\": its {kind} hook: {fault}")));
@@ -338,6 +347,7 @@ mod tests {
             "name": "Web", "containers": [{"name": "a_b", "image": "Nginx", "resources": {"memoryBytes": 1},
             "mounts": [{"volume": "v", "path": "x"}], "security": {"addCapabilities": ["SYS_ADMIN"]},
             "lifecycle": {"liveness": {"action": {"sleep": {"seconds": 1}}, "periodSeconds": 0},
+                "readiness": {"action": {"tcpSocket": {"host": "db.example.org", "port": 80}}},
                 "preStart": {"command": []}},
             "lastWords": {"path": "/a/../b"}}, {"name": "late", "image": "a", "role": "Init",
             "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}],
@@ -363,6 +373,7 @@ mod tests {
             "64Ki",
             "at least 1",
             "tells nothing",
+            "host \"db.example.org\" of a probe",
             "preStart hook: it names no program",
             "last words",
             "no hooks",

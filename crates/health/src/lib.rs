@@ -1,14 +1,15 @@
 //! Asks over the network whether something is well, once and as a kubelet does: HTTP(S), TCP, the health protocol of gRPC. Whom to ask
-//! is said by an instance's own address, or by a host; what an answer means is the caller's matter.
+//! is said by an instance's own address, or by another one; what an answer means is the caller's matter. Names are not looked
+//! up: that takes a thread, and the agent has one.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{Request, Uri, header};
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use joey_api::lifecycle::HttpGet;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -18,6 +19,8 @@ mod certificate;
 
 /// Body of an answer that is kept for the message.
 const KEPT: usize = 10 << 10;
+/// Longest answer to a health check of gRPC: two bytes would do.
+const ANSWER: usize = 64 << 10;
 /// Redirections to the same host that are followed.
 const REDIRECTIONS: usize = 10;
 /// Name under which kubelets make themselves known to probed servers.
@@ -35,20 +38,21 @@ impl From<io::Error> for Unwell {
 
 /// A GET whose answer's status is below 400, within `limit`. The certificate is not checked.
 pub async fn http(own: Option<IpAddr>, get: &HttpGet, limit: Duration) -> Result<(), Unwell> {
-    within(limit, http_get(own, get), || format!("Get \"{}\"", url(own, get))).await
+    let url = url(own, get)?;
+    within(limit, http_get(&url, get), || format!("Get \"{url}\"")).await
 }
 
 /// A connection, which is closed at once.
 pub async fn tcp(own: Option<IpAddr>, host: Option<&str>, port: u16, limit: Duration) -> Result<(), Unwell> {
-    let place = place(own, host, port);
-    within(limit, connect(&place), || format!("dial tcp {place}")).await.map(drop)
+    let place = place(own, host, port)?;
+    within(limit, connect(place), || format!("dial tcp {place}")).await.map(drop)
 }
 
 /// One call of `grpc.health.v1.Health/Check`.
 pub async fn grpc(own: Option<IpAddr>, port: u16, service: &str, limit: Duration) -> Result<(), Unwell> {
-    let place = place(own, None, port);
+    let place = place(own, None, port)?;
     let what = || format!("health check of service \"{service}\" at {place}");
-    within(limit, health_check(&place, service), what).await
+    within(limit, health_check(place, service), what).await
 }
 
 async fn within<T>(
@@ -60,21 +64,16 @@ async fn within<T>(
     asked.unwrap_or_else(|_| Err(Unwell(format!("{}: no answer within {} s", what(), limit.as_secs()))))
 }
 
-/// `HOST:PORT`, the instance's own address where no host is given.
-fn place(own: Option<IpAddr>, host: Option<&str>, port: u16) -> String {
-    match host {
-        Some(host) if !host.is_empty() => match host.parse() {
-            Ok(address) => SocketAddr::new(address, port).to_string(),
-            Err(_) => format!("{host}:{port}"),
-        },
-        _ => match own {
-            Some(address) => SocketAddr::new(address, port).to_string(),
-            None => format!("127.0.0.1:{port}"),
-        },
-    }
+/// Where to ask: at the instance's own address where no host is given.
+fn place(own: Option<IpAddr>, host: Option<&str>, port: u16) -> Result<SocketAddr, Unwell> {
+    let address = match host.filter(|host| !host.is_empty()) {
+        Some(host) => host.parse::<IpAddr>().map_err(|_| Unwell(format!("host \"{host}\" is no IP address")))?,
+        None => own.unwrap_or(Ipv4Addr::LOCALHOST.into()),
+    };
+    Ok(SocketAddr::new(address, port))
 }
 
-async fn connect(place: &str) -> Result<TcpStream, Unwell> {
+async fn connect(place: SocketAddr) -> Result<TcpStream, Unwell> {
     TcpStream::connect(place).await.map_err(|error| {
         let why = match error.kind() {
             io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
@@ -84,18 +83,19 @@ async fn connect(place: &str) -> Result<TcpStream, Unwell> {
     })
 }
 
-fn url(own: Option<IpAddr>, get: &HttpGet) -> String {
+fn url(own: Option<IpAddr>, get: &HttpGet) -> Result<String, Unwell> {
     let scheme = if get.https { "https" } else { "http" };
     let slash = if get.path.starts_with('/') { "" } else { "/" };
-    format!("{scheme}://{}{slash}{}", place(own, get.host.as_deref(), get.port), get.path)
+    let place = place(own, get.host.as_deref(), get.port)?;
+    Ok(format!("{scheme}://{place}{slash}{}", get.path))
 }
 
 /// A byte stream, in the clear or not.
 trait Wire: AsyncRead + AsyncWrite + Send {}
 impl<T: AsyncRead + AsyncWrite + Send> Wire for T {}
 
-async fn http_get(own: Option<IpAddr>, get: &HttpGet) -> Result<(), Unwell> {
-    let first: Uri = url(own, get).parse().map_err(|error| Unwell(format!("path \"{}\": {error}", get.path)))?;
+async fn http_get(url: &str, get: &HttpGet) -> Result<(), Unwell> {
+    let first: Uri = url.parse().map_err(|error| Unwell(format!("path \"{}\": {error}", get.path)))?;
     let mut uri = first.clone();
     for _ in 0..=REDIRECTIONS {
         let (status, location, body) = one_get(&uri, &get.headers).await?;
@@ -125,7 +125,8 @@ async fn one_get(uri: &Uri, headers: &[(String, String)]) -> Result<(u16, Option
     let https = uri.scheme_str() == Some("https");
     let host = uri.host().unwrap_or_default();
     let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
-    let plain = connect(&format!("{host}:{port}")).await.map_err(|error| said(&error.0))?;
+    let place: SocketAddr = format!("{host}:{port}").parse().map_err(|error| said(&error))?;
+    let plain = connect(place).await.map_err(|error| said(&error.0))?;
     let wire: Pin<Box<dyn Wire>> = match https {
         true => Box::pin(certificate::unchecked(host, plain).await.map_err(|error| said(&error))?),
         false => Box::pin(plain),
@@ -177,7 +178,7 @@ impl Drop for Background {
 
 /// One call of the gRPC health protocol (`grpc.health.v1`). Its two messages have one field each, so they are written and read
 /// here: `HealthCheckRequest.service` is field 1, text; `HealthCheckResponse.status` is field 1, an enumeration.
-async fn health_check(place: &str, service: &str) -> Result<(), Unwell> {
+async fn health_check(place: SocketAddr, service: &str) -> Result<(), Unwell> {
     let said =
         |error: &dyn std::fmt::Display| Unwell(format!("health check of service \"{service}\" at {place}: {error}"));
     let plain = connect(place).await?;
@@ -195,7 +196,7 @@ async fn health_check(place: &str, service: &str) -> Result<(), Unwell> {
         .map_err(|error| said(&error))?;
     let answer = sender.send_request(request).await.map_err(|error| said(&error))?;
     let in_head = grpc_status(answer.headers());
-    let whole = answer.into_body().collect().await.map_err(|error| said(&error))?;
+    let whole = Limited::new(answer.into_body(), ANSWER).collect().await.map_err(|error| said(&error))?;
     let status = in_head.or_else(|| whole.trailers().and_then(grpc_status)).unwrap_or(0);
     match (status, health_answer(&whole.to_bytes())) {
         (0, Some(1)) => Ok(()),
@@ -262,6 +263,45 @@ mod tests {
         for broken in [&[][..], &[0, 0, 0, 0, 2, 8], &[1, 0, 0, 0, 2, 8, 1], &[0, 255, 255, 255, 255]] {
             assert_eq!(health_answer(broken), None);
         }
+    }
+
+    /// A server whose answer to a call of HTTP/2 has this body.
+    async fn answering(body: Vec<u8>) -> SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let place = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let body = Bytes::from(body);
+            let service = hyper::service::service_fn(move |_: Request<hyper::body::Incoming>| {
+                let answer = http::Response::new(Full::new(body.clone()));
+                std::future::ready(Ok::<_, std::convert::Infallible>(answer))
+            });
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            // Who has heard enough goes away.
+            let _ = server.serve_connection(TokioIo::new(stream), service).await;
+        });
+        place
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_goes_on_and_on_is_none() {
+        let (limit, serving) = (Duration::from_secs(10), vec![0, 0, 0, 0, 2, 8, 1]);
+        let place = answering(serving.clone()).await;
+        assert_eq!(grpc(Some(place.ip()), place.port(), "", limit).await, Ok(()));
+        let place = answering([serving, vec![0; ANSWER]].concat()).await;
+        let Unwell(why) = grpc(Some(place.ip()), place.port(), "", limit).await.unwrap_err();
+        assert!(why.contains("length limit"), "{why}");
+    }
+
+    #[test]
+    fn hosts_are_addresses() {
+        let own = "10.0.0.1".parse().ok();
+        let at = |own, host| place(own, host, 80).map(|place| place.to_string()).map_err(|Unwell(why)| why);
+        assert_eq!(at(own, None).as_deref(), Ok("10.0.0.1:80"));
+        assert_eq!(at(own, Some("")).as_deref(), Ok("10.0.0.1:80"));
+        assert_eq!(at(None, None).as_deref(), Ok("127.0.0.1:80"));
+        assert_eq!(at(own, Some("fd00::1")).as_deref(), Ok("[fd00::1]:80"));
+        assert_eq!(at(own, Some("localhost")).unwrap_err(), "host \"localhost\" is no IP address");
     }
 
     #[test]

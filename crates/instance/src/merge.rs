@@ -62,6 +62,7 @@ pub(crate) fn container(
         stdin_once: spec.stdin_once,
         tty: spec.tty,
         resources: resources(spec),
+        restart_on_resize: spec.restart_on_resize,
         stop_signal: (spec.lifecycle.stop_signal.clone().or_else(|| config.stop_signal.clone()))
             .unwrap_or_else(|| "SIGTERM".to_owned()),
         mounts: spec.mounts.iter().map(|asked| mount(spec, asked, &given)).collect::<Result<_, _>>()?,

@@ -61,6 +61,7 @@ fn known(path: &str) -> Option<Value> {
         (_, Some("volumeMounts[].name")) => json!("v"),
         (_, Some("volumeMounts[].subPath" | "volumeMounts[].subPathExpr")) => json!("a/b"),
         (_, Some("volumeMounts[].recursiveReadOnly")) => json!("IfPossible"),
+        _ if path.ends_with(".httpGet.host") || path.ends_with(".tcpSocket.host") => json!("192.0.2.1"),
         _ if path.ends_with(".seccompProfile") || path.ends_with(".appArmorProfile") => {
             json!({"type": "RuntimeDefault"})
         }
@@ -75,6 +76,7 @@ fn around(path: &str) -> Value {
             json!({"name": "other", "image": "example.org/app:1"})
         }
         "spec.volumes[]" => json!({"name": "v"}),
+        _ if path.ends_with(".httpGet") || path.ends_with(".tcpSocket") => json!({"port": 80}),
         _ if path.ends_with(".env[]") => json!({"name": "X"}),
         _ if path.ends_with(".ports[]") => json!({"containerPort": 80}),
         _ if path.ends_with(".volumeMounts[]") => json!({"name": "v", "mountPath": "/v"}),

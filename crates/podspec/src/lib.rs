@@ -276,6 +276,7 @@ fn container(
         stdin_once: container.stdin_once == Some(true),
         tty: container.tty == Some(true),
         resources: limits::container(&at, container.resources.as_ref(), limits::pod_is_limited(pod, spec), notes),
+        restart_on_resize: limits::restart_on_resize(container),
         mounts: volumes::mounts(&at, container, notes),
         security: security::security(&at, container.security_context.as_ref(), pod_security, notes),
         ports: container.ports.iter().flatten().filter_map(|port| u16::try_from(port.container_port).ok()).collect(),

@@ -1,6 +1,8 @@
 //! Probes, hooks and termination messages of a container, from the Pod's words into the instance's. Names of ports are looked
 //! up here; everything is taken apart by name, as in the parent module.
 
+use std::net::IpAddr;
+
 use joey_api::lifecycle::{Action, HttpGet, LastWords, Lifecycle, Probe};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -93,7 +95,7 @@ fn web(get: &core::HTTPGetAction, ports: &[core::ContainerPort]) -> Result<Actio
     let headers = http_headers.iter().flatten();
     let path = path.clone().filter(|path| !path.is_empty()).unwrap_or_else(|| "/".to_owned());
     Ok(Action::HttpGet(HttpGet {
-        host: host.clone().filter(|host| !host.is_empty()),
+        host: address(host.as_deref())?,
         port: number_of(port, ports)?,
         path,
         https: scheme.as_deref() == Some("HTTPS"),
@@ -103,7 +105,17 @@ fn web(get: &core::HTTPGetAction, ports: &[core::ContainerPort]) -> Result<Actio
 
 fn socket(tcp: &core::TCPSocketAction, ports: &[core::ContainerPort]) -> Result<Action, String> {
     let core::TCPSocketAction { host, port } = tcp;
-    Ok(Action::TcpSocket { host: host.clone().filter(|host| !host.is_empty()), port: number_of(port, ports)? })
+    Ok(Action::TcpSocket { host: address(host.as_deref())?, port: number_of(port, ports)? })
+}
+
+/// Whom to ask where it is not the Pod. The agent looks no names up.
+fn address(host: Option<&str>) -> Result<Option<String>, String> {
+    match host.filter(|host| !host.is_empty()) {
+        Some(host) if host.parse::<IpAddr>().is_err() => {
+            Err(format!("host \"{host}\" is no IP address: use the address of the instance or a Service"))
+        }
+        host => Ok(host.map(str::to_owned)),
+    }
 }
 
 /// A port's number; a name is that of one of the container's own ports.
@@ -159,6 +171,21 @@ mod tests {
         assert_eq!(made.post_start, Some(Action::Exec { command: vec!["a".to_owned(), "b".to_owned()] }));
         assert_eq!(made.pre_stop, Some(Action::Sleep { seconds: 3 }));
         assert_eq!(made.stop_signal.as_deref(), Some("SIGUSR1"));
+    }
+
+    #[test]
+    fn hosts_are_addresses() {
+        let (made, faults) = converted(json!({
+            "livenessProbe": { "tcpSocket": { "port": 80, "host": "10.0.0.7" } },
+            "readinessProbe": { "tcpSocket": { "port": 80, "host": "db.example.org" } },
+            "lifecycle": { "preStop": { "httpGet": { "port": 80, "host": "localhost" } } },
+        }));
+        let host = Some("10.0.0.7".to_owned());
+        assert_eq!(made.liveness.unwrap().action, Action::TcpSocket { host, port: 80 });
+        assert_eq!((made.readiness, made.pre_stop), (None, None));
+        let hosts = ["readinessProbe: host \"db.example.org\"", "lifecycle.preStop: host \"localhost\""];
+        let why = "is no IP address: use the address of the instance or a Service";
+        assert_eq!(faults, hosts.map(|host| format!("container \"c\": {host} {why}")));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use joey_api::instance::{Limits, NetworkSpec, Resources};
+use joey_api::lifecycle::RestartOnResize;
 use joey_model::quantity::{parse_milli, parse_units};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -66,6 +67,16 @@ pub(crate) fn container(
         wanted.ephemeral_storage_bytes = wanted.ephemeral_storage_bytes.or(some(requested.ephemeral_storage_bytes));
     }
     wanted
+}
+
+/// Which amounts start the container again when they change.
+pub(crate) fn restart_on_resize(container: &core::Container) -> RestartOnResize {
+    let restarts = |amount: &str| {
+        container.resize_policy.iter().flatten().any(|core::ContainerResizePolicy { resource_name, restart_policy }| {
+            resource_name == amount && restart_policy == "RestartContainer"
+        })
+    };
+    RestartOnResize { cpu: restarts("cpu"), memory: restarts("memory") }
 }
 
 /// Whether something limits the Pod's CPU and memory as a whole.

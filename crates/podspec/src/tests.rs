@@ -178,6 +178,18 @@ fn resources() {
 }
 
 #[test]
+fn changes_of_resources_start_a_container_again_where_it_says_so() {
+    let of =
+        |policies: Value| taken(&pod(json!({}), json!({ "resizePolicy": policies }))).containers[0].restart_on_resize;
+    let policy = |resource: &str, policy: &str| json!({ "resourceName": resource, "restartPolicy": policy });
+    let found = of(json!([policy("cpu", "NotRequired"), policy("memory", "RestartContainer")]));
+    assert_eq!((found.cpu, found.memory), (false, true));
+    let found = of(json!([policy("cpu", "RestartContainer")]));
+    assert_eq!((found.cpu, found.memory), (true, false));
+    assert!(of(json!([])).is_never());
+}
+
+#[test]
 fn limits_of_the_pod_by_annotation() {
     let mut pod = pod(json!({}), json!({}));
     let annotations = [

@@ -10,7 +10,7 @@ use futures::{StreamExt, TryStreamExt};
 use joey_api::agent::{AgentConfig, AgentContainer, AgentState, Collected, VERSION};
 use joey_api::frame::{Decoder, ExecStatus, STATUS, STDOUT};
 use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Resources, Termination, WireRestartPolicy};
-use joey_api::lifecycle::{LastWords, Lifecycle, Role};
+use joey_api::lifecycle::{LastWords, Lifecycle, RestartOnResize, Role};
 use joey_model::InstanceId;
 
 use crate::{AgentClient, CreateRequest, Sandbox, SandboxClass};
@@ -128,6 +128,7 @@ pub fn container(name: &str, script: &str, layers: &[PathBuf]) -> AgentContainer
         stdin_once: false,
         tty: false,
         resources: Resources::default(),
+        restart_on_resize: RestartOnResize::default(),
         stop_signal: "SIGTERM".to_owned(),
         mounts: Vec::new(),
         collected: Collected::default(),

@@ -23,11 +23,11 @@ use joey_api::frame::STATUS;
 use joey_api::instance::{ContainerState, InstanceEvent, Termination};
 use joey_api::lifecycle::Role;
 use joey_collect::{Files, Log, Segments};
+use joey_health::Backoff;
 use joey_model::{RestartPolicy, checkpoint};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
-use crate::backoff::Backoff;
 use crate::cgroup::Cgroup;
 use crate::check::{self, Unwell};
 use crate::collect;

@@ -3,7 +3,6 @@
 //!
 //! Called as `joey-agent core …` by the kernel it is the handler of crashes (`joey_diagnosis::core_handler`), on its own.
 
-mod backoff;
 mod cgroup;
 mod check;
 mod collect;

@@ -488,7 +488,7 @@ async fn what_forks_on_and_on_ends_with_its_container() {
             main.restart_count == 1 && matches!(main.state, ContainerState::Running { .. })
         })
         .await;
-        let (listed, status) = exec(&agent, &["/bin/sh", "-c", "ps | grep -c 'all/chai[n]'"]).await;
+        let (listed, status) = exec(&agent, &["/bin/sh", "-c", "ps | grep -c '[0-9A-Z] */bin/sh /all/chai[n]'"]).await;
         assert_eq!(listed.trim(), "0", "{status:?}");
         bench.destroy(&request).await;
     }

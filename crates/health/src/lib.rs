@@ -1,6 +1,8 @@
-//! Asks over the network whether something is well, once and as a kubelet does: HTTP(S), TCP, the health protocol of gRPC. Whom to ask
-//! is said by an instance's own address, or by another one; what an answer means is the caller's matter. Names are not looked
-//! up: that takes a thread, and the agent has one.
+//! Asks over the network whether something is well, as a kubelet does: HTTP(S), TCP, the health protocol of gRPC. Whom to ask is
+//! said by an instance's own address, or by another one. Names are not looked up: that takes a thread, and the agent has one.
+//!
+//! Beside that, two rules without a clock of their own: what answers in a row are worth, and how long what ended waits for its
+//! next run.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -15,7 +17,12 @@ use joey_api::lifecycle::HttpGet;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+mod backoff;
 mod certificate;
+mod counted;
+
+pub use backoff::Backoff;
+pub use counted::{Answer, Counted};
 
 /// Body of an answer that is kept for the message.
 const KEPT: usize = 10 << 10;

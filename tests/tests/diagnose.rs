@@ -247,7 +247,7 @@ fn a_capture_has_what_its_filter_says() {
     });
     let [tcp, udp, icmp, none] = &ended;
     assert!(
-        tcp.iter().any(|line| line.contains("GET / HTTP/1")) && tcp.iter().all(|line| line.contains(".80")),
+        tcp.iter().any(|line| line.contains("HTTP: GET")) && tcp.iter().all(|line| line.contains(".80")),
         "{tcp:?}"
     );
     assert!(udp.len() == 1 && udp[0].contains(&format!("{address}.5300: UDP, length 200")), "{udp:?}");

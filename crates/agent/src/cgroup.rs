@@ -27,6 +27,8 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Length of a CPU period in microseconds, the kernel's and Kubernetes' default.
 const PERIOD: u64 = 100_000;
+/// What a container that names no limit counts for beside those that do, in thousandths of a core: they get what they may have.
+pub const UNSAID: u64 = 100;
 
 /// A cgroup by its name below the controllers' roots.
 #[derive(Debug, Clone)]
@@ -110,6 +112,10 @@ impl Cgroup {
     /// Sets a container's limits.
     pub fn limit(&self, limits: &Resources) -> io::Result<()> {
         self.bound(limits)?;
+        if limits.cpu_milli.is_none() {
+            // A host without the controller runs what asks for no limit.
+            let _ = self.weigh(UNSAID);
+        }
         if limits.pids.is_none() {
             // What was ended may have been kept from forking: `end_all`.
             let _ = std::fs::write(self.place("pids").join("pids.max"), "max");
@@ -192,8 +198,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Its share of the CPU beside its siblings' when all want more than there is: in proportion to `cpu_milli`. Without a word
-    /// it is a core's, the kernel's default (1024 of v1's shares, 100 of v2's weight).
+    /// Its share of the CPU beside its siblings' when all want more than there is: in proportion to `cpu_milli`. A core is the
+    /// kernel's default (1024 of v1's shares, 100 of v2's weight).
     pub fn weigh(&self, cpu_milli: u64) -> io::Result<()> {
         let (file, share) = match self.unified {
             true => ("cpu.weight", (cpu_milli / 10).clamp(1, 10_000)),

@@ -14,7 +14,7 @@ use joey_api::instance::Limits;
 use joey_api::validate::SYSCTLS;
 use joey_model::checkpoint;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, UNSAID};
 use crate::supervisor::Agent;
 use crate::{diagnosis, processes, server, sys, view, volumes};
 
@@ -98,9 +98,8 @@ fn enter_cgroup(config: &AgentConfig) -> io::Result<()> {
     let all = Cgroup::new(&config.cgroup);
     let own = all.child("agent");
     own.make()?;
-    // A container that names no limit counts as a core, the kernel's default.
-    let weighed =
-        all.weigh(config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(1000)).sum());
+    let each = config.containers.iter().map(|container| container.resources.cpu_milli.unwrap_or(UNSAID));
+    let weighed = all.weigh(config.limits.cpu_milli.unwrap_or_else(|| each.sum()));
     // A host without the controller runs what asks for no limit.
     if config.containers.iter().any(|container| container.resources.cpu_milli.is_some()) {
         weighed?;

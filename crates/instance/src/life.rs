@@ -108,7 +108,7 @@ impl Life {
             self.remember().await;
             // The daemon before this one may have ended between its record and its agent.
             self.behind = true;
-        } else if self.record.deleting.is_none() && self.had_sandbox() {
+        } else if self.record.deleting.is_none() && had_sandbox(&self.dir) {
             // Its agent ended while no daemon looked: as if it were lost now.
             self.remember().await;
             if let Some(grace) = self.agent_lost().await {
@@ -141,11 +141,6 @@ impl Life {
             }
         };
         self.end(grace).await;
-    }
-
-    /// Whether an agent had begun to tell of a sandbox that was not taken down since.
-    fn had_sandbox(&self) -> bool {
-        self.dir.join("agent.json").exists() && last_state(&self.dir).is_some()
     }
 
     /// What an adopted sandbox was made from: its address, and the images as its configuration names them.
@@ -582,6 +577,11 @@ impl Life {
         self.status.events = status::events(&self.events, &self.agent_events);
         self.shared.publish(&self.id, &self.status);
     }
+}
+
+/// Whether an agent had begun to tell of a sandbox that was not taken down since.
+pub(crate) fn had_sandbox(dir: &Path) -> bool {
+    dir.join("agent.json").exists() && last_state(dir).is_some()
 }
 
 /// What the agent last wrote; `None` where there is nothing that can be read.

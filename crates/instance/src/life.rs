@@ -355,8 +355,7 @@ impl Life {
     }
 
     fn agent_says(&mut self, state: &AgentState) {
-        let policy = self.record.spec.restart_policy.into();
-        status::apply(&mut self.status, self.id.as_str(), policy, &self.record.restarts_before, state);
+        status::apply(&mut self.status, self.id.as_str(), &self.record.spec, &self.record.restarts_before, state);
         if self.status.phase == WirePhase::Running && !self.status.timings.contains_key("running") {
             self.mark("running");
         }
@@ -377,8 +376,7 @@ impl Life {
     async fn agent_lost(&mut self) -> Option<u32> {
         let last = last_state(&self.dir);
         if let Some(state) = &last {
-            let policy = self.record.spec.restart_policy.into();
-            status::apply(&mut self.status, self.id.as_str(), policy, &self.record.restarts_before, state);
+            status::apply(&mut self.status, self.id.as_str(), &self.record.spec, &self.record.restarts_before, state);
         }
         if status::is_final(self.status.phase) {
             // It had nothing left to do; what it did stays told.

@@ -85,7 +85,7 @@ impl Life {
         shared: Arc<Shared>,
         commands: mpsc::UnboundedReceiver<Command>,
     ) -> Self {
-        let status = status::waiting(&record.spec, &shared.config.host_name, "ContainerCreating", "");
+        let status = status::waiting(&record, &shared.config.host_name, "ContainerCreating", "");
         let dir = shared.dir(&id);
         Self {
             id,
@@ -396,7 +396,7 @@ impl Life {
             return self.until_deleted().await;
         }
         for container in &self.status.containers {
-            self.record.restarts_before.insert(container.name.clone(), container.restart_count + 1);
+            self.record.restarts_before.insert(container.name.clone(), container.restart_count.saturating_add(1));
         }
         if let Err(fault) = self.write_record().await {
             tracing::error!(instance = %self.id, %fault, "restart counts could not be kept");
@@ -516,7 +516,7 @@ impl Life {
 
     fn say_waiting(&mut self, fault: &Fault, reason: &str) {
         let host = self.shared.config.host_name.clone();
-        let fresh = status::waiting(&self.record.spec, &host, reason, &fault.message);
+        let fresh = status::waiting(&self.record, &host, reason, &fault.message);
         for container in &mut self.status.containers {
             // Who only looked on does not come back with the sandbox.
             if container.role == Role::Debug && self.record.restarts_before.contains_key(&container.name) {

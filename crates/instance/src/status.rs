@@ -10,12 +10,17 @@ use joey_api::instance::{
 use joey_api::lifecycle::Role;
 use joey_model::{Fault, RestartPolicy};
 
+use crate::persist::Record;
+
 /// Events a status shows.
 const EVENTS: usize = 32;
 
 /// The status before there is an agent: every container waits for `reason`.
-pub(crate) fn waiting(spec: &InstanceSpec, host: &str, reason: &str, message: &str) -> InstanceStatus {
-    let containers = spec.containers.iter().map(|container| waits(container, reason, message));
+pub(crate) fn waiting(record: &Record, host: &str, reason: &str, message: &str) -> InstanceStatus {
+    let containers = record.spec.containers.iter().map(|container| {
+        let restart_count = record.restarts_before.get(&container.name).copied().unwrap_or(0);
+        ContainerStatus { restart_count, ..waits(container, reason, message) }
+    });
     InstanceStatus { host: Some(host.to_owned()), containers: containers.collect(), ..InstanceStatus::default() }
 }
 
@@ -62,7 +67,8 @@ pub(crate) fn apply(
         }
         container.state = told.state.clone();
         (container.started, container.ready) = (told.started, told.ready);
-        container.restart_count = restarts_before.get(&told.name).copied().unwrap_or(0) + told.restart_count;
+        let before = restarts_before.get(&told.name).copied().unwrap_or(0);
+        container.restart_count = before.saturating_add(told.restart_count);
         if told.last_termination.is_some() {
             container.last_termination = told.last_termination.clone();
         }
@@ -254,6 +260,20 @@ mod tests {
             let containers: Vec<_> = states.into_iter().map(|(state, before)| container(state, before)).collect();
             assert_eq!(phase(&spec(policy), &containers), expected, "{policy:?} {containers:?}");
         }
+    }
+
+    #[test]
+    fn restarts_are_counted_on_from_those_before() {
+        let spec = json!({"name": "i", "containers": [{"name": "c", "image": "i"}], "restartsBefore": {"c": 4}});
+        let record = Record::new(serde_json::from_value(spec).unwrap());
+        let mut status = waiting(&record, "h", "ContainerCreating", "");
+        assert_eq!(status.containers[0].restart_count, 4);
+        let state: AgentState = serde_json::from_value(json!({"version": 1, "sequence": 1, "events": [],
+            "stopping": false, "containers": [{"name": "c", "restartCount": 2, "lastTermination": null,
+            "runningSince": null, "state": {"running": {"startedAt": "2026-01-01T00:00:00Z", "pid": 7}}}]}))
+        .unwrap();
+        apply(&mut status, "id", &record.spec, &record.restarts_before, &state);
+        assert_eq!((status.containers[0].restart_count, status.phase), (6, WirePhase::Running));
     }
 
     #[test]

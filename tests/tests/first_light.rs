@@ -87,13 +87,22 @@ fn sigterm_leaves_pods_running_and_down_leaves_nothing() {
 fn down_works_without_a_running_joey() {
     let registry = Registry::with_demo_image();
     let mut joey = Joey::start();
-    joey.run_pod("orphan", &registry.demo(), &[]);
+    let mut object = pod("orphan", &registry.demo(), &[]);
+    object["spec"]["restartPolicy"] = "Always".into();
+    joey.apply(&object);
+    joey.wait_for("orphan", "Ready", seconds(60));
     let pid = joey.pid_of("orphan.default");
     joey.kill();
     assert!(process_runs(pid));
     joey.down().ok();
     assert!(!process_runs(pid));
     assert!(joey.traces().is_empty(), "{:?}", joey.traces());
+
+    joey.up();
+    wait_until("the Pod is back, and its restart is counted", seconds(60), || {
+        let container = joey.get("pod", "orphan")["status"]["containerStatuses"][0].clone();
+        holds(container["restartCount"] == 1 && container["state"]["running"].is_object(), container)
+    });
 }
 
 #[test]

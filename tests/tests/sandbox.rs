@@ -138,6 +138,8 @@ fn logs_are_cri_formatted_and_rotated() {
         });
         if run < 2 {
             joey.joey(&["restart", "loud.default"]).ok();
+            let shown = joey.joey(&["describe", "loud.default", "-o", "json"]).json();
+            assert_eq!(shown["status"]["containers"][0]["restartCount"], run + 1, "it has restarted: {shown}");
         }
     }
     let mut files = Vec::new();

@@ -69,14 +69,10 @@ impl Agent {
             image: container.image.clone(),
             resources: container.resources,
         });
-        let sequence = std::fs::read(dir.join("state.json"))
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<AgentState>(&bytes).ok())
-            .map_or(0, |state| state.sequence);
         let containers = containers.collect();
         let state = AgentState {
             version: VERSION,
-            sequence,
+            sequence: 0,
             containers,
             events: Vec::new(),
             stopping: false,

@@ -208,7 +208,7 @@ pub struct VolumeUpdated {
 #[serde(rename_all = "camelCase")]
 pub struct AgentState {
     pub version: u32,
-    /// Grows with every change, also over a restart of the agent.
+    /// Grows with every change, from 1 in each sandbox.
     pub sequence: u64,
     pub containers: Vec<AgentContainerState>,
     /// Oldest first, at most 32.

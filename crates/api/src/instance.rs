@@ -69,6 +69,9 @@ pub struct InstanceSpec {
     /// Cores of processes that crash are written there: [`crate::diagnosis::CoreSettings`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub core_pattern: Option<String>,
+    /// Where it takes the place of one that is gone: with what its containers' restart counts begin.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub restarts_before: BTreeMap<String, u32>,
     /// What is collected of its logs, and for which sink.
     #[serde(default)]
     pub logs: Logs,
@@ -103,6 +106,7 @@ impl InstanceSpec {
             active_deadline_seconds: None,
             debug_ports: Vec::new(),
             core_pattern: None,
+            restarts_before: BTreeMap::new(),
             logs: Logs::default(),
             network: NetworkSpec::default(),
             credentials: Vec::new(),

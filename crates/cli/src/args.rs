@@ -46,7 +46,7 @@ Instances:
   diagnose    Get core dumps and captures of packets from an instance
   top         Show what instances use
   events      Show what happened to an instance
-  restart     Restart an instance's containers
+  restart     Restart an instance's containers; returns when they run again
   rm          End instances and remove them
 
 Images:
@@ -116,8 +116,8 @@ pub enum Command {
     Top(Top),
     /// Show what happened to an instance
     Events(Shown),
-    /// Restart an instance's containers
-    Restart(Named),
+    /// Restart an instance's containers; returns when they run again
+    Restart(Anew),
     /// End instances and remove them
     Rm(Rm),
     /// Images on this host
@@ -318,6 +318,15 @@ pub enum Pull {
     Always,
     Missing,
     Never,
+}
+
+#[derive(Debug, Args)]
+pub struct Anew {
+    /// Name or id of the instance
+    pub name: String,
+    /// Do not wait until they run again
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 #[derive(Debug, Args)]

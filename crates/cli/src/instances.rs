@@ -1,4 +1,4 @@
-//! Commands about instances and hosts that are there: ps, describe, events, logs, restart, rm, host ls.
+//! Commands about instances and hosts that are there: ps, describe, events, logs, rm, host ls.
 
 use std::process::ExitCode;
 
@@ -119,11 +119,6 @@ pub async fn events(service: &PoolClient, name: &str, format: Format) -> Result<
         }));
         rows
     })
-}
-
-pub async fn restart(service: &PoolClient, name: &str) -> Result<ExitCode, Failure> {
-    service.restart(name).await?;
-    Ok(DONE)
 }
 
 /// Ends the instances and waits until each is gone, also when another cannot be ended.

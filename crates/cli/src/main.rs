@@ -18,6 +18,7 @@ mod images;
 mod instances;
 mod measure;
 mod output;
+mod restart;
 mod roles;
 mod run;
 mod settings;
@@ -89,7 +90,7 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Diagnose(args::Diagnose::Core(core)) => diagnose::core(&service, core).await,
         Command::Diagnose(args::Diagnose::Tcpdump(tcpdump)) => diagnose::tcpdump(&service, *tcpdump).await,
         Command::Top(top) => top::top(&service, top).await,
-        Command::Restart(named) => instances::restart(&service, &named.name).await,
+        Command::Restart(asked) => restart::restart(&service, &asked).await,
         Command::Rm(rm) => instances::rm(&service, &rm).await,
         Command::Logs(logs) => instances::logs(&service, logs).await,
         Command::Exec(exec) => exec::exec(&service, exec).await,

@@ -137,6 +137,8 @@ impl Guard {
                     return Err(Refused::Failed(error));
                 }
                 Err(Failed::Again { error, after }) => {
+                    // "At once" names no time: it is left alone like one that says nothing.
+                    let after = after.filter(|after| !after.is_zero());
                     let rests = turn.bad(limits, after, error.to_string());
                     // Only for a time that the service names itself is it worth to wait here.
                     let worth = rests.is_zero() || after.is_some() && rests <= limits.patience;

@@ -121,6 +121,16 @@ async fn a_named_time_is_heeded() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_service_that_asks_for_no_rest_is_left_alone_all_the_same() {
+    let (guard, peer) = pair(Limits::default());
+    peer.sick.store(usize::MAX, Ordering::Relaxed);
+    for _ in 0..20 {
+        assert_eq!(calls(&guard, &peer, 1, Some(Duration::ZERO)).await, 0);
+    }
+    assert_eq!(peer.asked(), 3, "three in a row, and then none");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_answer_that_stands_is_given_at_once_and_is_no_failure() {
     let (guard, _) = pair(Limits::default());
     for _ in 0..20 {

@@ -42,7 +42,8 @@ pub(crate) struct Wish {
 }
 
 impl Wish {
-    /// Of one registry, from one service with all it is asked, as one user; `host` is the service's.
+    /// Of one registry, from one service with all it is asked, as one user; `host` is the service's. Calls for a registry are
+    /// guarded apart from others for the same service: a registry names whichever service it likes.
     pub(crate) fn new(registry: &str, service: &str, host: &str, user: Option<(&str, &str)>) -> Self {
         let digest = |parts: &[&str]| {
             let mut hash = Sha256::new();
@@ -55,7 +56,7 @@ impl Wish {
         let (name, password) = user.unwrap_or_default();
         let name = digest(&[registry, service, name, password]);
         let user = user.map_or_else(String::new, |(name, password)| digest(&[registry, name, password]).to_string());
-        Self { name, application: format!("{host} {user}") }
+        Self { name, application: format!("{registry} {host} {user}") }
     }
 }
 
@@ -185,5 +186,21 @@ mod tests {
             assert!(tokens.get(&wish, None, fail).await.is_err());
         }
         assert_eq!(asked.load(Ordering::Relaxed), 3, "the guard leaves it alone");
+    }
+
+    #[tokio::test]
+    async fn a_registry_that_names_anothers_service_is_in_nobody_elses_way() {
+        let limits = Limits { per_second: 0.001, burst: 5, patience: Duration::ZERO, ..Limits::default() };
+        let tokens = Tokens::new(limits);
+        let exchange = || async { Ok((HeaderValue::from_static("Bearer t"), USUAL_LIFE)) };
+        let held = async |registry: &str, scope: usize| {
+            let wish = Wish::new(registry, &format!("https://auth.example/?scope={scope}"), "auth.example", None);
+            matches!(tokens.get(&wish, None, exchange).await, Err(Refused::Held(_)))
+        };
+        for scope in 0..5 {
+            assert!(!held("https://hostile.example", scope).await);
+        }
+        assert!(held("https://hostile.example", 5).await, "it has used up what is its own");
+        assert!(!held("https://registry.example", 0).await);
     }
 }

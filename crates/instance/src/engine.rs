@@ -470,7 +470,7 @@ impl Shared {
         let (commands, queue) = mpsc::unbounded_channel();
         let handle = Handle {
             commands,
-            status: status::waiting(&record.spec, &self.config.host_name, "ContainerCreating", ""),
+            status: status::waiting(&record, &self.config.host_name, "ContainerCreating", ""),
             agent: sandbox.as_ref().map(|sandbox| AgentClient::new(sandbox.agent().clone())),
             images: Vec::new(),
             containers: record.spec.containers.iter().map(|container| container.name.clone()).collect(),

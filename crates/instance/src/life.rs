@@ -85,7 +85,7 @@ impl Life {
         shared: Arc<Shared>,
         commands: mpsc::UnboundedReceiver<Command>,
     ) -> Self {
-        let status = status::waiting(&record.spec, &shared.config.host_name, "ContainerCreating", "");
+        let status = status::waiting(&record, &shared.config.host_name, "ContainerCreating", "");
         let dir = shared.dir(&id);
         Self {
             id,
@@ -108,7 +108,7 @@ impl Life {
             self.remember().await;
             // The daemon before this one may have ended between its record and its agent.
             self.behind = true;
-        } else if self.record.deleting.is_none() && self.had_sandbox() {
+        } else if self.record.deleting.is_none() && had_sandbox(&self.dir) {
             // Its agent ended while no daemon looked: as if it were lost now.
             self.remember().await;
             if let Some(grace) = self.agent_lost().await {
@@ -141,11 +141,6 @@ impl Life {
             }
         };
         self.end(grace).await;
-    }
-
-    /// Whether an agent had begun to tell of a sandbox that was not taken down since.
-    fn had_sandbox(&self) -> bool {
-        self.dir.join("agent.json").exists() && last_state(&self.dir).is_some()
     }
 
     /// What an adopted sandbox was made from: its address, and the images as its configuration names them.
@@ -360,8 +355,7 @@ impl Life {
     }
 
     fn agent_says(&mut self, state: &AgentState) {
-        let policy = self.record.spec.restart_policy.into();
-        status::apply(&mut self.status, self.id.as_str(), policy, &self.record.restarts_before, state);
+        status::apply(&mut self.status, self.id.as_str(), &self.record.spec, &self.record.restarts_before, state);
         if self.status.phase == WirePhase::Running && !self.status.timings.contains_key("running") {
             self.mark("running");
         }
@@ -382,8 +376,7 @@ impl Life {
     async fn agent_lost(&mut self) -> Option<u32> {
         let last = last_state(&self.dir);
         if let Some(state) = &last {
-            let policy = self.record.spec.restart_policy.into();
-            status::apply(&mut self.status, self.id.as_str(), policy, &self.record.restarts_before, state);
+            status::apply(&mut self.status, self.id.as_str(), &self.record.spec, &self.record.restarts_before, state);
         }
         if status::is_final(self.status.phase) {
             // It had nothing left to do; what it did stays told.
@@ -403,7 +396,7 @@ impl Life {
             return self.until_deleted().await;
         }
         for container in &self.status.containers {
-            self.record.restarts_before.insert(container.name.clone(), container.restart_count + 1);
+            self.record.restarts_before.insert(container.name.clone(), container.restart_count.saturating_add(1));
         }
         if let Err(fault) = self.write_record().await {
             tracing::error!(instance = %self.id, %fault, "restart counts could not be kept");
@@ -523,7 +516,7 @@ impl Life {
 
     fn say_waiting(&mut self, fault: &Fault, reason: &str) {
         let host = self.shared.config.host_name.clone();
-        let fresh = status::waiting(&self.record.spec, &host, reason, &fault.message);
+        let fresh = status::waiting(&self.record, &host, reason, &fault.message);
         for container in &mut self.status.containers {
             // Who only looked on does not come back with the sandbox.
             if container.role == Role::Debug && self.record.restarts_before.contains_key(&container.name) {
@@ -582,6 +575,11 @@ impl Life {
         self.status.events = status::events(&self.events, &self.agent_events);
         self.shared.publish(&self.id, &self.status);
     }
+}
+
+/// Whether an agent had begun to tell of a sandbox that was not taken down since.
+pub(crate) fn had_sandbox(dir: &Path) -> bool {
+    dir.join("agent.json").exists() && last_state(dir).is_some()
 }
 
 /// What the agent last wrote; `None` where there is nothing that can be read.

@@ -29,7 +29,8 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) fn new(spec: InstanceSpec) -> Self {
-        Self { version: VERSION, spec, accepted_at: Timestamp::now(), deleting: None, restarts_before: BTreeMap::new() }
+        let restarts_before = spec.restarts_before.clone();
+        Self { version: VERSION, spec, accepted_at: Timestamp::now(), deleting: None, restarts_before }
     }
 
     /// The record in `dir`; `None` where there is none that is whole: nothing was acknowledged then.

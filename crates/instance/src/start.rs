@@ -5,7 +5,8 @@
 //!  (kept)    release   remove files  destroy      undo, in the other order
 //! ```
 
-use std::io::ErrorKind as ErrorKindOfIo;
+use std::io::{self, ErrorKind as ErrorKindOfIo};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -85,8 +86,8 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
             let mut config = config(life, made).await?;
             logs::plan(life, &mut config).await?;
             let bytes = serde_json::to_vec(&config).map_err(|error| host_fault("write its configuration", &error))?;
-            let path = life.dir.join("agent.json");
-            blocking("write its configuration", move || persist::write_private(&path, &bytes).map(drop)).await?;
+            let dir = life.dir.clone();
+            blocking("write its configuration", move || configure(&dir, &bytes)).await?;
             made.config = Some(config);
             checkpoint::reached("instance-configured");
         }
@@ -104,6 +105,15 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
         }
     }
     Ok(())
+}
+
+/// Writes what a sandbox is made from. What the agent of one before it told last is not to be taken for its own.
+fn configure(dir: &Path, config: &[u8]) -> io::Result<()> {
+    match std::fs::remove_file(dir.join("state.json")) {
+        Err(error) if error.kind() != ErrorKindOfIo::NotFound => return Err(error),
+        _ => {}
+    }
+    persist::write_private(&dir.join("agent.json"), config).map(drop)
 }
 
 async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
@@ -332,4 +342,22 @@ fn disk_full(operation: &'static str) -> Fault {
 pub(crate) fn host_fault(operation: &'static str, error: &dyn std::error::Error) -> Fault {
     tracing::error!(operation, %error, "host failed");
     Fault::new(ErrorKind::Internal, "HostFailed", format!("the host could not {operation}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::life::had_sandbox;
+
+    #[test]
+    fn a_sandbox_that_was_not_made_is_not_taken_for_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        configure(dir.path(), b"{}").unwrap();
+        assert!(!had_sandbox(dir.path()));
+        let state = r#"{"version": 1, "sequence": 7, "containers": [], "events": [], "stopping": false}"#;
+        std::fs::write(dir.path().join("state.json"), state).unwrap();
+        assert!(had_sandbox(dir.path()), "its agent told of it");
+        configure(dir.path(), b"{}").unwrap();
+        assert!(!had_sandbox(dir.path()));
+    }
 }

@@ -10,12 +10,17 @@ use joey_api::instance::{
 use joey_api::lifecycle::Role;
 use joey_model::{Fault, RestartPolicy};
 
+use crate::persist::Record;
+
 /// Events a status shows.
 const EVENTS: usize = 32;
 
 /// The status before there is an agent: every container waits for `reason`.
-pub(crate) fn waiting(spec: &InstanceSpec, host: &str, reason: &str, message: &str) -> InstanceStatus {
-    let containers = spec.containers.iter().map(|container| waits(container, reason, message));
+pub(crate) fn waiting(record: &Record, host: &str, reason: &str, message: &str) -> InstanceStatus {
+    let containers = record.spec.containers.iter().map(|container| {
+        let restart_count = record.restarts_before.get(&container.name).copied().unwrap_or(0);
+        ContainerStatus { restart_count, ..waits(container, reason, message) }
+    });
     InstanceStatus { host: Some(host.to_owned()), containers: containers.collect(), ..InstanceStatus::default() }
 }
 
@@ -48,7 +53,7 @@ pub(crate) fn take_in(status: &mut InstanceStatus, spec: &InstanceSpec) {
 pub(crate) fn apply(
     status: &mut InstanceStatus,
     id: &str,
-    policy: RestartPolicy,
+    spec: &InstanceSpec,
     restarts_before: &BTreeMap<String, u32>,
     state: &AgentState,
 ) {
@@ -62,7 +67,8 @@ pub(crate) fn apply(
         }
         container.state = told.state.clone();
         (container.started, container.ready) = (told.started, told.ready);
-        container.restart_count = restarts_before.get(&told.name).copied().unwrap_or(0) + told.restart_count;
+        let before = restarts_before.get(&told.name).copied().unwrap_or(0);
+        container.restart_count = before.saturating_add(told.restart_count);
         if told.last_termination.is_some() {
             container.last_termination = told.last_termination.clone();
         }
@@ -83,7 +89,7 @@ pub(crate) fn apply(
             (status.reason, status.message) = (Some(failed.reason.clone()), Some(failed.message.clone()));
             WirePhase::Failed
         }
-        (false, _) => phase(policy, &status.containers),
+        (false, _) => phase(spec, &status.containers),
     };
 }
 
@@ -91,31 +97,47 @@ fn runs(container: &ContainerStatus) -> bool {
     matches!(container.state, ContainerState::Running { .. })
 }
 
-/// The phase that containers in these states make: the main ones decide once those that prepare them are done, and it is over
-/// when those that accompany them have ended too.
-pub(crate) fn phase(policy: RestartPolicy, containers: &[ContainerStatus]) -> WirePhase {
+/// Whether a container that ended with this code is started again: its own policy and rules count before the instance's.
+fn runs_again(spec: &InstanceSpec, container: &ContainerStatus, exit_code: i32) -> bool {
+    let own = spec.containers.iter().find(|own| own.name == container.name);
+    let policy: RestartPolicy = own.and_then(|own| own.restart_policy).unwrap_or(spec.restart_policy).into();
+    let policy = match (container.role, policy) {
+        // What prepares the others is done once it has been done.
+        (Role::Init, RestartPolicy::Always) => RestartPolicy::OnFailure,
+        (_, policy) => policy,
+    };
+    let ruled = own.is_some_and(|own| own.restart_rules.iter().any(|rule| rule.holds(exit_code)));
+    ruled || policy.restarts(exit_code)
+}
+
+/// The phase that containers in these states make, as a kubelet's `getPhase` has it: the main ones decide once those that prepare
+/// them are done and each of them has run, and it is over when those that accompany them have ended too.
+pub(crate) fn phase(spec: &InstanceSpec, containers: &[ContainerStatus]) -> WirePhase {
     // Who only looks on comes last, and says nothing about the rest.
     let own = containers.iter().position(|container| container.role == Role::Debug).unwrap_or(containers.len());
     let containers = &containers[..own];
     for init in containers.iter().filter(|container| container.role == Role::Init) {
         match &init.state {
             ContainerState::Terminated(end) if end.exit_code == 0 => {}
-            ContainerState::Terminated(_) if policy == RestartPolicy::Never => {
+            ContainerState::Terminated(end) if !runs_again(spec, init, end.exit_code) => {
                 let others = containers.iter().any(runs);
                 return if others { WirePhase::Starting } else { WirePhase::Failed };
             }
             _ => return WirePhase::Starting,
         }
     }
-    let main: Vec<_> = containers.iter().filter(|container| container.role == Role::Main).collect();
+    let main = || containers.iter().filter(|container| container.role == Role::Main);
+    let never_ran = |container: &ContainerStatus| {
+        matches!(container.state, ContainerState::Waiting { .. }) && container.last_termination.is_none()
+    };
+    if main().any(never_ran) {
+        return WirePhase::Starting;
+    }
     let mut failed = false;
-    for container in &main {
+    for container in main() {
         match &container.state {
-            ContainerState::Terminated(end) if !policy.restarts(end.exit_code) => failed |= end.exit_code != 0,
-            ContainerState::Waiting { .. } if container.last_termination.is_none() => {
-                // Not one run yet: the rest decides whether something runs already.
-                let others = main.iter().any(|other| !matches!(other.state, ContainerState::Waiting { .. }));
-                return if others { WirePhase::Running } else { WirePhase::Starting };
+            ContainerState::Terminated(end) if !runs_again(spec, container, end.exit_code) => {
+                failed |= end.exit_code != 0;
             }
             _ => return WirePhase::Running,
         }
@@ -183,6 +205,11 @@ mod tests {
         status
     }
 
+    fn spec(policy: RestartPolicy) -> InstanceSpec {
+        let policy = format!("{policy:?}");
+        serde_json::from_value(json!({"name": "i", "containers": [], "restartPolicy": policy})).unwrap()
+    }
+
     fn end(exit_code: i32) -> Termination {
         serde_json::from_value(json!({"exitCode": exit_code, "reason": "r", "finishedAt": "2026-01-01T00:00:00Z"}))
             .unwrap()
@@ -207,7 +234,7 @@ mod tests {
         ] {
             let containers: Vec<_> =
                 states.into_iter().map(|(role, state)| ContainerStatus { role, ..container(state, false) }).collect();
-            assert_eq!(phase(policy, &containers), expected, "{policy:?} {containers:?}");
+            assert_eq!(phase(&spec(policy), &containers), expected, "{policy:?} {containers:?}");
         }
     }
 
@@ -218,7 +245,10 @@ mod tests {
         let ended = |code| ContainerState::Terminated(end(code));
         for (policy, states, expected) in [
             (RestartPolicy::Always, vec![(waits(), false)], WirePhase::Starting),
-            (RestartPolicy::Always, vec![(waits(), false), (runs(), false)], WirePhase::Running),
+            (RestartPolicy::Always, vec![(waits(), false), (runs(), false)], WirePhase::Starting),
+            (RestartPolicy::Always, vec![(runs(), false), (waits(), false)], WirePhase::Starting),
+            (RestartPolicy::Never, vec![(ended(0), false), (waits(), false)], WirePhase::Starting),
+            (RestartPolicy::Always, vec![(runs(), false), (waits(), true)], WirePhase::Running),
             (RestartPolicy::Always, vec![(waits(), true)], WirePhase::Running),
             (RestartPolicy::Always, vec![(ended(0), false)], WirePhase::Running),
             (RestartPolicy::OnFailure, vec![(ended(0), false), (ended(1), false)], WirePhase::Running),
@@ -228,7 +258,51 @@ mod tests {
             (RestartPolicy::Never, vec![(ended(0), false), (ended(0), false)], WirePhase::Succeeded),
         ] {
             let containers: Vec<_> = states.into_iter().map(|(state, before)| container(state, before)).collect();
-            assert_eq!(phase(policy, &containers), expected, "{policy:?} {containers:?}");
+            assert_eq!(phase(&spec(policy), &containers), expected, "{policy:?} {containers:?}");
+        }
+    }
+
+    #[test]
+    fn restarts_are_counted_on_from_those_before() {
+        let spec = json!({"name": "i", "containers": [{"name": "c", "image": "i"}], "restartsBefore": {"c": 4}});
+        let record = Record::new(serde_json::from_value(spec).unwrap());
+        let mut status = waiting(&record, "h", "ContainerCreating", "");
+        assert_eq!(status.containers[0].restart_count, 4);
+        let state: AgentState = serde_json::from_value(json!({"version": 1, "sequence": 1, "events": [],
+            "stopping": false, "containers": [{"name": "c", "restartCount": 2, "lastTermination": null,
+            "runningSince": null, "state": {"running": {"startedAt": "2026-01-01T00:00:00Z", "pid": 7}}}]}))
+        .unwrap();
+        apply(&mut status, "id", &record.spec, &record.restarts_before, &state);
+        assert_eq!((status.containers[0].restart_count, status.phase), (6, WirePhase::Running));
+    }
+
+    #[test]
+    fn containers_with_a_policy_of_their_own() {
+        let spec: InstanceSpec = serde_json::from_value(json!({"name": "i", "restartPolicy": "Always", "containers": [
+            {"name": "first", "image": "i", "role": "Init", "restartPolicy": "Never"},
+            {"name": "again", "image": "i", "role": "Init", "restartPolicy": "OnFailure"},
+            {"name": "once", "image": "i", "restartPolicy": "Never"},
+            {"name": "ruled", "image": "i", "restartPolicy": "Never", "restartRules": [{"exitCodes": [3]}]},
+            {"name": "always", "image": "i"}]}))
+        .unwrap();
+        let waits = || ContainerState::Waiting { reason: "r".to_owned(), message: String::new() };
+        let ended = |code| ContainerState::Terminated(end(code));
+        for (states, expected) in [
+            (vec![("once", ended(0))], WirePhase::Succeeded),
+            (vec![("once", ended(1))], WirePhase::Failed),
+            (vec![("once", ended(0)), ("always", ended(0))], WirePhase::Running),
+            (vec![("once", ended(0)), ("ruled", ended(0))], WirePhase::Succeeded),
+            (vec![("once", ended(0)), ("ruled", ended(4))], WirePhase::Failed),
+            (vec![("once", ended(0)), ("ruled", ended(3))], WirePhase::Running),
+            (vec![("first", ended(1)), ("always", waits())], WirePhase::Failed),
+            (vec![("again", ended(1)), ("always", waits())], WirePhase::Starting),
+        ] {
+            let made = |(name, state): (&str, ContainerState)| {
+                let role = spec.containers.iter().find(|own| own.name == name).unwrap().role;
+                ContainerStatus { name: name.to_owned(), role, ..container(state, false) }
+            };
+            let containers: Vec<_> = states.into_iter().map(made).collect();
+            assert_eq!(phase(&spec, &containers), expected, "{containers:?}");
         }
     }
 }

@@ -158,6 +158,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<Conver
         active_deadline_seconds: spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok()),
         debug_ports,
         core_pattern: limits::core_pattern(pod),
+        restarts_before: BTreeMap::new(),
         logs,
         network,
         credentials: objects.credentials.clone(),

@@ -52,6 +52,8 @@ pub struct Token {
     pub text: String,
     /// When another shall take its place.
     pub due: Timestamp,
+    /// When it is good no more.
+    pub expires: Timestamp,
 }
 
 /// Everything fetched for one Pod. Holds secrets: never logged, not `Debug`.

@@ -456,8 +456,8 @@ mod tests {
     #[test]
     fn files_are_made_again_one_volume_at_a_time() {
         let mut objects = Objects::default();
-        let due = jiff::Timestamp::UNIX_EPOCH;
-        objects.tokens.insert((None, Some(600)), Token { text: "t".to_owned(), due });
+        let (due, expires) = (jiff::Timestamp::UNIX_EPOCH, jiff::Timestamp::MAX);
+        objects.tokens.insert((None, Some(600)), Token { text: "t".to_owned(), due, expires });
         objects.values.insert((Kind::ConfigMap, "cm".into()), [("k".to_owned(), b"1".to_vec())].into());
         let (found, missing) = files(&projected(), &objects);
         assert_eq!(

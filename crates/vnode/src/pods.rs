@@ -31,6 +31,8 @@ mod change;
 mod contents;
 mod reconcile;
 mod registry;
+#[cfg(test)]
+mod tests;
 
 pub use registry::Registry;
 

@@ -134,7 +134,7 @@ async fn token(
     let made = accounts.create_token_request(&account, &PostParams::default(), &request).await?;
     let (now, status) = (Timestamp::now(), made.status.unwrap_or_default());
     let (text, expires) = (status.token.unwrap_or_default(), status.expiration_timestamp.map_or(now, |time| time.0));
-    Ok(Token { due: due(now, expires, &text), text })
+    Ok(Token { due: due(now, expires, &text), expires, text })
 }
 
 fn account(pod: &Pod) -> String {

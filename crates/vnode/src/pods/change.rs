@@ -12,7 +12,8 @@ use super::reconcile::{away, warn};
 use crate::resolve;
 use joey_podspec::{Objects, Refusal};
 
-/// Has the instance follow its Pod. Looks once at each generation of the Pod; where a cluster counts none, at every event.
+/// Has the instance follow its Pod. Looks once at each generation of the Pod; where a cluster counts none, at every event. What
+/// the Pod's status says is no proof: a virtual node before this one told it before it had carried out a change.
 pub(super) async fn follow(
     context: &Arc<Context>,
     uid: &str,
@@ -24,12 +25,8 @@ pub(super) async fn follow(
         return Ok(());
     }
     let generation = pod.metadata.generation;
-    // Kept before more is told: a change that fails now is not taken for one that was followed.
-    let looked = context.registry.read(uid, |entry| {
-        entry.followed = entry.followed.or(known.observed_generation);
-        entry.followed
-    });
-    if generation.is_some() && looked.flatten() == generation {
+    let followed = context.registry.read(uid, |entry| entry.followed).flatten();
+    if generation.is_some() && followed == generation {
         return Ok(());
     }
     let mut change = match joey_podspec::changed(pod, &instance.spec) {

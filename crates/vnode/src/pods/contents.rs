@@ -2,11 +2,12 @@
 //! annotations reach it, and tokens are replaced in time. What a virtual node before this one sent is not known, so that everything
 //! is sent once after a start.
 
+use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use joey_api::change::InstanceChange;
 use joey_api::instance::{Instance, Volume, VolumeSource, WirePhase};
 use joey_model::{ErrorKind, Fault};
@@ -14,9 +15,13 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::Context;
 use super::reconcile::warn;
+use super::registry::Entry;
 use joey_podspec::{Needs, Objects, TokenWish, Tokens};
 
 use crate::resolve;
+
+/// When a token that could not be replaced is tried again.
+const AGAIN: SignedDuration = SignedDuration::from_secs(10);
 
 /// Sends what a Pod's volumes hold, where that is something else than before.
 pub(super) async fn renew(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, instance: &Instance) -> Result<(), Fault> {
@@ -103,31 +108,59 @@ fn source(pod: &Pod, revision: u64, tokens: &Tokens) -> u64 {
     hasher.finish()
 }
 
-/// The Pod's tokens; those whose time has come are made anew.
+/// The Pod's tokens; those whose time has come are made anew. Where that fails, those that are good still stay, so that nothing
+/// else that the Pod shows has to wait, and are tried again.
 pub(super) async fn tokens(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, needs: &Needs) -> Result<Tokens, Fault> {
     let mut tokens = context.registry.read(uid, |entry| entry.files.tokens.clone()).unwrap_or_default();
     let now = Timestamp::now();
     let is_due = |wish: &&TokenWish| tokens.get(*wish).is_none_or(|token| token.due <= now);
-    let due = needs.tokens.iter().filter(is_due).cloned().collect::<std::collections::BTreeSet<_>>();
-    if due.is_empty() {
-        return Ok(tokens);
+    let due = needs.tokens.iter().filter(is_due).cloned().collect::<BTreeSet<_>>();
+    if !due.is_empty() {
+        match resolve::tokens(&context.client, &context.accounts, pod, &due).await {
+            Ok(fresh) => tokens.extend(fresh),
+            Err(fault) if put_off(&mut tokens, &due, now) => {
+                tracing::warn!(uid, %fault, "tokens could not be renewed yet, those from before stay");
+            }
+            Err(fault) => return Err(fault),
+        }
+        context.registry.read(uid, |entry| entry.files.tokens = tokens.clone());
     }
-    let fresh = resolve::tokens(&context.client, &context.accounts, pod, &due).await?;
-    wake_in_time(context, uid, &fresh);
-    tokens.extend(fresh);
-    context.registry.read(uid, |entry| entry.files.tokens = tokens.clone());
+    if let Some(first) = tokens.values().map(|token| token.due).min() {
+        wake_at(context, uid, first);
+    }
     Ok(tokens)
 }
 
-/// Has the Pod looked at when the first of these tokens is to be replaced.
-fn wake_in_time(context: &Arc<Context>, uid: &str, tokens: &Tokens) {
-    let Some(due) = tokens.values().map(|token| token.due).min() else { return };
-    let left = Duration::try_from(due.duration_since(Timestamp::now())).unwrap_or_default();
+/// Has these tokens replaced later; false, and nothing is done: one of them is good no more.
+fn put_off(tokens: &mut Tokens, due: &BTreeSet<TokenWish>, now: Timestamp) -> bool {
+    let good = due.iter().all(|wish| tokens.get(wish).is_some_and(|token| token.expires > now));
+    for token in tokens.values_mut().filter(|token| good && token.due <= now) {
+        token.due = token.expires.min(now + AGAIN);
+    }
+    good
+}
+
+/// Has the Pod looked at when the first of its tokens is to be replaced.
+fn wake_at(context: &Arc<Context>, uid: &str, at: Timestamp) {
+    let is_sooner = |entry: &mut Entry| {
+        let sooner = entry.files.waking.is_none_or(|known| at < known);
+        if sooner {
+            entry.files.waking = Some(at);
+        }
+        sooner
+    };
+    if context.registry.read(uid, is_sooner) != Some(true) {
+        return;
+    }
+    let left = Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default();
     let (context, uid) = (context.clone(), uid.to_owned());
     tokio::spawn(async move {
         tokio::select! {
             () = context.shutdown.cancelled() => {}
-            () = tokio::time::sleep(left) => context.wake(&uid),
+            () = tokio::time::sleep(left) => {
+                context.registry.read(&uid, |entry| entry.files.waking = None);
+                context.wake(&uid);
+            }
         }
     });
 }

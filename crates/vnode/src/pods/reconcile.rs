@@ -141,12 +141,13 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
         }
     };
     let objects = Objects { services: context.services.of(pod).await, ..objects };
-    let converted = match joey_podspec::convert(pod, &objects, &context.config.node) {
+    let mut converted = match joey_podspec::convert(pod, &objects, &context.config.node) {
         Ok(converted) => converted,
         Err(Refusal::Missing(missing)) => return wait_for(context, uid, pod, known, missing).await,
         Err(Refusal::InvalidImages(invalid)) => return blame_images(context, uid, pod, known, &invalid).await,
         Err(refusal) => return refuse(context, uid, pod, known, "UnsupportedPod", &refusal.to_string()).await,
     };
+    converted.spec.restarts_before = status::restarts(known);
     if let Err(fault) = joey_api::validate::instance(&converted.spec) {
         return refuse(context, uid, pod, known, "UnsupportedPod", &fault.message).await;
     }

@@ -54,6 +54,8 @@ pub(super) struct Entry {
 #[derive(Default)]
 pub(super) struct Files {
     pub tokens: Tokens,
+    /// When the Pod is woken to have the next of them replaced.
+    pub waking: Option<Timestamp>,
     /// What the files sent last were made from, and the files themselves; both in brief.
     pub made_from: Option<u64>,
     pub sent: Option<u64>,

@@ -23,6 +23,10 @@ pub(super) async fn follow(
     if matches!(instance.status.phase, WirePhase::Succeeded | WirePhase::Failed | WirePhase::Terminating) {
         return Ok(());
     }
+    // Annotations count no generation.
+    if let Some(why) = joey_podspec::fixed(pod, &instance.spec) {
+        warn(context, uid, pod, "FailedChange", &why, Timestamp::now());
+    }
     let generation = pod.metadata.generation;
     // Kept before more is told: a change that fails now is not taken for one that was followed.
     let looked = context.registry.read(uid, |entry| {

@@ -11,7 +11,7 @@ fn refused(joey: &Joey, object: &Value) -> String {
 
 fn patch(joey: &Joey, name: &str, change: &Value, further: &[&str]) -> Outcome {
     let change = change.to_string();
-    joey.kubectl(&[&["patch", "pod", name, "-p", change.as_str()], further].concat())
+    joey.kubectl(&[&["patch", "pod", name, "-p", &change][..], further].concat())
 }
 
 /// Waits until events about a Pod hold `part`.

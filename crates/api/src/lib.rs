@@ -4,6 +4,7 @@
 //! are RFC 3339 with microseconds in UTC; memory is in bytes, CPU in thousandths of a core, bandwidth in bits per second.
 
 pub mod agent;
+pub mod annotations;
 pub mod change;
 pub mod diagnosis;
 pub mod error;

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use joey_model::quantity::{parse_milli, parse_units};
-use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec, Taint, Toleration};
+use k8s_openapi::api::core::v1::{
+    Container, Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec, Taint, Toleration,
+};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 /// What Pods ask for, or a node offers.
@@ -13,6 +15,8 @@ pub(crate) struct Room {
     pub(crate) cpu: u64,
     /// Bytes.
     pub(crate) memory: u64,
+    /// Bytes of the disk (`ephemeral-storage`).
+    pub(crate) storage: u64,
     pub(crate) pods: u64,
 }
 
@@ -20,43 +24,79 @@ impl Room {
     pub(crate) fn add(&mut self, other: Room) {
         self.cpu = self.cpu.saturating_add(other.cpu);
         self.memory = self.memory.saturating_add(other.memory);
+        self.storage = self.storage.saturating_add(other.storage);
         self.pods += other.pods;
     }
 
     pub(crate) fn remove(&mut self, other: Room) {
         self.cpu = self.cpu.saturating_sub(other.cpu);
         self.memory = self.memory.saturating_sub(other.memory);
+        self.storage = self.storage.saturating_sub(other.storage);
         self.pods = self.pods.saturating_sub(other.pods);
     }
+
+    /// The larger of each amount.
+    fn grow_to(&mut self, other: Room) {
+        self.cpu = self.cpu.max(other.cpu);
+        self.memory = self.memory.max(other.memory);
+        self.storage = self.storage.max(other.storage);
+    }
 }
 
-/// The requests of a Pod: the sum of its containers, or its largest init container where that is more.
+/// The requests of a Pod: those of what runs at once, which is its containers and sidecars, or each init container and the sidecars
+/// before it. What is said of the Pod as a whole counts before that of its containers; its overhead comes on top.
 pub(crate) fn requests(spec: &PodSpec) -> Room {
-    let of = |requests: Option<&BTreeMap<String, Quantity>>| Room {
-        cpu: amount(requests, "cpu", parse_milli),
-        memory: amount(requests, "memory", parse_units),
-        pods: 0,
-    };
-    let mut sum = Room { pods: 1, ..Room::default() };
-    for container in &spec.containers {
-        sum.add(of(container.resources.as_ref().and_then(|resources| resources.requests.as_ref())));
-    }
+    let of = |container: &Container| amounts(container.resources.as_ref().and_then(|own| own.requests.as_ref()));
+    let (mut sidecars, mut start) = (Room::default(), Room::default());
     for container in spec.init_containers.iter().flatten() {
-        let one = of(container.resources.as_ref().and_then(|resources| resources.requests.as_ref()));
-        sum.cpu = sum.cpu.max(one.cpu);
-        sum.memory = sum.memory.max(one.memory);
+        let mut at_once = sidecars;
+        at_once.add(of(container));
+        if container.restart_policy.as_deref() == Some("Always") {
+            sidecars = at_once;
+        }
+        start.grow_to(at_once);
     }
-    sum
+    let mut sum = sidecars;
+    for container in &spec.containers {
+        sum.add(of(container));
+    }
+    sum.grow_to(start);
+    let whole = spec.resources.as_ref();
+    // A limit of the whole is its request where nobody asks for that.
+    for (said, counts) in [
+        (whole.and_then(|whole| whole.limits.as_ref()), [sum.cpu == 0, sum.memory == 0]),
+        (whole.and_then(|whole| whole.requests.as_ref()), [true, true]),
+    ] {
+        let has = |name: &str| said.is_some_and(|said| said.contains_key(name));
+        if counts[0] && has("cpu") {
+            sum.cpu = amounts(said).cpu;
+        }
+        if counts[1] && has("memory") {
+            sum.memory = amounts(said).memory;
+        }
+    }
+    sum.add(amounts(spec.overhead.as_ref()));
+    Room { pods: 1, ..sum }
 }
 
-/// What a node can give to Pods. A node that states no number of Pods takes the kubelet's default of 110.
+fn amounts(said: Option<&BTreeMap<String, Quantity>>) -> Room {
+    Room {
+        cpu: amount(said, "cpu", parse_milli),
+        memory: amount(said, "memory", parse_units),
+        storage: amount(said, "ephemeral-storage", parse_units),
+        pods: 0,
+    }
+}
+
+/// What a node can give to Pods. A node that states no number of Pods takes the kubelet's default of 110; one that states no disk
+/// is not asked about it.
 pub(crate) fn allocatable(node: &Node) -> Room {
     let offered = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
-    let pods = match offered.is_some_and(|offered| offered.contains_key("pods")) {
-        true => amount(offered, "pods", parse_units),
-        false => 110,
+    let stated = |name: &str, otherwise: u64| match offered.is_some_and(|offered| offered.contains_key(name)) {
+        true => amount(offered, name, parse_units),
+        false => otherwise,
     };
-    Room { cpu: amount(offered, "cpu", parse_milli), memory: amount(offered, "memory", parse_units), pods }
+    Room { pods: stated("pods", 110), storage: stated("ephemeral-storage", u64::MAX), ..amounts(offered) }
 }
 
 fn amount<E>(amounts: Option<&BTreeMap<String, Quantity>>, name: &str, parse: fn(&str) -> Result<u64, E>) -> u64 {
@@ -90,7 +130,20 @@ pub(crate) fn obstacle(pod: &Pod, node: &Node, used: Room) -> Option<String> {
     if wanted.memory > 0 && used.memory.saturating_add(wanted.memory) > offered.memory {
         return Some("Insufficient memory".to_owned());
     }
+    if wanted.storage > 0 && used.storage.saturating_add(wanted.storage) > offered.storage {
+        return Some("Insufficient ephemeral-storage".to_owned());
+    }
     None
+}
+
+/// What a Pod prefers of a node, as the sum of the weights of the terms that fit.
+pub(crate) fn wishes(pod: &Pod, node: &Node) -> i64 {
+    let empty = BTreeMap::new();
+    let labels = node.metadata.labels.as_ref().unwrap_or(&empty);
+    let affinity = pod.spec.as_ref().and_then(|spec| spec.affinity.as_ref()?.node_affinity.as_ref());
+    let preferred = affinity.and_then(|own| own.preferred_during_scheduling_ignored_during_execution.as_ref());
+    let fitting = preferred.into_iter().flatten().filter(|wish| term_matches(&wish.preference, node, labels));
+    fitting.map(|wish| i64::from(wish.weight)).sum()
 }
 
 /// `0/3 nodes are available: 1 Insufficient cpu, 2 node(s) were unschedulable.`
@@ -111,7 +164,7 @@ fn is_ready(node: &Node) -> bool {
     conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-fn selector_matches(spec: &PodSpec, node: &Node) -> bool {
+pub(crate) fn selector_matches(spec: &PodSpec, node: &Node) -> bool {
     let empty = BTreeMap::new();
     let labels = node.metadata.labels.as_ref().unwrap_or(&empty);
     let selected =
@@ -153,7 +206,7 @@ fn requirement_holds(wanted: &NodeSelectorRequirement, found: Option<&str>) -> b
     }
 }
 
-fn untolerated<'a>(spec: &PodSpec, node: &'a Node) -> Option<&'a Taint> {
+pub(crate) fn untolerated<'a>(spec: &PodSpec, node: &'a Node) -> Option<&'a Taint> {
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
     let tolerations = spec.tolerations.as_deref().unwrap_or_default();
     taints
@@ -248,12 +301,62 @@ mod tests {
             {"name": "a", "resources": {"requests": {"cpu": "1500m", "memory": "512Mi"}}},
             {"name": "b", "resources": {"requests": {"cpu": "500m"}}}]}));
         assert_eq!(obstacle(&big, &node(|_| ()), Room::default()), None);
-        let mut used = Room { cpu: 1, memory: 0, pods: 1 };
+        let mut used = Room { cpu: 1, pods: 1, ..Room::default() };
         assert_eq!(obstacle(&big, &node(|_| ()), used), Some("Insufficient cpu".to_owned()));
-        used = Room { cpu: 0, memory: 600 << 20, pods: 1 };
+        used = Room { memory: 600 << 20, pods: 1, ..Room::default() };
         assert_eq!(obstacle(&big, &node(|_| ()), used), Some("Insufficient memory".to_owned()));
         used.pods = 3;
         assert_eq!(obstacle(&big, &node(|_| ()), used), Some("Too many pods".to_owned()));
+    }
+
+    #[test]
+    fn the_disk_counts_where_it_is_stated() {
+        let big = pod(json!({"containers": [{"name": "a", "resources": {"requests": {"ephemeral-storage": "2Gi"}}}]}));
+        assert_eq!(obstacle(&big, &node(|_| ()), Room::default()), None);
+        let small = node(|node| node["status"]["allocatable"]["ephemeral-storage"] = "3Gi".into());
+        assert_eq!(obstacle(&big, &small, Room::default()), None);
+        let used = Room { storage: 2 << 30, ..Room::default() };
+        assert_eq!(obstacle(&big, &small, used), Some("Insufficient ephemeral-storage".to_owned()));
+    }
+
+    #[test]
+    fn what_runs_at_once_is_summed() {
+        let container = |name: &str, cpu: &str| json!({"name": name, "resources": {"requests": {"cpu": cpu}}});
+        let sidecar = |name: &str, cpu: &str| {
+            let mut one = container(name, cpu);
+            one["restartPolicy"] = "Always".into();
+            one
+        };
+        let cpu = |mut spec: Value| {
+            let base = json!({"containers": [container("a", "300m"), container("b", "200m")]});
+            for (key, part) in base.as_object().unwrap() {
+                spec.as_object_mut().unwrap().entry(key).or_insert_with(|| part.clone());
+            }
+            requests(pod(spec).spec.as_ref().unwrap()).cpu
+        };
+        assert_eq!(cpu(json!({})), 500);
+        assert_eq!(cpu(json!({"initContainers": [container("i", "400m"), container("j", "900m")]})), 900);
+        let mixed = [container("i", "600m"), sidecar("s", "100m"), container("j", "450m"), sidecar("t", "20m")];
+        assert_eq!(cpu(json!({"initContainers": mixed})), 620);
+        let late = [sidecar("s", "100m"), container("j", "900m")];
+        assert_eq!(cpu(json!({"initContainers": late})), 1000);
+        assert_eq!(cpu(json!({"overhead": {"cpu": "50m", "memory": "1Mi"}})), 550);
+        assert_eq!(cpu(json!({"resources": {"requests": {"cpu": "2"}}, "overhead": {"cpu": "50m"}})), 2050);
+        assert_eq!(cpu(json!({"resources": {"limits": {"cpu": "2"}}})), 500);
+        let silent = json!([{"name": "a"}]);
+        assert_eq!(cpu(json!({"containers": silent, "resources": {"limits": {"cpu": "2"}}})), 2000);
+    }
+
+    #[test]
+    fn preferred_terms_are_weighed() {
+        let wish = |weight: i32, zone: &str| {
+            json!({"weight": weight, "preference": {"matchExpressions":
+                [{"key": "zone", "operator": "In", "values": [zone]}]}})
+        };
+        let wanting = pod(json!({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution":
+            [wish(30, "a"), wish(7, "a"), wish(50, "b")]}}}));
+        assert_eq!(wishes(&wanting, &node(|_| ())), 37);
+        assert_eq!(wishes(&pod(json!({})), &node(|_| ())), 0);
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod dependents;
 mod fit;
 mod garbage;
 mod namespaces;
+mod neighbours;
 mod scheduler;
 mod service_accounts;
 

@@ -1,4 +1,5 @@
-//! The scheduler: binds each Pod without a node to the ready node that has room and the fewest Pods.
+//! The scheduler: binds each Pod without a node to the ready node that has room, of these to the one it prefers, of these to the one
+//! with the fewest Pods. Pods of higher priority come first; none makes room by ending others.
 //!
 //! ```text
 //!  waiting ──► bound in memory ──► POST binding ──► the watch shows it bound
@@ -6,14 +7,17 @@
 //!     └── no node fits: event FailedScheduling, condition PodScheduled=False; tried again when something changed
 //! ```
 //!
+//! A Pod with scheduling gates does not wait here: it comes when the last gate is gone.
+//!
 //! One task owns the state; bindings are sent by tasks of their own, so that one slow call holds up nobody.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Binding, Node, ObjectReference, Pod};
+use k8s_openapi::api::core::v1::{Binding, Namespace, Node, ObjectReference, Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -23,6 +27,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use crate::fit::{self, Room};
+use crate::neighbours::{Around, Key, Labels, Placed, looks_at_others};
 
 /// The `schedulerName` that is served; Pods naming another are somebody else's.
 const NAME: &str = "default-scheduler";
@@ -39,7 +44,11 @@ pub(crate) async fn run(client: kube::Client) {
         .default_backoff()
         .map_ok(Change::Node)
         .boxed();
-    let mut changes = stream::select(pods, nodes);
+    let namespaces = watcher(Api::<Namespace>::all(client.clone()), watcher::Config::default())
+        .default_backoff()
+        .map_ok(Change::Namespace)
+        .boxed();
+    let mut changes = stream::select(stream::select(pods, nodes), namespaces);
     let (answers, mut answered) = mpsc::unbounded_channel();
     let recorder = Recorder::new(client.clone(), Reporter { controller: NAME.to_owned(), instance: None });
     let mut scheduler = Scheduler { client, recorder, answers, state: State::default() };
@@ -48,6 +57,7 @@ pub(crate) async fn run(client: kube::Client) {
             change = changes.next() => match change {
                 Some(Ok(Change::Pod(event))) => scheduler.state.pod_changed(event),
                 Some(Ok(Change::Node(event))) => scheduler.state.node_changed(event),
+                Some(Ok(Change::Namespace(event))) => scheduler.state.namespace_changed(event),
                 Some(Err(error)) => tracing::debug!(%error, "scheduler's watch broke, beginning again"),
                 None => return,
             },
@@ -62,6 +72,7 @@ pub(crate) async fn run(client: kube::Client) {
 enum Change {
     Pod(watcher::Event<Pod>),
     Node(watcher::Event<Node>),
+    Namespace(watcher::Event<Namespace>),
 }
 
 struct Scheduler {
@@ -72,20 +83,18 @@ struct Scheduler {
     state: State,
 }
 
-/// Namespace and name.
-type Key = (String, String);
-
 #[derive(Default)]
 struct State {
     nodes: BTreeMap<String, Node>,
-    /// Node and requests of every Pod that has one, also of those whose binding is under way.
-    placed: HashMap<Key, (String, Room)>,
+    namespaces: BTreeMap<String, Labels>,
+    /// Every Pod that has a node, also those whose binding is under way.
+    placed: HashMap<Key, Placed>,
     used: HashMap<String, Room>,
     waiting: BTreeMap<Key, Pod>,
     /// Something happened since waiting Pods were last looked at.
     stirred: bool,
-    /// Both lists were received: what is used is known.
-    synced: (bool, bool),
+    /// Lists of Pods, nodes and namespaces were received: what is used is known.
+    synced: (bool, bool, bool),
     /// Lists under way: what is not in them is gone.
     listed_pods: Option<std::collections::HashSet<Key>>,
     listed_nodes: Option<std::collections::HashSet<String>>,
@@ -128,15 +137,12 @@ impl State {
             self.unplace(&key);
         } else if let Some(node) = spec.node_name.clone() {
             self.waiting.remove(&key);
-            self.place(key, node, fit::requests(spec));
-        } else if pod.metadata.deletion_timestamp.is_none()
-            && spec.scheduler_name.as_deref().unwrap_or(NAME) == NAME
-            && !self.placed.contains_key(&key)
-        {
+            self.place(key, Placed::of(&pod, node));
+        } else if pod.metadata.deletion_timestamp.is_some() || is_gated(spec) {
+            self.waiting.remove(&key);
+        } else if spec.scheduler_name.as_deref().unwrap_or(NAME) == NAME && !self.placed.contains_key(&key) {
             self.waiting.insert(key, pod);
             self.stirred = true;
-        } else if pod.metadata.deletion_timestamp.is_some() {
-            self.waiting.remove(&key);
         }
     }
 
@@ -173,19 +179,39 @@ impl State {
         self.stirred = true;
     }
 
-    fn place(&mut self, key: Key, node: String, room: Room) {
-        if self.placed.get(&key).is_some_and(|placed| *placed == (node.clone(), room)) {
+    fn namespace_changed(&mut self, event: watcher::Event<Namespace>) {
+        match event {
+            watcher::Event::Init => {
+                self.namespaces.clear();
+                self.synced.2 = false;
+            }
+            watcher::Event::InitApply(namespace) | watcher::Event::Apply(namespace) => {
+                let name = namespace.name_any();
+                self.namespaces.insert(name, namespace.metadata.labels.unwrap_or_default());
+                self.stirred = true;
+            }
+            watcher::Event::InitDone => {
+                self.synced.2 = true;
+                self.stirred = true;
+            }
+            watcher::Event::Delete(namespace) => drop(self.namespaces.remove(&namespace.name_any())),
+        }
+    }
+
+    fn place(&mut self, key: Key, placed: Placed) {
+        if self.placed.get(&key) == Some(&placed) {
             return;
         }
         self.unplace(&key);
-        self.used.entry(node.clone()).or_default().add(room);
-        self.placed.insert(key, (node, room));
+        self.used.entry(placed.node.clone()).or_default().add(placed.room);
+        self.placed.insert(key, placed);
+        self.stirred = true;
     }
 
     fn unplace(&mut self, key: &Key) {
-        if let Some((node, room)) = self.placed.remove(key) {
-            if let Some(used) = self.used.get_mut(&node) {
-                used.remove(room);
+        if let Some(placed) = self.placed.remove(key) {
+            if let Some(used) = self.used.get_mut(&placed.node) {
+                used.remove(placed.room);
             }
             self.stirred = true;
         }
@@ -198,16 +224,29 @@ impl State {
         }
     }
 
-    /// The ready node with room and the fewest Pods, or why there is none.
+    /// Waiting Pods in the order in which they are looked at.
+    fn queue(&self) -> Vec<Key> {
+        let priority = |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or_default();
+        let mut queue: Vec<_> = self.waiting.iter().map(|(key, pod)| (Reverse(priority(pod)), key)).collect();
+        queue.sort_unstable();
+        queue.into_iter().map(|(_, key)| key.clone()).collect()
+    }
+
+    /// The ready node with room that the Pod likes best and that has the fewest Pods, or why there is none.
     fn choose(&self, pod: &Pod) -> Result<String, String> {
+        let around = Around { nodes: &self.nodes, namespaces: &self.namespaces, placed: &self.placed };
         let mut obstacles = Vec::new();
-        let mut best: Option<(u64, &String)> = None;
+        let mut best: Option<((i64, u64), &String)> = None;
         for (name, node) in &self.nodes {
             let used = self.used.get(name).copied().unwrap_or_default();
-            match fit::obstacle(pod, node, used) {
-                Some(obstacle) => obstacles.push(obstacle),
-                None if best.is_none_or(|(pods, _)| used.pods < pods) => best = Some((used.pods, name)),
-                None => {}
+            let obstacle = fit::obstacle(pod, node, used);
+            if let Some(obstacle) = obstacle.or_else(|| around.obstacle(pod, node).map(str::to_owned)) {
+                obstacles.push(obstacle);
+                continue;
+            }
+            let rank = (-fit::wishes(pod, node) - around.wishes(pod, node), used.pods);
+            if best.is_none_or(|(known, _)| rank < known) {
+                best = Some((rank, name));
             }
         }
         best.map(|(_, name)| name.clone()).ok_or_else(|| fit::explain(self.nodes.len(), &obstacles))
@@ -216,25 +255,25 @@ impl State {
 
 impl Scheduler {
     fn schedule(&mut self) {
-        if self.state.synced != (true, true) || !std::mem::take(&mut self.state.stirred) {
+        if self.state.synced != (true, true, true) {
             return;
         }
-        let keys: Vec<Key> = self.state.waiting.keys().cloned().collect();
-        for key in keys {
-            let Some(pod) = self.state.waiting.get(&key) else { continue };
-            match self.state.choose(pod) {
-                Ok(node) => {
-                    let room = pod.spec.as_ref().map(fit::requests).unwrap_or_default();
-                    if let Some(pod) = self.state.waiting.remove(&key) {
-                        self.state.place(key.clone(), node.clone(), room);
-                        self.bind(key, pod, node);
+        while std::mem::take(&mut self.state.stirred) {
+            for key in self.state.queue() {
+                let Some(pod) = self.state.waiting.get(&key) else { continue };
+                match self.state.choose(pod) {
+                    Ok(node) => {
+                        if let Some(pod) = self.state.waiting.remove(&key) {
+                            self.state.place(key.clone(), Placed::of(&pod, node.clone()));
+                            self.bind(key, pod, node);
+                        }
                     }
+                    Err(why) => self.report(key, why),
                 }
-                Err(why) => self.report(key, why),
             }
+            // Placing stirs only those who look for others: room became less.
+            self.state.stirred &= self.state.waiting.values().any(looks_at_others);
         }
-        // Placing stirs nobody: room only became less.
-        self.state.stirred = false;
     }
 
     fn bind(&self, key: Key, pod: Pod, node: String) {
@@ -313,6 +352,11 @@ async fn publish(recorder: &Recorder, pod: &Pod, type_: EventType, reason: &str,
     }
 }
 
+/// Whether somebody holds the Pod back yet.
+fn is_gated(spec: &PodSpec) -> bool {
+    spec.scheduling_gates.as_ref().is_some_and(|gates| !gates.is_empty())
+}
+
 fn key(pod: &Pod) -> Key {
     (pod.namespace().unwrap_or_default(), pod.name_any())
 }
@@ -366,6 +410,50 @@ mod tests {
         state.pod_changed(watcher::Event::InitDone);
         assert!(state.waiting.is_empty());
         assert_eq!(state.placed.len(), 1);
-        assert_eq!(state.used["a"], Room { cpu: 1000, memory: 0, pods: 1 });
+        assert_eq!(state.used["a"], Room { cpu: 1000, pods: 1, ..Room::default() });
+    }
+
+    #[test]
+    fn a_gated_pod_comes_when_the_last_gate_is_gone() {
+        let mut state = State::default();
+        let gated = |gates: Value| {
+            let mut pod = pod("held", None, "Pending");
+            pod.spec.as_mut().unwrap().scheduling_gates = serde_json::from_value(gates).unwrap();
+            watcher::Event::Apply(pod)
+        };
+        state.pod_changed(gated(json!([{"name": "a"}, {"name": "b"}])));
+        state.pod_changed(gated(json!([{"name": "b"}])));
+        assert!(state.waiting.is_empty() && !state.stirred);
+        state.pod_changed(gated(json!([])));
+        assert!(state.stirred);
+        assert_eq!(state.queue(), [("n".to_owned(), "held".to_owned())]);
+    }
+
+    #[test]
+    fn higher_priority_is_looked_at_first() {
+        let mut state = State::default();
+        for (name, priority) in [("a", 0), ("b", 2_000_001_000), ("c", 2_000_000_000), ("d", 0)] {
+            let mut pod = pod(name, None, "Pending");
+            pod.spec.as_mut().unwrap().priority = Some(priority);
+            state.pod_changed(watcher::Event::Apply(pod));
+        }
+        let names: Vec<String> = state.queue().into_iter().map(|(_, name)| name).collect();
+        assert_eq!(names, ["b", "c", "a", "d"]);
+    }
+
+    #[test]
+    fn a_preferred_node_counts_before_an_empty_one() {
+        let mut state = State::default();
+        let mut liked = node("b");
+        liked.metadata.labels = Some([("disk".to_owned(), "fast".to_owned())].into());
+        state.node_changed(watcher::Event::Apply(node("a")));
+        state.node_changed(watcher::Event::Apply(liked));
+        state.pod_changed(watcher::Event::Apply(pod("1", Some("b"), "Running")));
+        let mut choosy = pod("2", None, "Pending");
+        assert_eq!(state.choose(&choosy), Ok("a".to_owned()));
+        let affinity = json!({"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [
+            {"weight": 1, "preference": {"matchExpressions": [{"key": "disk", "operator": "Exists"}]}}]}});
+        choosy.spec.as_mut().unwrap().affinity = serde_json::from_value(affinity).unwrap();
+        assert_eq!(state.choose(&choosy), Ok("b".to_owned()));
     }
 }

@@ -1,6 +1,9 @@
 //! What of a Pod changes while its instance lives: images, limits, the deadline, and ephemeral (debug) containers. The rest of a
 //! Pod is fixed by the API server, and made once in the parent module.
 
+use std::collections::BTreeMap;
+
+use joey_api::annotations;
 use joey_api::change::InstanceChange;
 use joey_api::instance::{ContainerSpec, InstanceSpec};
 use joey_api::lifecycle::Role;
@@ -34,6 +37,17 @@ pub fn changed(pod: &core::Pod, instance: &InstanceSpec) -> Result<InstanceChang
         true => Ok(change),
         false => Err(Refusal::Unsupported(notes.faults)),
     }
+}
+
+/// The annotations that are others than those the instance was made from, and that it cannot follow; nothing where none is.
+pub fn fixed(pod: &core::Pod, instance: &InstanceSpec) -> Option<String> {
+    let now = pod.metadata.annotations.iter().flat_map(pairs);
+    let changed = annotations::changed(pairs(&instance.annotations), now);
+    (!changed.is_empty()).then(|| format!("annotation {}: {}", changed.join(", "), annotations::FIXED))
+}
+
+fn pairs(all: &BTreeMap<String, String>) -> impl Iterator<Item = (&str, &str)> {
+    all.iter().map(|(key, value)| (key.as_str(), value.as_str()))
 }
 
 /// Ephemeral containers as an instance has them.
@@ -147,6 +161,20 @@ mod tests {
         assert_eq!(change.images.into_iter().collect::<Vec<_>>(), [("b".to_owned(), "img:2".to_owned())]);
         assert_eq!(change.resources["a"].memory_bytes, Some(128 << 20));
         assert_eq!((change.resources.len(), change.active_deadline_seconds), (1, Some(60)));
+    }
+
+    #[test]
+    fn annotations_that_cannot_be_followed_are_told() {
+        let node = Node::new("node", "192.0.2.1".parse().unwrap());
+        let annotated = |pids: &str, note: &str| {
+            pod(|pod| pod["metadata"]["annotations"] = json!({"joey.dev/pids": pids, "note": note}))
+        };
+        let made = convert(&annotated("100", "a"), &Objects::default(), &node).unwrap().spec;
+        assert_eq!(made.annotations.len(), 1, "{:?}", made.annotations);
+        assert_eq!(fixed(&annotated("100", "b"), &made), None);
+        let told = fixed(&annotated("200", "a"), &made).unwrap();
+        assert!(told.starts_with("annotation joey.dev/pids: ") && told.contains("delete the Pod"), "{told}");
+        assert!(fixed(&pod(|_| {}), &made).is_some(), "one that went is told, too");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use joey_api::annotations::{self, DEBUG_PORTS};
 use joey_api::hooks;
 use joey_api::instance::{ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpec, PullPolicy, WireRestartPolicy};
 use joey_api::lifecycle::Role;
@@ -24,7 +25,7 @@ mod security;
 mod tests;
 mod volumes;
 
-pub use ephemeral::{changed, debug};
+pub use ephemeral::{changed, debug, fixed};
 pub use needs::Needs;
 pub use node::Node;
 pub use objects::{Kind, Missing, Objects, Token, TokenWish, Tokens, Values};
@@ -135,7 +136,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<Conver
             (LABEL_NAMESPACE.to_owned(), namespace),
             (LABEL_POD.to_owned(), name),
         ]),
-        annotations: BTreeMap::new(),
+        annotations: fixed_annotations(pod),
         class: spec.runtime_class_name.clone().unwrap_or_else(|| "runc".to_owned()),
         hostname: Some(naming.hostname),
         domain: naming.domain,
@@ -335,9 +336,6 @@ fn restart_policy(at: &str, container: &core::Container, notes: &mut Notes) -> O
     }
 }
 
-/// Annotation: ports that debuggers connect to, separated by commas.
-const DEBUG_PORTS: &str = "joey.dev/debug-ports";
-
 fn debug_ports(pod: &core::Pod, notes: &mut Notes) -> Vec<u16> {
     let annotation = pod.metadata.annotations.as_ref().and_then(|all| all.get(DEBUG_PORTS));
     let words = annotation.iter().flat_map(|text| text.split(',')).map(str::trim).filter(|word| !word.is_empty());
@@ -350,6 +348,12 @@ fn debug_ports(pod: &core::Pod, notes: &mut Notes) -> Vec<u16> {
             }
         })
         .collect()
+}
+
+/// The annotations that made the instance what it is; kept with it to tell when the Pod's are others.
+fn fixed_annotations(pod: &core::Pod) -> BTreeMap<String, String> {
+    let all = pod.metadata.annotations.iter().flatten().filter(|(key, _)| annotations::is_fixed(key));
+    all.map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
 /// What is wrong with the hooks that annotations name.

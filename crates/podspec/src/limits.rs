@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use joey_api::annotations::{BANDWIDTH, CORE_PATTERN, DISK_BYTES, DISK_OPERATIONS, PACKETS, PIDS, USE_SPECS};
 use joey_api::instance::{Limits, NetworkSpec, Resources};
 use joey_api::lifecycle::RestartOnResize;
 use joey_model::quantity::{parse_milli, parse_units};
@@ -10,18 +11,6 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::{Notes, given};
-
-/// Annotation: sizes for the whole Pod, separated by commas; the first that can be had counts. The name is that of Alibaba
-/// Cloud's Elastic Container Instance.
-const USE_SPECS: &str = "k8s.aliyun.com/eci-use-specs";
-/// Annotation of the same origin: where cores of processes that crash are written, inside the container.
-const CORE_PATTERN: &str = "k8s.aliyun.com/eci-core-pattern";
-/// Annotations of the Pod as a whole; rates are for each way on its own.
-const PIDS: &str = "joey.dev/pids";
-const DISK_BYTES: &str = "joey.dev/disk-bytes-per-second";
-const DISK_OPERATIONS: &str = "joey.dev/disk-operations-per-second";
-const PACKETS: [&str; 2] = ["joey.dev/ingress-packets-per-second", "joey.dev/egress-packets-per-second"];
-const BANDWIDTH: [&str; 2] = ["kubernetes.io/ingress-bandwidth", "kubernetes.io/egress-bandwidth"];
 
 type Amounts = BTreeMap<String, Quantity>;
 

@@ -2,23 +2,19 @@
 
 use std::collections::BTreeMap;
 
+use joey_api::annotations::{LOG_SINK, LOGS};
 use joey_api::instance::ContainerSpec;
 use joey_api::logs::{self, LogSource, Logs};
 use k8s_openapi::api::core::v1 as core;
 
 use crate::Notes;
 
-/// Annotation: the sources, as a JSON list of [`LogSource`].
-const SOURCES: &str = "joey.dev/logs";
-/// Annotation: the sink of sources that name none.
-const SINK: &str = "joey.dev/log-sink";
-
 pub(crate) fn logs(pod: &core::Pod, containers: &[ContainerSpec], notes: &mut Notes) -> Logs {
     let annotation = |key: &str| pod.metadata.annotations.as_ref()?.get(key);
-    let sources = match annotation(SOURCES).map(|text| serde_json::from_str::<Vec<LogSource>>(text)).transpose() {
+    let sources = match annotation(LOGS).map(|text| serde_json::from_str::<Vec<LogSource>>(text)).transpose() {
         Ok(sources) => sources.unwrap_or_default(),
         Err(error) => {
-            notes.faults.push(format!("annotation {SOURCES}: {error}"));
+            notes.faults.push(format!("annotation {LOGS}: {error}"));
             return Logs::default();
         }
     };
@@ -28,8 +24,8 @@ pub(crate) fn logs(pod: &core::Pod, containers: &[ContainerSpec], notes: &mut No
     }
     let of = |key: &str, value: &Option<String>| (key.to_owned(), value.clone().unwrap_or_default());
     let fields = BTreeMap::from([of("namespace", &pod.metadata.namespace), of("pod", &pod.metadata.name)]);
-    let logs = Logs { sink: annotation(SINK).cloned(), sources, fields };
+    let logs = Logs { sink: annotation(LOG_SINK).cloned(), sources, fields };
     let names: Vec<&str> = containers.iter().map(|container| container.name.as_str()).collect();
-    notes.faults.extend(logs::check(&logs, &names).into_iter().map(|fault| format!("annotation {SOURCES}: {fault}")));
+    notes.faults.extend(logs::check(&logs, &names).into_iter().map(|fault| format!("annotation {LOGS}: {fault}")));
     logs
 }

@@ -90,9 +90,13 @@ pub fn check_debug(value: &Value, old: &Value, faults: &mut Vec<FieldFault>) {
     }
 }
 
-/// The Pod with the resources of `wanted`'s containers and nothing else of it.
+/// The Pod with the resources of `wanted`, those of the whole only to be told that they may not change, and nothing else of it.
 pub fn take_resources(old: &Value, wanted: &Value) -> Value {
     let mut value = old.clone();
+    match wanted.pointer("/spec/resources") {
+        Some(whole) => drop(object_at(&mut value, "spec").insert("resources".into(), whole.clone())),
+        None => drop(object_at(&mut value, "spec").remove("resources")),
+    }
     for kind in ["containers", "initContainers"] {
         let given = list(wanted, &format!("/spec/{kind}"));
         for container in value["spec"].get_mut(kind).and_then(Value::as_array_mut).into_iter().flatten() {
@@ -113,6 +117,11 @@ pub fn take_resources(old: &Value, wanted: &Value) -> Value {
 pub fn check_resources(value: &Value, old: &Value, faults: &mut Vec<FieldFault>) {
     if matches!(text(old, "/status/phase"), "Succeeded" | "Failed") {
         faults.push(FieldFault::forbidden("metadata", "pods that have ended cannot be resized"));
+    }
+    if value["spec"]["resources"] != old["spec"]["resources"] {
+        let why = "the resources of a Pod as a whole may not change; change those of its containers, or delete the Pod and create it \
+                   with others";
+        return faults.push(FieldFault::forbidden("spec.resources", why));
     }
     if pod::qos_class(value) != text(old, "/status/qosClass") {
         let why = "Pod QOS Class may not change as a result of resizing";
@@ -222,5 +231,9 @@ mod tests {
         assert!(faults.contains("QOS Class may not change"), "{faults}");
         let (_, faults) = resized(json!({"limits": {"cpu": "1"}, "requests": {"cpu": "1"}}));
         assert!(faults.contains("cannot be removed"), "{faults}");
+        let (mut wanted, mut faults) = (old.clone(), Vec::new());
+        wanted["spec"]["resources"] = json!({"limits": {"memory": "1Gi"}});
+        check_resources(&take_resources(&old, &wanted), &old, &mut faults);
+        assert!(messages(&faults).contains("as a whole may not change"), "{}", messages(&faults));
     }
 }

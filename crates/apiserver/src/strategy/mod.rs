@@ -2,15 +2,16 @@
 //!
 //! A strategy sees JSON that fits its schema and has its defaults. It does no I/O.
 
+pub mod annotations;
 pub mod config;
 pub mod containers;
 pub mod event;
-pub mod hooks;
 pub mod in_place;
 pub mod metadata;
 pub mod namespace;
 pub mod node;
 pub mod pod;
+pub mod scheduling;
 pub mod security;
 
 use std::time::Duration;

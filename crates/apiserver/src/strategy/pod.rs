@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Strategy, containers, hooks, security};
+use super::{Strategy, annotations, containers, scheduling, security};
 use crate::object::{list, object_at, text};
 use crate::status::FieldFault;
 
@@ -29,6 +29,8 @@ impl Strategy for Pod {
             .to_owned();
         spec.insert("serviceAccountName".into(), account.as_str().into());
         spec.insert("serviceAccount".into(), account.into());
+        let class = spec.get("priorityClassName").and_then(Value::as_str).unwrap_or_default();
+        let priority = scheduling::priority(class).unwrap_or_default();
         for (key, default) in [
             ("restartPolicy", json!("Always")),
             ("dnsPolicy", json!("ClusterFirst")),
@@ -37,7 +39,7 @@ impl Strategy for Pod {
             ("securityContext", json!({})),
             ("enableServiceLinks", json!(true)),
             ("preemptionPolicy", json!("PreemptLowerPriority")),
-            ("priority", json!(0)),
+            ("priority", json!(priority)),
         ] {
             spec.entry(key).or_insert(default);
         }
@@ -50,6 +52,7 @@ impl Strategy for Pod {
         }
         let class = qos_class(value);
         object_at(value, "status").extend([("phase".into(), "Pending".into()), ("qosClass".into(), class.into())]);
+        scheduling::begin(value);
     }
 
     fn prepare_update(&self, value: &mut Value, old: &Value) {
@@ -88,7 +91,8 @@ impl Strategy for Pod {
             return faults.push(FieldFault::required("spec", ""));
         };
         containers::validate(spec, faults);
-        hooks::check(value, faults);
+        annotations::check(value, faults);
+        scheduling::validate(spec, faults);
         let policy = text(spec, "/restartPolicy");
         let policies = ["Always", "OnFailure", "Never"];
         if !policies.contains(&policy) {
@@ -116,7 +120,7 @@ impl Strategy for Pod {
     }
 
     fn validate_update(&self, value: &Value, old: &Value, faults: &mut Vec<FieldFault>) {
-        hooks::check_update(value, old, faults);
+        annotations::check_update(value, old, faults);
         let (Some(new), Some(before)) = (value.get("spec"), old.get("spec")) else { return };
         for field in ["containers", "initContainers"] {
             let count = |spec: &Value| list(spec, &format!("/{field}")).len();
@@ -129,6 +133,7 @@ impl Strategy for Pod {
             }
         }
         deadline_only_shrinks(new, before, faults);
+        scheduling::gates_only_go(new, before, faults);
         if new == before || changeable_removed(new, before) == changeable_removed(before, before) {
             tolerations_only_grow(new, before, faults);
             grace_only_begins(new, before, faults);
@@ -138,7 +143,7 @@ impl Strategy for Pod {
     }
 
     fn admit(&self, value: &Value) -> Result<(), String> {
-        security::admit(value)
+        scheduling::admit(value).and_then(|()| security::admit(value))
     }
 
     fn grace(&self, value: &Value, asked: Option<i64>) -> i64 {
@@ -188,11 +193,8 @@ fn deadline_only_shrinks(new: &Value, before: &Value, faults: &mut Vec<FieldFaul
             faults.push(FieldFault::invalid(field, &after.into(), "must be less than or equal to previous value"));
         }
         (None, Some(_)) => {
-            faults.push(FieldFault::invalid(
-                field,
-                &Value::Null,
-                "must not update from a positive integer to nil value",
-            ));
+            let why = "must not update from a positive integer to nil value";
+            faults.push(FieldFault::invalid(field, &Value::Null, why));
         }
         _ => {}
     }

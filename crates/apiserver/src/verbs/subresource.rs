@@ -62,6 +62,9 @@ async fn bind(call: &Call<'_>, binding: &Value) -> ApiResult<Answer> {
             Some(format!("pod {name} is being deleted, cannot be assigned to a host"))
         } else {
             match text(&current.value, "/spec/nodeName") {
+                "" if !list(&current.value, "/spec/schedulingGates").is_empty() => {
+                    Some(format!("pod {name} has non-empty .spec.schedulingGates"))
+                }
                 "" => None,
                 taken => Some(format!("pod {name} is already assigned to node \"{taken}\"")),
             }

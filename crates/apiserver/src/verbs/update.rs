@@ -88,7 +88,9 @@ pub async fn replace(call: &Call<'_>, current: &Current, wanted: &Admitted) -> A
         }
         Part::Debug => in_place::check_debug(&value, &current.value, &mut faults),
         Part::Resources => in_place::check_resources(&value, &current.value, &mut faults),
-        Part::Status | Part::Finalize => {}
+        // Annotations are written with the status, too.
+        Part::Status => resource.strategy.validate_update(&value, &current.value, &mut faults),
+        Part::Finalize => {}
     }
     let faults = status::together(faults, wanted.faults.clone());
     if !faults.is_empty() {

@@ -24,6 +24,10 @@ pub(super) async fn follow(
     if matches!(instance.status.phase, WirePhase::Succeeded | WirePhase::Failed | WirePhase::Terminating) {
         return Ok(());
     }
+    // Annotations count no generation.
+    if let Some(why) = joey_podspec::fixed(pod, &instance.spec) {
+        warn(context, uid, pod, "FailedChange", &why, Timestamp::now());
+    }
     let generation = pod.metadata.generation;
     let followed = context.registry.read(uid, |entry| entry.followed).flatten();
     if generation.is_some() && followed == generation {

@@ -1,5 +1,7 @@
-//! Hooks that a Pod's annotations name (`joey_api::hooks`): each must be one, for a container that serves, and stays what it is.
+//! What a Pod's annotations ask of Joey (`joey_api::annotations`): it stays what it is, and each hook must be one, for a container
+//! that serves.
 
+use joey_api::annotations::{FIXED, changed};
 use joey_api::hooks;
 use joey_api::lifecycle::Role;
 use serde_json::Value;
@@ -25,20 +27,10 @@ pub fn check(pod: &Value, faults: &mut Vec<FieldFault>) {
     }
 }
 
-/// A Pod's containers know their hooks from its beginning; what would not be heeded is not taken.
+/// What would not be heeded is not taken.
 pub fn check_update(pod: &Value, old: &Value, faults: &mut Vec<FieldFault>) {
-    let of = |value: &Value, other: &Value| -> Vec<String> {
-        let others: Vec<_> = annotations(other).collect();
-        let own = annotations(value).filter(|(key, _)| hooks::is_hook(key));
-        own.filter(|one| !others.contains(one)).map(|(key, _)| key.to_owned()).collect()
-    };
-    let mut changed = of(pod, old);
-    changed.extend(of(old, pod));
-    changed.sort();
-    changed.dedup();
-    for key in changed {
-        let why = "hooks of a Pod may not change; delete it and create it with others";
-        faults.push(FieldFault::forbidden(format!("metadata.annotations[{key}]"), why));
+    for key in changed(annotations(old), annotations(pod)) {
+        faults.push(FieldFault::forbidden(format!("metadata.annotations[{key}]"), FIXED));
     }
 }
 
@@ -66,10 +58,8 @@ mod tests {
         assert!(found.contains("metadata.annotations[joey.dev/pre-start.once]: Invalid value: \"true\""), "{found}");
         assert!(found.contains("JSON") && !found.contains("side"), "{found}");
         let (before, mut faults) = (pod(json!({"a": "1", "joey.dev/pre-start.web": "true"})), Vec::new());
-        check_update(&pod(json!({"a": "2", "joey.dev/pre-start.web": "true"})), &before, &mut faults);
-        assert_eq!(told(std::mem::take(&mut faults)), Vec::<String>::new());
-        check_update(&pod(json!({"joey.dev/pre-start.web": "false"})), &before, &mut faults);
-        check_update(&pod(json!({})), &before, &mut faults);
-        assert_eq!(faults.len(), 2, "{:?}", told(faults));
+        check_update(&pod(json!({"a": "2", "joey.dev/pids": "9"})), &before, &mut faults);
+        let found = told(faults);
+        assert!(found.len() == 2 && found[0].contains("[joey.dev/pids]: Forbidden: it is read"), "{found:?}");
     }
 }

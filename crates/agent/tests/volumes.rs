@@ -109,7 +109,7 @@ async fn a_reader_never_sees_a_mix() {
         number += 1;
         agent.renew_volume("v", generation(number % 10_000)).await.unwrap();
         // A reader is slower than a thousand changes a second, which nobody makes.
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
     }
     let log = logs(&agent, "main", &LogOptions::default()).await;
     assert_eq!(log, "", "after {number} changes");

@@ -49,7 +49,8 @@ impl RunLog {
     }
 
     pub fn written(&self) {
-        self.grown.send_modify(|count| *count += 1);
+        // What has ended stays so.
+        self.grown.send_modify(|count| *count = count.saturating_add(1));
     }
 
     /// A run that had begun with a hook goes no further now.

@@ -220,7 +220,10 @@ impl Piece {
         let before = self.next;
         batch.of(&format!("{}/{}", plan.instance, stream.key()), |body| {
             if part.lost > 0 {
-                let why = format!("sink \"{}\" did not take them before newer ones took their place", stream.sink);
+                let mut why = format!("sink \"{}\" did not take them before newer ones took their place", stream.sink);
+                if stream.files.is_some() {
+                    why.push_str(", or their file went before it was read");
+                }
                 self.followed.tell_lost(self.stream, part.lost, &why);
                 record::write_lost(body, plan, stream, part.lost, &why);
             }

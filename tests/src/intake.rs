@@ -86,6 +86,7 @@ fn serve(shared: &Shared, stream: TcpStream) {
     let status = match shared.answer.load(Ordering::Relaxed) {
         // Some servers take all but what they cannot bear.
         200 if text.contains("poison") => 400,
+        200 if text.contains("unbearable") => 500,
         status => status,
     };
     if status == 200 {

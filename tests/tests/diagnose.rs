@@ -12,20 +12,27 @@ use serde_json::{Value, json};
 
 const PATTERN: &str = "/proc/sys/kernel/core_pattern";
 
+const AT_ONCE: &str = "/proc/sys/kernel/core_pipe_limit";
+
 /// What the host does with its own crashes while a test runs; dropped, it is what it was.
-struct HostPattern(String);
+struct HostPattern {
+    pattern: String,
+    at_once: String,
+}
 
 impl HostPattern {
     fn set(pattern: &str) -> Self {
-        let before = std::fs::read_to_string(PATTERN).expect("every kernel has one");
+        let read = |place| std::fs::read_to_string(place).expect("every kernel has one");
+        let before = Self { pattern: read(PATTERN), at_once: read(AT_ONCE) };
         std::fs::write(PATTERN, pattern).expect("root sets it");
-        Self(before)
+        before
     }
 }
 
 impl Drop for HostPattern {
     fn drop(&mut self) {
-        let _ = std::fs::write(PATTERN, &self.0);
+        let _ = std::fs::write(PATTERN, &self.pattern);
+        let _ = std::fs::write(AT_ONCE, &self.at_once);
     }
 }
 
@@ -79,8 +86,10 @@ fn a_core_is_kept_and_gdb_reads_it() {
     assert!(name.starts_with("web.sh.") && name.contains(".SIGSEGV.") && name.ends_with(".core"), "{name}");
     assert!(joey.joey(&["diagnose", "core", "ls", "web"]).ok().contains(&name));
     assert_eq!(cores(&joey, "other")["dumps"], json!([]));
-    let events = joey.joey(&["events", "web"]).ok();
-    assert!(events.contains("CoreDumped") && events.contains("SIGSEGV") && events.contains(&name), "{events}");
+    wait_until("it is told", seconds(10), || {
+        let events = joey.joey(&["events", "web"]).ok();
+        holds(events.contains("CoreDumped") && events.contains("SIGSEGV") && events.contains(&name), events)
+    });
 
     let fetched = run(joey.joey_command(&["diagnose", "core", "get", "web"]).current_dir(joey.scratch())).ok();
     assert_eq!(fetched.trim(), name);
@@ -116,7 +125,7 @@ fn a_core_is_written_where_the_annotation_says() {
     std::fs::write(&script, text).expect("there is a place for it");
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).expect("it is ours");
     let host = HostPattern::set(&format!("|{} %s %e end", script.display()));
-    let joey = with_cores("1Mi");
+    let mut joey = with_cores("1Mi");
     let mut object = pod("crashes", &registry.demo(), &["sleep", "1000"]);
     object["metadata"]["annotations"] = json!({"k8s.aliyun.com/eci-core-pattern": "/data/core"});
     object["spec"]["volumes"] = json!([{"name": "data", "emptyDir": {}}]);
@@ -133,14 +142,18 @@ fn a_core_is_written_where_the_annotation_says() {
     is_core(&copy);
     assert!(copy.metadata().expect("it is there").size() <= 1 << 20);
     assert_eq!(cores(&joey, "crashes.default")["dumps"], json!([]), "nothing is kept besides");
-    let events = joey.kubectl(&["get", "events", "--field-selector", "involvedObject.name=crashes"]).ok();
-    assert!(events.contains("CoreDumped") && events.contains(&core), "{events}");
+    wait_until("it is told", seconds(10), || {
+        let events = joey.kubectl(&["get", "events", "--field-selector", "involvedObject.name=crashes"]).ok();
+        holds(events.contains("CoreDumped") && events.contains(&core), events)
+    });
 
     // No link is followed, nothing of others is written over, and it is said.
     joey.joey(&["diagnose", "core", "enable", "crashes.default", "--pattern", "/data/%p/core"]).ok();
     inside("mkdir /data/$$; ln -s /data/prize /data/$$/core; kill -ABRT $$");
-    let events = joey.joey(&["events", "crashes.default"]).ok();
-    assert!(events.contains("could not be written"), "{events}");
+    wait_until("it is told", seconds(10), || {
+        let events = joey.joey(&["events", "crashes.default"]).ok();
+        holds(events.contains("could not be written"), events)
+    });
     assert_ne!(inside("test -e /data/prize").code, 0, "a link was followed");
 
     // What is larger than the host allows is cut.
@@ -167,6 +180,8 @@ fn a_core_is_written_where_the_annotation_says() {
         });
         joey.delete_pod("wrong");
     }
+    // Joey gives back what it took, and then the test does.
+    joey.down().ok();
     drop(host);
     for file in [script, told] {
         let _ = std::fs::remove_file(file);

@@ -211,6 +211,22 @@ fn a_record_that_is_refused_for_good_does_not_stop_the_others() {
     });
 }
 
+#[test]
+fn a_record_that_the_sink_cannot_bear_holds_up_its_own_instance_alone() {
+    let (registry, intake) = (Registry::with_demo_image(), Intake::start());
+    let joey = joey_with(json!({"web": {"http": {"url": intake.url()}}}), json!({"default": "web"}));
+    let prints = |name: &str, script: &str| {
+        let variable = format!("aliyun_logs_{name}");
+        joey.apply(&with_env(pod(name, &registry.demo(), &["sh", "-c", script]), &[(variable.as_str(), "stdout")]));
+    };
+    prints("bad", "echo unbearable; sleep 1000");
+    wait_until("it is refused", seconds(40), || holds(intake.requests() > 0, intake.requests()));
+    prints("good", "i=0; while [ $i -lt 50 ]; do echo $i; i=$((i+1)); sleep 0.1; done; sleep 1000");
+    wait_for_last("what others print", &intake, "good", 49);
+    assert_whole("the others", &numbers(&intake.of("good")), 50);
+    assert_eq!(intake.of("bad"), Vec::<Value>::new());
+}
+
 /// Bytes on the disk of all files below, each once.
 fn disk(dir: &Path, seen: &mut BTreeSet<(u64, u64)>) -> u64 {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
@@ -287,8 +303,11 @@ fn a_sink_that_is_down_for_long_costs_bounded_memory_and_disk_and_the_loss_is_to
         let (told, lost) = found[source];
         assert!(told + lost <= count + 600 && lost > 0, "{source}: {found:?}");
     }
-    let events = joey.kubectl(&["get", "events", "-o", "jsonpath={.items[*].message}"]).ok();
-    assert!(events.contains("records of log source \"out\" are lost: sink \"web\" did not take them"), "{events}");
+    wait_until("it is told", seconds(10), || {
+        let events = joey.kubectl(&["get", "events", "-o", "jsonpath={.items[*].message}"]).ok();
+        let told = "records of log source \"out\" are lost: sink \"web\" did not take them";
+        holds(events.contains(told), events)
+    });
 }
 
 #[test]

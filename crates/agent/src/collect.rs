@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use joey_collect::Files;
 use tokio::sync::oneshot;
@@ -17,7 +17,7 @@ use crate::supervisor::lock;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Bytes taken in at one look; a file that grows faster is behind.
 const BUDGET: usize = 4 << 20;
-/// How long the look after a container's end may take.
+/// How long the look after a container's end may take in what is there.
 const LAST: Duration = Duration::from_secs(2);
 
 /// The files of a container as it sees them, also when no process of it is left.
@@ -54,7 +54,11 @@ pub fn follow(dir: &Path, life: &Arc<Life>, inside: Option<Inside>) -> Option<Fo
                 break;
             }
         }
-        files.end_run();
+        match files.end_run() {
+            Ok(0) => {}
+            Ok(lost) => eprintln!("{lost} bytes that a container wrote last into its files are not collected"),
+            Err(error) => eprintln!("cannot note what is collected of a container's files: {error}"),
+        }
         *lock(&life.files) = Some(files);
     });
     Some(Following { over, task })
@@ -62,27 +66,32 @@ pub fn follow(dir: &Path, life: &Arc<Life>, inside: Option<Inside>) -> Option<Fo
 
 async fn look(files: &mut Files, inside: &Inside, last: bool) {
     files.find(inside.root.as_fd());
-    let mut budget = if last { usize::MAX } else { BUDGET };
-    while budget > 0 {
+    let (mut budget, end) = (if last { usize::MAX } else { BUDGET }, Instant::now() + LAST);
+    while budget > 0 && Instant::now() < end {
         match files.take(last) {
             Ok(0) => break,
             Ok(taken) => budget = budget.saturating_sub(taken),
             // What cannot be written now, for want of room, is read again.
-            Err(error) => return eprintln!("cannot collect a file: {error}"),
+            Err(error) => {
+                eprintln!("cannot collect a file: {error}");
+                break;
+            }
         }
         // Others have their turn.
         tokio::task::yield_now().await;
     }
+    if let Err(error) = files.note() {
+        eprintln!("cannot note what is collected of a container's files: {error}");
+    }
 }
 
 impl Following {
-    /// Takes in what the run wrote last.
+    /// Takes in what the run wrote last, as far as there is time.
     pub async fn end(self) {
-        let Self { over, mut task } = self;
+        let Self { over, task } = self;
         let _ = over.send(());
-        if tokio::time::timeout(LAST, &mut task).await.is_err() {
-            eprintln!("what a container wrote last into its files was too much to be collected");
-            task.abort();
+        if let Err(error) = task.await {
+            eprintln!("cannot collect what a container wrote last into its files: {error}");
         }
     }
 }

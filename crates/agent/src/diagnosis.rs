@@ -9,7 +9,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -23,7 +24,7 @@ use joey_model::{ErrorKind, Fault};
 use joey_rpc::{Body, empty_answer, into_stream, json_answer, parse_query, read_json, stream_answer};
 
 use crate::server::{BODY, answers};
-use crate::supervisor::Agent;
+use crate::supervisor::{Agent, lock};
 
 /// Cores that are kept; a further one takes the place of the oldest.
 const KEPT: usize = 4;
@@ -32,6 +33,32 @@ const SETTINGS: &str = "settings.json";
 const CUT: &str = ".cut";
 /// Bytes read at once.
 const PART: usize = 64 << 10;
+/// So many crashes are told of in so long a time; one who crashes all the time fills nobody's list of events.
+const TOLD: (u32, Duration) = (10, Duration::from_secs(60));
+
+static PACE: Mutex<Pace> = Mutex::new(Pace { since: None, told: 0, untold: 0 });
+
+/// How many were told lately, and how many were not since the last one that was.
+struct Pace {
+    since: Option<Instant>,
+    told: u32,
+    untold: u32,
+}
+
+impl Pace {
+    /// Whether one more is told of; then with how many that were not.
+    fn next(&mut self, now: Instant) -> Option<u32> {
+        if self.since.is_none_or(|since| now.duration_since(since) >= TOLD.1) {
+            (self.since, self.told) = (Some(now), 0);
+        }
+        if self.told >= TOLD.0 {
+            self.untold = self.untold.saturating_add(1);
+            return None;
+        }
+        self.told += 1;
+        Some(std::mem::take(&mut self.untold))
+    }
+}
 
 /// Answers a call below `/v1/capture` or `/v1/cores`.
 pub async fn answer(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Response<Body>, Fault> {
@@ -155,6 +182,7 @@ async fn crashed(agent: Arc<Agent>, crash: Crash, body: Incoming) -> Result<Resp
     };
     let life = agent.find(&crash.container);
     let life = life.ok_or_else(|| Fault::new(ErrorKind::NotFound, "NotFound", "there is no such container"))?;
+    let Some(untold) = lock(&PACE).next(Instant::now()) else { return Ok(empty_answer(StatusCode::NO_CONTENT)) };
     let Crash { program, pid, signal, .. } = &crash;
     let core = match &place {
         Some(place) => format!("its core of {} bytes is {place}", written.bytes),
@@ -162,7 +190,8 @@ async fn crashed(agent: Arc<Agent>, crash: Crash, body: Incoming) -> Result<Resp
     };
     let cut = if written.cut { ", cut at the host's limit" } else { "" };
     let problem = written.problem.map_or_else(String::new, |problem| format!(": {problem}"));
-    let message = format!("{program} (process {pid}) was ended by {signal}; {core}{cut}{problem}");
+    let untold = if untold > 0 { format!("; {untold} crashes before it were not told of") } else { String::new() };
+    let message = format!("{program} (process {pid}) was ended by {signal}; {core}{cut}{problem}{untold}");
     agent.event(true, "CoreDumped", message, &life.container());
     Ok(empty_answer(StatusCode::NO_CONTENT))
 }
@@ -220,5 +249,14 @@ mod tests {
         let written = CoreWritten { bytes: 0, cut: false, problem: Some("no space".to_owned()) };
         assert_eq!(finish(&dir, "none.core", &written).unwrap(), None);
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn who_crashes_all_the_time_is_told_of_now_and_then() {
+        let (mut pace, begin) = (Pace { since: None, told: 0, untold: 0 }, Instant::now());
+        let told = (0..50).filter(|_| pace.next(begin) == Some(0)).count();
+        assert_eq!(told, TOLD.0 as usize);
+        assert_eq!(pace.next(begin + TOLD.1), Some(40));
+        assert_eq!(pace.next(begin + TOLD.1), Some(0));
     }
 }

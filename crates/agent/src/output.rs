@@ -32,9 +32,12 @@ impl RunLog {
     }
 
     /// From now on the log of `run` is shown; those who wait for its beginning see it.
-    pub fn begin(&mut self, run: u32, writer: Option<Log>) {
+    pub fn begin(&mut self, run: u32, mut writer: Option<Log>) {
         if self.run != run {
             *self = Self::of(run);
+        }
+        if let Some(error) = writer.as_mut().and_then(Log::fault) {
+            eprintln!("what run {run} of a container prints is not collected: {error}");
         }
         self.writer = writer.map(Mutex::new).map(Arc::new);
         self.grown.send_replace(1);
@@ -46,7 +49,8 @@ impl RunLog {
     }
 
     pub fn written(&self) {
-        self.grown.send_modify(|count| *count += 1);
+        // What has ended stays so.
+        self.grown.send_modify(|count| *count = count.saturating_add(1));
     }
 
     /// A run that had begun with a hook goes no further now.
@@ -76,28 +80,29 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Carries both streams to their ends, at the pace of the log.
+    /// Carries both streams to their ends, at the pace of the log. Where there is none they are read all the same: who writes into a pipe
+    /// that nobody reads is ended by it.
     pub async fn carry(self, streams: Streams) {
-        let Some(log) = &self.log else { return };
-        let both = tokio::join!(self.one(log, streams.stdout, 1, "stdout"), self.one(log, streams.stderr, 2, "stderr"));
+        let both = tokio::join!(self.one(streams.stdout, 1, "stdout"), self.one(streams.stderr, 2, "stderr"));
         for error in [both.0.err(), both.1.err()].into_iter().flatten() {
             eprintln!("cannot read the output of {}: {error}", self.life.container().name);
         }
     }
 
-    async fn one(&self, log: &Mutex<Log>, fd: Option<OwnedFd>, channel: u8, name: &str) -> io::Result<()> {
+    async fn one(&self, fd: Option<OwnedFd>, channel: u8, name: &str) -> io::Result<()> {
         let Some(fd) = fd else { return Ok(()) };
-        let pipe = Pipe::reader(fd)?;
+        let (pipe, log) = (Pipe::reader(fd)?, self.log.as_deref());
         let (mut splitter, mut buffer) = (LineSplitter::marked(self.mark), vec![0; 8 << 10]);
         loop {
             let count = pipe.read(&mut buffer).await?;
             if count == 0 {
-                let done = splitter.finish(&mut lock(log), name);
+                let done = log.map_or(Ok(()), |log| splitter.finish(&mut lock(log), name));
                 lock(&self.life.log).written();
                 return done;
             }
             // A full disk must not end the container: what cannot be written is lost, and said.
-            if let Err(error) = splitter.push(&mut lock(log), name, &buffer[..count]) {
+            let written = log.map_or(Ok(()), |log| splitter.push(&mut lock(log), name, &buffer[..count]));
+            if let Err(error) = written {
                 eprintln!("cannot write the log of {}: {error}", self.life.container().name);
             }
             lock(&self.life.log).written();

@@ -12,31 +12,33 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::log::{Log, RECORD};
-use crate::segments::{Segment, Segments};
+use crate::paths::{is_kernels, paths};
+use crate::positions::{ANY, LAYER, Positions};
+use crate::segments::Segments;
 use crate::{DIRECTORY, sys};
 
-/// Files of one source that are followed, and entries of one directory that are looked at.
+/// Files of one source that are followed.
 const MAX_FILES: usize = 64;
-const MAX_ENTRIES: usize = 4096;
+/// Directories and entries of directories that one look is worth, over all sources.
+pub(crate) const MAX_ENTRIES: usize = 8192;
 /// Bytes read at once.
 const PART: usize = 64 << 10;
-/// Looks for which a file that is not found any more is followed to see whether its writer goes on.
+/// Looks for which a file that is not found any more is followed to see whether its writer goes on; and those after which what could
+/// not be read of it is given up.
 const QUIET: u32 = 10;
+const PATIENCE: u32 = 60;
 /// Bytes and files that a source keeps for the collector.
 const SEGMENTS: (u64, u32) = (4 << 20, 4);
-/// What the kernel shows of itself: no files to collect. The last one is that of message queues.
-const KERNELS: [i64; 6] = [
-    libc::PROC_SUPER_MAGIC,
-    libc::SYSFS_MAGIC,
-    libc::CGROUP_SUPER_MAGIC,
-    libc::CGROUP2_SUPER_MAGIC,
-    libc::DEVPTS_SUPER_MAGIC,
-    0x1980_0202,
-];
+/// Bytes of a block, of which a file system says how many a file has; and what a short file may have without any.
+const BLOCK: u64 = 512;
+const SHORT: u64 = 4096;
 
 /// The sources of a container that are files, over its runs.
 pub struct Files {
     pub(crate) sources: Vec<Source>,
+    /// Whose turn it is: to be looked for first, and to be read first.
+    first: usize,
+    next: usize,
 }
 
 /// The files whose paths fit.
@@ -47,127 +49,241 @@ pub(crate) struct Source {
     log: Log,
     /// By device and inode.
     files: BTreeMap<(u64, u64), Followed>,
-    /// How far files were read by one who is gone, by inode.
-    pub(crate) before: BTreeMap<u64, u64>,
+    /// Files that were followed so far, and the path of the one that was read last.
+    count: u64,
+    turn: String,
+    /// How far files were read by one who is gone, and where that is noted.
+    before: Positions,
+    note: PathBuf,
+    noted: Option<Positions>,
     /// No run follows: nothing waits for the end of its line.
     pub(crate) once: bool,
+    /// What is looked at is the layer of a run, from outside.
+    pub(crate) layer: bool,
 }
 
 struct Followed {
     /// Held open, so that its inode names no other file.
     file: File,
+    /// Where it was found last, and the word for where it was found first.
+    place: PathBuf,
     path: String,
+    /// Greater than that of those before it.
+    number: u64,
     read: u64,
     /// Its length when all of it was read.
     length: Option<u64>,
     /// It goes with the run that wrote it.
     of_run: bool,
     found: bool,
+    /// Looks since it was found or gave something.
     quiet: u32,
 }
 
 impl Files {
-    /// `sources`: names, and paths in whose names `*` and `?` may stand. Their segments are below the directory of an instance.
+    /// `sources`: names, and paths in whose names `*` and `?` may stand. Their segments are below the directory of an instance. What
+    /// was read before is of no account: it was of another sandbox.
     pub fn open(instance: &Path, container: &str, sources: &BTreeMap<String, String>) -> io::Result<Self> {
+        let mut files = Self::with(instance, container, sources)?;
+        files.note()?;
+        Ok(files)
+    }
+
+    /// The same for who goes on where another one was killed.
+    pub(crate) fn after(instance: &Path, container: &str, sources: &BTreeMap<String, String>) -> io::Result<Self> {
+        let mut files = Self::with(instance, container, sources)?;
+        for (source, name) in files.sources.iter_mut().zip(sources.keys()) {
+            source.before = Positions::read(&source.note, &Segments::of(instance, container, name).all()?)?;
+        }
+        Ok(files)
+    }
+
+    fn with(instance: &Path, container: &str, sources: &BTreeMap<String, String>) -> io::Result<Self> {
         let open = |(name, path): (&String, &String)| {
             let segments = Segments::of(instance, container, name);
-            let log = instance.join(DIRECTORY).join(container).join(name).join("log");
+            let dir = instance.join(DIRECTORY).join(container).join(name);
+            let mut log = Log::open(dir.join("log"), SEGMENTS.0, SEGMENTS.1, Some(segments))?;
+            log.fault().map_or(Ok(()), Err)?;
             Ok(Source {
                 names: path.split('/').skip(1).map(str::to_owned).collect(),
                 prefix: PathBuf::from("/"),
-                log: Log::open(log, SEGMENTS.0, SEGMENTS.1, Some(segments))?,
+                log,
                 files: BTreeMap::new(),
-                before: BTreeMap::new(),
+                count: 0,
+                turn: String::new(),
+                before: Positions::default(),
+                note: dir.join("read"),
+                noted: None,
                 once: false,
+                layer: false,
             })
         };
-        Ok(Self { sources: sources.iter().map(open).collect::<io::Result<_>>()? })
+        Ok(Self { sources: sources.iter().map(open).collect::<io::Result<_>>()?, first: 0, next: 0 })
     }
 
     /// Looks which files there are in the container's root.
     pub fn find(&mut self, root: BorrowedFd<'_>) {
-        self.sources.iter_mut().for_each(|source| source.find(root));
+        let mut budget = MAX_ENTRIES;
+        self.find_within(root, &mut budget);
     }
 
-    /// Takes in some of what was found and not read yet: how many bytes, none at the end. With `last` also lines that have no end.
+    pub(crate) fn find_within(&mut self, root: BorrowedFd<'_>, budget: &mut usize) {
+        let count = self.sources.len();
+        for at in 0..count {
+            self.sources[(self.first + at) % count].find(root, budget);
+        }
+        self.first = (self.first + 1) % count.max(1);
+    }
+
+    /// Takes in some of what was found and not read yet: how many bytes, none at the end. With `last` also lines that have no end. Each
+    /// source has its turn, so that one in which much is written, or one whose records cannot be, keeps no other one waiting.
     pub fn take(&mut self, last: bool) -> io::Result<usize> {
-        for source in &mut self.sources {
-            let taken = source.take(last)?;
+        let (count, mut failed) = (self.sources.len(), None);
+        for _ in 0..count {
+            let source = &mut self.sources[self.next % count];
+            self.next = (self.next + 1) % count;
+            match source.take(last) {
+                Ok(0) => {}
+                Ok(taken) => return Ok(taken),
+                Err(error) => failed = Some(error),
+            }
+        }
+        failed.map_or(Ok(0), Err)
+    }
+
+    /// Notes how far files are read, after each look.
+    pub fn note(&mut self) -> io::Result<()> {
+        let noted: Vec<_> = self.sources.iter_mut().map(Source::note).collect();
+        noted.into_iter().collect()
+    }
+
+    /// Forgets what went with a run that has ended. What was not read of it is lost: how many bytes; the stream has a gap for it.
+    pub fn end_run(&mut self) -> io::Result<u64> {
+        let ended: Vec<_> = self.sources.iter_mut().map(Source::end_run).collect();
+        ended.into_iter().sum()
+    }
+}
+
+impl Source {
+    fn find(&mut self, root: BorrowedFd<'_>, budget: &mut usize) {
+        self.let_go();
+        for file in self.files.values_mut() {
+            (file.found, file.quiet) = (false, file.quiet.saturating_add(1));
+        }
+        let (paths, whole) = paths(root, &self.names, budget);
+        paths.into_iter().for_each(|path| self.follow(root, path));
+        if whole {
+            return;
+        }
+        // Who was not come to is not gone if it still has its place.
+        for (key, file) in self.files.iter_mut().filter(|(_, file)| !file.found) {
+            let there = regular(root, &file.place).ok().flatten();
+            if there.is_some_and(|(_, meta)| (meta.dev(), meta.ino()) == *key) {
+                (file.found, file.quiet) = (true, 0);
+            }
+        }
+    }
+
+    /// Forgets files that are gone, once they are read or too much of them is left for too long.
+    fn let_go(&mut self) {
+        let log = &mut self.log;
+        self.files.retain(|_, file| {
+            if file.found || file.quiet < QUIET {
+                return true;
+            }
+            let rest = file.rest();
+            rest > 0 && (file.quiet < PATIENCE || log.lose(records(rest)).is_err())
+        });
+    }
+
+    fn follow(&mut self, root: BorrowedFd<'_>, place: PathBuf) {
+        // Gone meanwhile, or nothing to read.
+        let Ok(Some((there, meta))) = regular(root, &place) else { return };
+        if let Some(known) = self.files.get_mut(&(meta.dev(), meta.ino())) {
+            (known.found, known.quiet, known.place) = (true, 0, place);
+            return;
+        }
+        if self.files.len() >= MAX_FILES {
+            return;
+        }
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let open =
+            OpenOptions::new().read(true).custom_flags(flags).open(format!("/proc/self/fd/{}", there.as_raw_fd()));
+        let Ok(file) = open else { return };
+        let of_run = self.layer || sys::filesystem(&there).is_ok_and(|kind| kind == libc::OVERLAYFS_SUPER_MAGIC);
+        let path = escaped(&self.prefix.join(place.strip_prefix("/").unwrap_or(&place)));
+        let read = self.before.of(device(of_run, meta.dev()), meta.ino());
+        self.count += 1;
+        let number = self.count;
+        let followed = Followed { file, place, path, number, read, length: None, of_run, found: true, quiet: 0 };
+        self.files.insert((meta.dev(), meta.ino()), followed);
+    }
+
+    /// Paths have their turns. What was renamed away is older than what took its place, and is read before that.
+    fn take(&mut self, last: bool) -> io::Result<usize> {
+        let mut part = vec![0; PART];
+        let mut files: Vec<_> = self.files.values_mut().collect();
+        files.sort_by(|one, other| (&one.path, one.number).cmp(&(&other.path, other.number)));
+        let behind = files.partition_point(|file| file.path <= self.turn);
+        files.rotate_left(behind);
+        for file in files {
+            let ends = last && (file.of_run || self.once) || !file.found && file.quiet >= QUIET;
+            let taken = file.take(&mut self.log, &mut part, ends)?;
             if taken > 0 {
+                self.turn.clone_from(&file.path);
                 return Ok(taken);
             }
         }
         Ok(0)
     }
 
-    /// Forgets what went with a run that has ended.
-    pub fn end_run(&mut self) {
-        self.sources.iter_mut().for_each(|source| source.files.retain(|_, file| !file.of_run));
+    fn note(&mut self) -> io::Result<()> {
+        let mut now = Positions { at: self.log.position(), files: self.before.files.clone() };
+        for ((dev, inode), file) in &self.files {
+            now.files.remove(&(ANY, *inode));
+            now.files.insert((device(file.of_run, *dev), *inode), file.read);
+        }
+        if self.noted.as_ref() != Some(&now) {
+            now.write(&self.note)?;
+            self.noted = Some(now);
+        }
+        Ok(())
+    }
+
+    fn end_run(&mut self) -> io::Result<u64> {
+        let (once, mut lost) = (self.once, 0);
+        for file in self.files.values_mut().filter(|file| file.of_run || once) {
+            let rest = file.rest();
+            lost += rest;
+            file.read += rest;
+        }
+        let told = if lost > 0 { self.log.lose(records(lost)) } else { Ok(()) };
+        self.files.retain(|_, file| !file.of_run || once);
+        self.note().and(told).map(|()| lost)
     }
 }
 
-impl Source {
-    fn find(&mut self, root: BorrowedFd<'_>) {
-        self.files.retain(|_, file| file.found || file.quiet < QUIET);
-        for file in self.files.values_mut() {
-            (file.found, file.quiet) = (false, file.quiet + 1);
-        }
-        for path in paths(root, &self.names) {
-            // Gone meanwhile, or nothing to read.
-            let Ok(Some((there, meta))) = regular(root, &path) else { continue };
-            let key = (meta.dev(), meta.ino());
-            if let Some(known) = self.files.get_mut(&key) {
-                known.found = true;
-                continue;
-            }
-            let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-            let place = format!("/proc/self/fd/{}", there.as_raw_fd());
-            let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(place) else { continue };
-            let of_run = sys::filesystem(&there).is_ok_and(|kind| kind == libc::OVERLAYFS_SUPER_MAGIC);
-            let path = escaped(&self.prefix.join(path.strip_prefix("/").unwrap_or(&path)));
-            let read = self.before.get(&meta.ino()).copied().unwrap_or(0);
-            if self.files.len() < MAX_FILES {
-                let followed = Followed { file, path, read, length: None, of_run, found: true, quiet: 0 };
-                self.files.insert(key, followed);
-            }
-        }
-    }
+/// The device that a position is noted with.
+fn device(of_run: bool, device: u64) -> u64 {
+    if of_run { LAYER } else { device }
+}
 
-    fn take(&mut self, last: bool) -> io::Result<usize> {
-        let mut part = vec![0; PART];
-        // What was renamed away is older than what took its place.
-        for found in [false, true] {
-            for file in self.files.values_mut().filter(|file| file.found == found) {
-                let ends = last && (file.of_run || self.once) || !found && file.quiet >= QUIET;
-                let taken = file.take(&mut self.log, &mut part, ends)?;
-                if taken > 0 {
-                    return Ok(taken);
-                }
-            }
-        }
-        Ok(0)
-    }
-
-    /// How far the records in its segments go in each file.
-    pub(crate) fn read_before(segments: &[Segment]) -> io::Result<BTreeMap<u64, u64>> {
-        let mut before = BTreeMap::new();
-        for segment in segments {
-            for line in std::fs::read(&segment.path)?.split_inclusive(|byte| *byte == b'\n') {
-                let Some(line) = line.strip_suffix(b"\n") else { continue };
-                let mut words = line.splitn(4, |byte| *byte == b' ').skip(1);
-                let (Some(word), Some(flag), Some(text)) = (words.next(), words.next(), words.next()) else { continue };
-                let mut numbers =
-                    word.split(|byte| *byte == b':').map(|part| std::str::from_utf8(part).ok()?.parse::<u64>().ok());
-                if let (Some(Some(inode)), Some(Some(offset))) = (numbers.next(), numbers.next()) {
-                    before.insert(inode, offset + text.len() as u64 + u64::from(flag == b"F"));
-                }
-            }
-        }
-        Ok(before)
-    }
+/// As how many records so many bytes count that nobody has read: at least so many they would be.
+fn records(bytes: u64) -> u64 {
+    bytes.div_ceil(RECORD as u64)
 }
 
 impl Followed {
+    /// Bytes that are there and not read.
+    fn rest(&self) -> u64 {
+        match (self.file.metadata(), sys::next_data(&self.file, self.read)) {
+            (Ok(meta), Ok(Some(_))) => {
+                meta.len().saturating_sub(self.read).min(meta.blocks().saturating_mul(BLOCK).max(SHORT))
+            }
+            _ => 0,
+        }
+    }
+
     /// Takes in a part; how much. Of a file that `ends` also a last line without an end.
     fn take(&mut self, log: &mut Log, part: &mut [u8], ends: bool) -> io::Result<usize> {
         let meta = self.file.metadata()?;
@@ -207,69 +323,12 @@ impl Followed {
     }
 }
 
-/// The paths that fit, at most [`MAX_FILES`] or, on the way, directories.
-fn paths(root: BorrowedFd<'_>, names: &[String]) -> Vec<PathBuf> {
-    let mut places = vec![PathBuf::from("/")];
-    for name in names {
-        if !name.contains(['*', '?']) {
-            places.iter_mut().for_each(|place| place.push(name));
-            continue;
-        }
-        let mut next: Vec<PathBuf> = places.iter().flat_map(|place| entries(root, place, name)).collect();
-        next.sort();
-        next.truncate(MAX_FILES);
-        places = next;
-    }
-    places
-}
-
-fn entries(root: BorrowedFd<'_>, place: &Path, pattern: &str) -> Vec<PathBuf> {
-    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NONBLOCK;
-    let Some(dir) = sys::open_in_root(root, place, flags).ok().filter(|dir| !is_kernels(dir)) else {
-        return Vec::new();
-    };
-    let list = std::fs::read_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-    let names = list.into_iter().flatten().take(MAX_ENTRIES).flatten().map(|entry| entry.file_name());
-    names.filter(|name| fits(pattern.as_bytes(), name.as_bytes())).map(|name| place.join(name)).collect()
-}
-
-fn is_kernels(file: &File) -> bool {
-    sys::filesystem(file).map_or(true, |kind| KERNELS.contains(&kind))
-}
-
 /// What is at the path, if it is a file like any other. It is looked at before it is opened, so that no pipe has a reader and no device
 /// is touched.
 fn regular(root: BorrowedFd<'_>, path: &Path) -> io::Result<Option<(File, Metadata)>> {
     let there = sys::open_in_root(root, path, libc::O_PATH)?;
     let meta = there.metadata()?;
     Ok((meta.is_file() && !is_kernels(&there)).then_some((there, meta)))
-}
-
-/// `*` stands for any bytes, `?` for one; a name that begins with a dot must be asked for with one.
-fn fits(pattern: &[u8], name: &[u8]) -> bool {
-    if name.first() == Some(&b'.') && pattern.first() != Some(&b'.') {
-        return false;
-    }
-    let (mut p, mut n) = (0, 0);
-    // Where to go on when the last star takes one byte more: no more steps than the product of the lengths.
-    let mut star = None;
-    while n < name.len() {
-        match pattern.get(p) {
-            Some(b'*') => {
-                star = Some((p, n));
-                p += 1;
-            }
-            Some(byte) if *byte == b'?' || *byte == name[n] => (p, n) = (p + 1, n + 1),
-            _ => match star {
-                Some((at, taken)) => {
-                    star = Some((at, taken + 1));
-                    (p, n) = (at + 1, taken + 1);
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|byte| *byte == b'*')
 }
 
 /// A path as one word.
@@ -289,25 +348,12 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn names_fit_patterns() {
-        for (pattern, name, expected) in [
-            ("*.log", "a.log", true),
-            ("*.log", ".log", false),
-            (".*", ".log", true),
-            ("a?c*", "abcdef", true),
-            ("a?c", "ac", false),
-            ("*a*b", "xaxxbxb", true),
-            ("*a*b", "xaxxbxc", false),
-            ("*", "", true),
-            ("a*a*a*a*a*a*a*a*a*a*b", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", false),
-        ] {
-            assert_eq!(fits(pattern.as_bytes(), name.as_bytes()), expected, "{pattern} {name}");
-        }
+    fn lines(dir: &Path) -> Vec<String> {
+        lines_of(dir, "a")
     }
 
-    fn lines(dir: &Path) -> Vec<String> {
-        let segments = Segments::of(dir, "web", "a").all().unwrap();
+    fn lines_of(dir: &Path, source: &str) -> Vec<String> {
+        let segments = Segments::of(dir, "web", source).all().unwrap();
         let text: String = segments.iter().map(|segment| fs::read_to_string(&segment.path).unwrap()).collect();
         text.lines().map(|line| line.splitn(3, ' ').nth(2).unwrap().to_owned()).collect()
     }
@@ -361,8 +407,7 @@ mod tests {
         assert_eq!(found.len(), 9);
 
         // Who comes after one that was killed knows from the segments how far it came.
-        let mut next = Files::open(dir, "web", &sources).unwrap();
-        next.sources[0].before = Source::read_before(&Segments::of(dir, "web", "a").all().unwrap()).unwrap();
+        let mut next = Files::after(dir, "web", &sources).unwrap();
         fs::write(log("b.log"), "more\n").unwrap();
         look(&mut next, &root, true);
         assert_eq!(lines(dir)[9..], ["F more"]);
@@ -380,5 +425,89 @@ mod tests {
         (0..=QUIET).for_each(|_| look(&mut files, &root, false));
         assert_eq!(lines(dir), ["P end"]);
         assert!(files.sources[0].files.is_empty());
+    }
+
+    fn one(path: &str) -> BTreeMap<String, String> {
+        BTreeMap::from([("a".to_owned(), path.to_owned())])
+    }
+
+    #[test]
+    fn a_file_that_was_idle_is_followed_when_it_is_renamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (dir, root) = (dir.path(), dir.path().join("root"));
+        fs::create_dir_all(&root).unwrap();
+        fs::write(root.join("a.log"), "one\n").unwrap();
+        let mut files = Files::open(dir, "web", &one("/a.log")).unwrap();
+        (0..2 * QUIET).for_each(|_| look(&mut files, &root, false));
+        let mut file = OpenOptions::new().append(true).open(root.join("a.log")).unwrap();
+        fs::rename(root.join("a.log"), root.join("a.log.1")).unwrap();
+        (0..QUIET / 2).for_each(|_| look(&mut files, &root, false));
+        file.write_all(b"late\n").unwrap();
+        look(&mut files, &root, false);
+        assert_eq!(lines(dir), ["F one", "F late"]);
+    }
+
+    #[test]
+    fn who_writes_much_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let (dir, root) = (dir.path(), dir.path().join("root"));
+        fs::create_dir_all(&root).unwrap();
+        fs::write(root.join("big.log"), "a line of a busy file\n".repeat(50_000)).unwrap();
+        fs::write(root.join("small.log"), "small\n").unwrap();
+        fs::write(root.join("other"), "other\n").unwrap();
+        let sources = [("a", "/*.log"), ("b", "/other")].map(|(name, path)| (name.to_owned(), path.to_owned()));
+        let mut files = Files::open(dir, "web", &sources.into()).unwrap();
+        files.find(File::open(&root).unwrap().as_fd());
+        (0..4).for_each(|_| assert!(files.take(false).unwrap() > 0));
+        assert!(lines(dir).contains(&"F small".to_owned()));
+        assert_eq!(lines_of(dir, "b"), ["F other"]);
+
+        // Gone before it was read: it is read all the same.
+        fs::remove_file(root.join("big.log")).unwrap();
+        (0..=QUIET).for_each(|_| files.find(File::open(&root).unwrap().as_fd()));
+        while files.take(false).unwrap() > 0 {}
+        assert_eq!(lines(dir).len(), 50_001);
+    }
+
+    #[test]
+    fn what_was_read_is_known_where_its_records_are_not_kept_any_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let (dir, root) = (dir.path(), dir.path().join("root"));
+        fs::create_dir_all(&root).unwrap();
+        let line = [vec![b'x'; 15_000], b"\n".to_vec()].concat();
+        fs::write(root.join("a.log"), line.repeat(1400)).unwrap();
+        let mut files = Files::open(dir, "web", &one("/a.log")).unwrap();
+        look(&mut files, &root, false);
+        files.note().unwrap();
+        assert!(Segments::of(dir, "web", "a").all().unwrap()[0].bytes > 0, "the first ones are gone");
+        // What is read after the note, by one who is killed before the next.
+        let mut file = OpenOptions::new().append(true).open(root.join("a.log")).unwrap();
+        file.write_all(b"more\n").unwrap();
+        look(&mut files, &root, false);
+        let end = files.sources[0].log.position();
+        drop(files);
+        for _ in 0..2 {
+            let mut next = Files::after(dir, "web", &one("/a.log")).unwrap();
+            look(&mut next, &root, true);
+            next.note().unwrap();
+            assert_eq!(next.sources[0].log.position(), end, "nothing comes twice");
+        }
+    }
+
+    #[test]
+    fn what_is_not_read_at_the_end_of_a_run_is_told_as_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let (dir, root) = (dir.path(), dir.path().join("root"));
+        fs::create_dir_all(&root).unwrap();
+        fs::write(root.join("a.log"), "a line of a run\n".repeat(50_000)).unwrap();
+        let mut files = Files::open(dir, "web", &one("/a.log")).unwrap();
+        files.sources[0].layer = true;
+        files.find(File::open(&root).unwrap().as_fd());
+        assert!(files.take(true).unwrap() > 0);
+        let lost = files.end_run().unwrap();
+        assert!(lost > 0 && files.sources[0].files.is_empty());
+        let all = Segments::of(dir, "web", "a").all().unwrap();
+        let (_, told) = crate::measure(&all[0].path).unwrap();
+        assert_eq!((all.len(), all[1].lines), (2, told + lost.div_ceil(RECORD as u64)));
     }
 }

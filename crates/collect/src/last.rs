@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 
 use joey_api::agent::{AgentConfig, AgentContainer};
 
-use crate::files::{Files, Source};
-use crate::segments::Segments;
+use crate::files::{Files, MAX_ENTRIES};
 use crate::sys;
 
 /// Bytes taken in of one container; more than its segments hold.
@@ -38,23 +37,24 @@ pub fn last_look(instance: &Path) -> io::Result<()> {
 }
 
 fn look(instance: &Path, container: &AgentContainer, layer: &Path) -> io::Result<()> {
-    let mut budget = BUDGET;
+    let (mut budget, mut entries) = (BUDGET, MAX_ENTRIES);
     for (name, path) in &container.collected.files {
         // What is not there has nothing to be found.
         let Ok((root, prefix)) = place(instance, container, path, layer) else { continue };
-        let before = Source::read_before(&Segments::of(instance, &container.name, name).all()?)?;
-        let mut files = Files::open(instance, &container.name, &[(name.clone(), path.clone())].into())?;
+        let mut files = Files::after(instance, &container.name, &[(name.clone(), path.clone())].into())?;
         for source in &mut files.sources {
             source.names.drain(..prefix.components().count() - 1);
-            (source.prefix, source.before, source.once) = (prefix.clone(), before.clone(), true);
+            (source.layer, source.once) = (prefix == Path::new("/"), true);
+            source.prefix.clone_from(&prefix);
         }
-        files.find(root.as_fd());
+        files.find_within(root.as_fd(), &mut entries);
         while budget > 0 {
             match files.take(true)? {
                 0 => break,
                 taken => budget = budget.saturating_sub(taken),
             }
         }
+        files.end_run()?;
     }
     Ok(())
 }
@@ -81,6 +81,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::Segments;
 
     #[test]
     fn what_an_agent_did_not_come_to_is_found_and_nothing_of_the_host() {

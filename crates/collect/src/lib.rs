@@ -12,6 +12,8 @@
 mod files;
 mod last;
 mod log;
+mod paths;
+mod positions;
 mod segments;
 mod sys;
 

@@ -20,6 +20,15 @@ pub struct Segment {
     pub path: PathBuf,
 }
 
+/// The most segments of a source, however short the runs that made them.
+pub(crate) const MAX_SEGMENTS: usize = 256;
+
+/// How much stays of those before the newest one.
+pub(crate) struct Bound {
+    pub(crate) bytes: u64,
+    pub(crate) count: usize,
+}
+
 impl Segments {
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
@@ -30,29 +39,48 @@ impl Segments {
         Self::at(instance.join(crate::DIRECTORY).join(container).join(source))
     }
 
-    /// `log`, which is empty, is the next segment; of all of them the newest `kept` stay.
-    pub(crate) fn begin(&self, log: &Path, kept: u32) -> io::Result<()> {
+    /// `log`, which is empty, is the next segment, `gap` bytes and records behind the one before it; returns how many bytes of the
+    /// stream are before it. The oldest ones go as far as the bound asks for it.
+    pub(crate) fn begin(&self, log: &Path, bound: Bound, gap: (u64, u64)) -> io::Result<u64> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
-        let mut all = self.all()?;
-        let mut next = (0, 0);
+        let (mut all, mut next, mut empty) = (self.all()?, gap, None);
         if let Some(newest) = all.pop() {
             let (bytes, lines) = measure(&newest.path)?;
-            next = (newest.bytes + bytes, newest.lines + lines);
+            next = (newest.bytes + bytes + gap.0, newest.lines + lines + gap.1);
             match bytes {
                 // A run without output: its number goes to this one.
-                0 => std::fs::remove_file(&newest.path)?,
+                0 => empty = Some(newest.path),
                 _ => all.push(newest),
             }
         }
-        std::fs::hard_link(log, self.path(next.0, next.1))?;
-        let surplus = (all.len() + 1).saturating_sub(kept as usize);
-        all.drain(..surplus).try_for_each(|old| std::fs::remove_file(old.path))
+        // There is always a newest one: a name takes the place of another.
+        let (new, place) = (self.dir.join("new"), self.path(next.0, next.1));
+        let _ = std::fs::remove_file(&new);
+        std::fs::hard_link(log, &new)?;
+        std::fs::rename(&new, &place)?;
+        // It is still there where both were names of the same file.
+        let _ = std::fs::remove_file(&new);
+        if let Some(empty) = empty.filter(|empty| *empty != place) {
+            std::fs::remove_file(empty)?;
+        }
+        let sizes = all.iter().map(|old| Ok(std::fs::metadata(&old.path)?.len()));
+        let sizes = sizes.collect::<io::Result<Vec<u64>>>()?;
+        let (mut total, mut count) = (sizes.iter().sum::<u64>(), all.len());
+        for (old, size) in all.iter().zip(sizes) {
+            if total <= bound.bytes && count <= bound.count {
+                break;
+            }
+            std::fs::remove_file(&old.path)?;
+            (total, count) = (total - size, count - 1);
+        }
+        Ok(next.0)
     }
 
-    /// Whether this file is the newest one.
-    pub(crate) fn ends_with(&self, file: &File) -> io::Result<bool> {
-        let Some(newest) = self.all()?.pop() else { return Ok(false) };
-        Ok(std::fs::metadata(newest.path)?.ino() == file.metadata()?.ino())
+    /// Where this file begins, if it is the newest one.
+    pub(crate) fn ends_with(&self, file: &File) -> io::Result<Option<u64>> {
+        let Some(newest) = self.all()?.pop() else { return Ok(None) };
+        let same = std::fs::metadata(newest.path)?.ino() == file.metadata()?.ino();
+        Ok(same.then_some(newest.bytes))
     }
 
     pub fn path(&self, bytes: u64, lines: u64) -> PathBuf {
@@ -121,7 +149,10 @@ mod tests {
         let before = segments().all().unwrap();
         open(0).record("stderr", b"last", true).unwrap();
         let all = segments().all().unwrap();
-        assert_eq!((all.len(), &all[..2]), (3, &before[1..]), "the oldest goes");
+        let kept = all.len() - 1;
+        assert_eq!(all[..kept], before[before.len() - kept..]);
+        let total: u64 = all.iter().map(|segment| std::fs::metadata(&segment.path).unwrap().len()).sum();
+        assert!(before[0].bytes > 0 && total <= 600, "the oldest goes: {total}");
         for pair in all.windows(2) {
             let (bytes, lines) = measure(&pair[0].path).unwrap();
             assert_eq!(
@@ -130,6 +161,42 @@ mod tests {
                 "no gap: {all:?}"
             );
         }
-        assert_eq!((all[2].lines, measure(&all[2].path).unwrap().1), (11, 1), "eleven before the last one");
+        assert_eq!((all[kept].lines, measure(&all[kept].path).unwrap().1), (11, 1), "eleven before the last one");
+    }
+
+    #[test]
+    fn short_runs_lose_nothing_and_long_ones_stay_within_their_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let segments = || Segments::of(dir.path(), "web", "a");
+        let run = |run: u32, text: &[u8]| {
+            let path = dir.path().join(format!("logs/{run}.log"));
+            Log::open(path, 20_000, 3, Some(segments())).unwrap().record("stdout", text, true).unwrap();
+        };
+        (0..40).for_each(|number| run(number, b"crashed at once"));
+        let all = segments().all().unwrap();
+        assert_eq!((all.len(), all[0].bytes), (40, 0), "little of each run: nothing goes");
+        (40..300).for_each(|number| run(number, b""));
+        assert_eq!(segments().all().unwrap().len(), MAX_SEGMENTS);
+        (300..310).for_each(|number| run(number, &[b'x'; 15_000]));
+        let all = segments().all().unwrap();
+        let total: u64 = all.iter().map(|segment| std::fs::metadata(&segment.path).unwrap().len()).sum();
+        assert!((all.len(), total <= 60_000) == (3, true), "{total}: {all:?}");
+    }
+
+    #[test]
+    fn a_gap_says_how_many_records_are_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let segments = Segments::of(dir.path(), "web", "a");
+        let path = dir.path().join("log");
+        let mut log = Log::open(path.clone(), 20_000, 3, Some(Segments::of(dir.path(), "web", "a"))).unwrap();
+        log.lose(3).unwrap();
+        log.record("1:0:/a", b"one", true).unwrap();
+        log.lose(4).unwrap();
+        let lines: Vec<u64> = segments.all().unwrap().iter().map(|segment| segment.lines).collect();
+        assert_eq!(lines, [3, 8]);
+        assert_eq!(log.position(), segments.all().unwrap()[1].bytes);
+        drop(log);
+        let log = Log::open(path, 20_000, 3, Some(Segments::of(dir.path(), "web", "a"))).unwrap();
+        assert_eq!(log.position(), segments.all().unwrap()[1].bytes, "it stays where nothing was written since");
     }
 }

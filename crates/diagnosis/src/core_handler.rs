@@ -5,26 +5,31 @@
 //!                        └ nobody's here ─► what kernel.core_pattern was before: another program, or a file as the kernel makes it
 //! ```
 //!
+//! An instance has two handlers at work, and only as long as its core comes: so no instance keeps all the kernel's places for itself.
 //! Everything about the crash is hostile: names are made harmless, and from the moment when a file inside a container is opened this
 //! process has no right that the crashed one did not have. A core of an instance never reaches the host's own handler.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use joey_api::diagnosis::{CoreSettings, CoreWritten, Crash};
 
 use crate::core_pattern::Known;
 use crate::crash::{Process, Told, become_user};
+use crate::elf;
 
-/// The longest that a core of an instance may take to be written, in seconds.
-const LONGEST: u32 = 300;
+/// The longest that a core of an instance may take to be written, and a piece of it, in seconds.
+const LONGEST: Duration = Duration::from_secs(300);
+const STALLED: u64 = 5;
+/// Cores of one instance that are written at the same time; of what crashes besides there is none.
+const SLOTS: usize = 2;
 /// How long the agent may take to hear of it.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Pieces that hold nothing but zeros become holes of the file.
@@ -52,15 +57,16 @@ pub fn run(words: impl Iterator<Item = OsString>) -> Result<(), String> {
 }
 
 fn of_instance(known: &Known, told: &Told, process: &Process, (instance, container): (&str, &str)) -> io::Result<()> {
+    let end = Instant::now() + LONGEST;
+    go_on(end);
+    process.join_cgroups(&known.cgroup_root)?;
     let dir = known.instances.join(instance);
     let settings: CoreSettings = serde_json::from_slice(&std::fs::read(dir.join("cores/settings.json"))?)?;
     // The agent's own memory is nobody's to read.
     if !settings.enabled || matches!(container, "" | "agent") {
         return Ok(());
     }
-    // SAFETY: takes an integer. The signal ends this process, whatever it waits for.
-    unsafe { libc::alarm(LONGEST) };
-    process.join_cgroups(&known.cgroup_root)?;
+    let Some(_slot) = slot(&dir.join("cores"))? else { return Ok(()) };
     let path = settings.pattern.as_ref().map(|pattern| told.path(pattern.as_bytes(), true));
     let crash = Crash {
         container: container.to_owned(),
@@ -84,9 +90,33 @@ fn of_instance(known: &Known, told: &Told, process: &Process, (instance, contain
         }
     };
     let mut written = CoreWritten::default();
-    let done = opened.and_then(|file| copy(&mut io::stdin().lock(), &file, known.most, &mut written));
+    let done = opened.and_then(|file| copy(&mut io::stdin().lock(), &file, known.most, &mut written, || go_on(end)));
     written.problem = done.err().map(|error| error.to_string());
+    go_on(end);
     tell(&mut agent, &written)
+}
+
+/// From now on this process has the time that one piece may take, unless all its time is over: a signal ends it, whatever it waits for.
+fn go_on(end: Instant) {
+    let left = end.saturating_duration_since(Instant::now()).as_secs().min(STALLED);
+    if left > 0 {
+        // SAFETY: takes an integer.
+        unsafe { libc::alarm(left as u32) };
+    }
+}
+
+/// A place among those for cores that an instance has at the same time, until it is dropped; `None`: all are taken.
+fn slot(cores: &Path) -> io::Result<Option<File>> {
+    for number in 0..SLOTS {
+        let place = cores.join(format!("slot.{number}"));
+        let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(place)?;
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Ok(None)
 }
 
 /// Opens the file that a core goes into, as the kernel does (fs/coredump.c): a plain file of the process's own with one name and no
@@ -112,9 +142,16 @@ fn create(path: &Path, safe: bool) -> io::Result<File> {
     Ok(file)
 }
 
-/// Copies at most so many bytes; pieces of zeros take no room.
-fn copy(from: &mut impl Read, to: &File, most: u64, written: &mut CoreWritten) -> io::Result<()> {
-    let mut piece = vec![0; PIECE];
+/// Copies at most so many bytes, and calls `moved` after each piece; pieces of zeros take no room. Fewer bytes than the core itself
+/// tells of are an error: who is killed meanwhile has no more of it.
+fn copy(
+    from: &mut impl Read,
+    to: &File,
+    most: u64,
+    written: &mut CoreWritten,
+    mut moved: impl FnMut(),
+) -> io::Result<()> {
+    let (mut piece, mut told) = (vec![0; PIECE], 0);
     loop {
         let mut count = 0;
         while count < PIECE {
@@ -123,14 +160,22 @@ fn copy(from: &mut impl Read, to: &File, most: u64, written: &mut CoreWritten) -
                 more => count += more,
             }
         }
+        if written.bytes == 0 {
+            told = elf::length(&piece[..count]);
+        }
         let room = usize::try_from(most - written.bytes).unwrap_or(PIECE).min(count);
         if piece[..room].iter().any(|byte| *byte != 0) {
             to.write_all_at(&piece[..room], written.bytes)?;
         }
         written.bytes += room as u64;
         written.cut = room < count;
+        moved();
         if written.cut || count < PIECE {
-            return to.set_len(written.bytes);
+            to.set_len(written.bytes)?;
+            return match !written.cut && written.bytes < told {
+                true => Err(io::Error::other(format!("it was broken off, of {told} bytes"))),
+                false => Ok(()),
+            };
         }
     }
 }
@@ -208,7 +253,7 @@ fn pass_on(known: &Known, told: &Told, process: &Process) -> io::Result<()> {
     if !safe {
         process.stand_in(false)?;
     }
-    copy(&mut io::stdin().lock(), &create(&path, safe)?, most, &mut CoreWritten::default())
+    copy(&mut io::stdin().lock(), &create(&path, safe)?, most, &mut CoreWritten::default(), || {})
 }
 
 #[cfg(test)]
@@ -237,12 +282,47 @@ mod tests {
             (10, 10, true),
         ] {
             let file = create(&dir.join(most.to_string()), false).unwrap();
-            let mut written = CoreWritten::default();
-            copy(&mut &core[..], &file, most, &mut written).unwrap();
+            let (mut written, mut pieces) = (CoreWritten::default(), 0);
+            copy(&mut &core[..], &file, most, &mut written, || pieces += 1).unwrap();
+            assert_eq!(pieces, bytes.div_ceil(PIECE) + usize::from(bytes == 2 * PIECE));
             assert_eq!((written.bytes, written.cut), (bytes as u64, cut), "{most}");
             assert_eq!(std::fs::read(dir.join(most.to_string())).unwrap(), core[..bytes]);
             assert!(file.metadata().unwrap().blocks() * 512 <= 3 * PIECE as u64, "zeros take no room");
         }
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_core_that_is_broken_off_is_not_taken_for_whole() {
+        let dir = scratch("broken");
+        // A header, and one program header behind it that ends at 3 pieces.
+        let mut core = vec![1; 3 * PIECE];
+        core[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        core[32..40].copy_from_slice(&64u64.to_le_bytes());
+        core[54..58].copy_from_slice(&[56, 0, 1, 0]);
+        core[72..80].copy_from_slice(&4096u64.to_le_bytes());
+        core[96..104].copy_from_slice(&(3 * PIECE as u64 - 4096).to_le_bytes());
+        let file = create(&dir.join("core"), false).unwrap();
+        let copied = |core: &[u8], most: u64| {
+            let mut written = CoreWritten::default();
+            let done = copy(&mut &core[..], &file, most, &mut written, || {});
+            (done.is_ok(), written.bytes, written.cut)
+        };
+        let whole = core.len() as u64;
+        assert_eq!(copied(&core, u64::MAX), (true, whole, false));
+        assert_eq!(copied(&core[..2 * PIECE], u64::MAX), (false, 2 * PIECE as u64, false));
+        assert_eq!(copied(&core[..whole as usize - 1], u64::MAX), (false, whole - 1, false));
+        assert_eq!(copied(&core, 1000), (true, 1000, true), "the host's limit is no fault");
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn an_instance_has_so_many_cores_at_the_same_time() {
+        let dir = scratch("slots");
+        let taken: Vec<_> = (0..SLOTS).map(|_| slot(&dir).unwrap().unwrap()).collect();
+        assert!(slot(&dir).unwrap().is_none());
+        drop(taken);
+        assert!(slot(&dir).unwrap().is_some());
         std::fs::remove_dir_all(dir).unwrap();
     }
 

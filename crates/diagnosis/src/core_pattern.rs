@@ -178,20 +178,31 @@ fn replace(place: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     File::open(place.parent().unwrap_or(place))?.sync_all()
 }
 
-/// Puts the kernel's pattern back to what it was, and removes the handler. Nothing is done where nothing was taken; a pattern that
+/// Puts the kernel's pattern and limit back to what they were, and removes the handler. Nothing is done where nothing was taken; what
 /// somebody else has set meanwhile stays.
 pub fn give_back(dir: &Path) -> Result<(), CorePatternError> {
     if !dir.exists() {
         return Ok(());
     }
+    let (pattern, at_once) = noted(dir);
     if read(PATTERN)?.starts_with(&ours(dir)) {
-        let (pattern, at_once) = noted(dir);
-        fs::write(PATTERN, pattern).map_err(host("restore kernel.core_pattern"))?;
-        if at_once == 0 && read(AT_ONCE)? == CORES.to_string() {
-            fs::write(AT_ONCE, "0").map_err(host("restore kernel.core_pipe_limit"))?;
-        }
+        restore(Path::new(PATTERN), &pattern).map_err(host("restore kernel.core_pattern"))?;
+    }
+    // Also where the pattern is somebody else's by now.
+    if at_once != CORES && read(AT_ONCE)? == CORES.to_string() {
+        fs::write(AT_ONCE, at_once.to_string()).map_err(host("restore kernel.core_pipe_limit"))?;
     }
     fs::remove_dir_all(dir).map_err(host("remove the handler"))
+}
+
+/// Writes what was there, which may be nothing: with the end of a line, since the kernel takes a write of no bytes for none.
+fn restore(place: &Path, before: &str) -> io::Result<()> {
+    fs::write(place, format!("{before}\n"))?;
+    let now = fs::read_to_string(place)?;
+    match now.trim_end_matches('\n') == before {
+        true => Ok(()),
+        false => Err(io::Error::other(format!("it is \"{}\" afterwards", now.trim_end()))),
+    }
 }
 
 #[cfg(test)]
@@ -217,5 +228,16 @@ mod tests {
         fs::write(dir.join("core").join(PROGRAM), "").unwrap();
         assert!(matches!(passed_on(&pattern), Err(CorePatternError::Taken { dir: found }) if found == dir));
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_pattern_that_was_empty_is_restored_too() {
+        let place = std::env::temp_dir().join(format!("joey-restored-{}", std::process::id()));
+        for before in ["core", "", "|/usr/lib/handler %P "] {
+            restore(&place, before).unwrap();
+            assert_eq!(fs::read_to_string(&place).unwrap(), format!("{before}\n"));
+        }
+        fs::remove_file(place).unwrap();
+        assert!(restore(Path::new("/dev/null"), "core").is_err(), "what is not there afterwards is not restored");
     }
 }

@@ -7,5 +7,6 @@ pub mod capture;
 pub mod core_handler;
 pub mod core_pattern;
 mod crash;
+mod elf;
 mod filter;
 mod pcapng;

@@ -4,19 +4,21 @@
 //! gather ─► deliver ─► taken ─► positions written ─► gather …; nothing there: a look a second
 //!             │  ▲
 //!             ▼  │ 1 s, 2 s … 60 s, each up to a quarter longer or shorter
-//!            refused for now     refused for good: halves of it, down to the one record, which is lost and told
+//!            not reached         refused for good: halves of it, down to the one record, which is lost and told
+//!                                answered that not now: after three times each instance by itself (`held`), the others go on
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use joey_api::instance::InstanceEvent;
 use rand::Rng;
 
+use crate::held::Held;
 use crate::left;
 use crate::plan::{Plan, replace};
 use crate::record;
@@ -26,7 +28,9 @@ use crate::stream::{self, Position};
 /// Between two looks at segments that had nothing new.
 const LOOK: Duration = Duration::from_secs(1);
 /// Between two attempts at a sink that does not take what it is given.
-const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+pub(crate) const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// So often a sink may answer that it does not take a batch of several instances now.
+const ANSWERS: u32 = 3;
 /// Bytes of JSON in a batch; one record may be more than that.
 const BATCH: usize = 512 << 10;
 const POSITIONS: &str = "positions.json";
@@ -85,6 +89,31 @@ struct Piece {
     followed: Arc<Followed>,
     stream: usize,
     next: Position,
+    /// How many records are lost before it, and why.
+    lost: Vec<(u64, String)>,
+}
+
+/// Of whom a batch is.
+enum Whose {
+    One(String),
+    AllBut(BTreeSet<String>),
+}
+
+impl Whose {
+    fn has(&self, id: &str) -> bool {
+        match self {
+            Self::One(one) => one == id,
+            Self::AllBut(others) => !others.contains(id),
+        }
+    }
+}
+
+/// What became of a batch.
+enum Carried {
+    Nothing,
+    Taken,
+    /// The sink does not take it now; of whom it was.
+    NotNow(BTreeSet<String>),
 }
 
 impl Carrier {
@@ -102,7 +131,9 @@ impl Carrier {
         let shared = Arc::new(Shared { settings, followed: Mutex::default() });
         for id in left::instances(&shared.settings.left)? {
             let dir = shared.settings.left.join(&id);
-            shared.load(&id, dir, true, None);
+            if !left::give_up_unplanned(&dir, shared.settings.keep) {
+                shared.load(&id, dir, true, None);
+            }
         }
         for (name, sink) in sinks {
             tokio::spawn(carry(Arc::downgrade(&shared), name, sink));
@@ -176,13 +207,13 @@ impl Shared {
     }
 
     /// What there is for a sink; nothing: `None`. `turn` is where it begins, so that one who writes much does not keep others waiting.
-    fn gather(&self, sink: &str, turn: &mut usize) -> Option<(Batch, Vec<Piece>)> {
+    fn gather(&self, sink: &str, whose: &Whose, turn: &mut usize) -> Option<(Batch, Vec<Piece>)> {
         let mut pieces: Vec<Piece> = Vec::new();
-        for followed in self.followed().iter() {
+        for followed in self.followed().iter().filter(|followed| whose.has(&followed.id)) {
             let place = followed.place();
             for (stream, of_it) in followed.plan.streams.iter().enumerate().filter(|(_, stream)| stream.sink == sink) {
                 let next = place.positions.get(&of_it.key()).copied().unwrap_or_default();
-                pieces.push(Piece { followed: followed.clone(), stream, next });
+                pieces.push(Piece { followed: followed.clone(), stream, next, lost: Vec::new() });
             }
         }
         let count = pieces.len().max(1);
@@ -220,9 +251,12 @@ impl Piece {
         let before = self.next;
         batch.of(&format!("{}/{}", plan.instance, stream.key()), |body| {
             if part.lost > 0 {
-                let why = format!("sink \"{}\" did not take them before newer ones took their place", stream.sink);
-                self.followed.tell_lost(self.stream, part.lost, &why);
+                let mut why = format!("sink \"{}\" did not take them before newer ones took their place", stream.sink);
+                if stream.files.is_some() {
+                    why.push_str(", or their file went before it was read");
+                }
                 record::write_lost(body, plan, stream, part.lost, &why);
+                self.lost.push((part.lost, why));
             }
             self.next = part.begin;
             for line in part.bytes.split_inclusive(|byte| *byte == b'\n') {
@@ -297,27 +331,69 @@ impl Followed {
 
 /// The task of a sink, until the carrier is gone.
 async fn carry(shared: Weak<Shared>, name: String, mut sink: Sink) {
-    let mut turn = 0;
-    while let Some(strong) = shared.upgrade() {
-        let (of, mut at) = (name.clone(), turn);
-        let gathering = tokio::task::spawn_blocking(move || (strong.gather(&of, &mut at), at));
-        let Ok((gathered, next)) = gathering.await else { return };
-        turn = next;
-        let Some((batch, pieces)) = gathered else {
-            if let Some(strong) = shared.upgrade() {
-                let _ = tokio::task::spawn_blocking(move || left::clear(&strong)).await;
-            }
-            tokio::time::sleep(LOOK).await;
-            continue;
-        };
-        for refused in deliver(&name, &mut sink, &batch).await {
-            let piece = pieces.iter().find(|piece| batch.key(refused) == piece.key());
-            if let Some(piece) = piece {
-                piece.followed.tell_lost(piece.stream, 1, &format!("sink \"{name}\" refuses them for good"));
+    let (mut turn, mut held) = (0, Held::default());
+    loop {
+        // Who is held up, one at a time, and then all who are not.
+        let due = held.due(Instant::now());
+        if let Some(id) = &due {
+            match carry_some(&shared, &name, &mut sink, Whose::One(id.clone()), &mut turn).await {
+                None => return,
+                Some(Carried::Nothing) => held.release(id),
+                Some(Carried::Taken) => {
+                    tracing::info!(sink = name, instance = id.as_str(), "sink takes its records again");
+                    held.release(id);
+                    held.taken();
+                }
+                Some(Carried::NotNow(_)) => {
+                    let part = rand::rng().random_range(0.75..1.25);
+                    held.refused(id, Instant::now(), part);
+                }
             }
         }
-        let _ = tokio::task::spawn_blocking(move || remember(&pieces)).await;
+        match carry_some(&shared, &name, &mut sink, Whose::AllBut(held.ids()), &mut turn).await {
+            None => return,
+            Some(Carried::Nothing) if due.is_none() => {
+                if let Some(strong) = shared.upgrade() {
+                    let _ = tokio::task::spawn_blocking(move || left::clear(&strong)).await;
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+            Some(Carried::Nothing) => {}
+            Some(Carried::Taken) => held.taken(),
+            Some(Carried::NotNow(ids)) => held.hold(ids),
+        }
     }
+}
+
+/// Carries one batch; `None`: the carrier is gone.
+async fn carry_some(
+    shared: &Weak<Shared>,
+    name: &str,
+    sink: &mut Sink,
+    whose: Whose,
+    turn: &mut usize,
+) -> Option<Carried> {
+    let (strong, of, mut at) = (shared.upgrade()?, name.to_owned(), *turn);
+    let answers = if matches!(whose, Whose::One(_)) { 1 } else { ANSWERS };
+    let gathering = tokio::task::spawn_blocking(move || (strong.gather(&of, &whose, &mut at), at));
+    let (gathered, next) = gathering.await.ok()?;
+    *turn = next;
+    let Some((batch, pieces)) = gathered else { return Some(Carried::Nothing) };
+    let Some(refused) = deliver(name, sink, &batch, answers).await else {
+        return Some(Carried::NotNow(pieces.into_iter().map(|piece| piece.followed.id.clone()).collect()));
+    };
+    let mut of_each: BTreeMap<&str, u64> = BTreeMap::new();
+    refused.into_iter().for_each(|record| *of_each.entry(batch.key(record)).or_default() += 1);
+    for piece in &pieces {
+        for (lost, why) in &piece.lost {
+            piece.followed.tell_lost(piece.stream, *lost, why);
+        }
+        if let Some(count) = of_each.get(piece.key().as_str()) {
+            piece.followed.tell_lost(piece.stream, *count, &format!("sink \"{name}\" refuses them for good"));
+        }
+    }
+    let _ = tokio::task::spawn_blocking(move || remember(&pieces)).await;
+    Some(Carried::Taken)
 }
 
 impl Piece {
@@ -337,9 +413,10 @@ fn remember(pieces: &[Piece]) {
     }
 }
 
-/// Delivers all of a batch in its order, however long it takes; the numbers of the records that the sink refuses for good.
-async fn deliver(name: &str, sink: &mut Sink, batch: &Batch) -> Vec<usize> {
-    let (mut refused, mut pause, mut down) = (Vec::new(), PAUSE.0, false);
+/// Delivers all of a batch in its order, however long the sink is not reached; the numbers of the records that it refuses for good.
+/// `None`: it answered so many times that it does not take some of them now. What it took before that comes again.
+async fn deliver(name: &str, sink: &mut Sink, batch: &Batch, answers: u32) -> Option<Vec<usize>> {
+    let (mut refused, mut pause, mut down, mut answered) = (Vec::new(), PAUSE.0, false, 0);
     // Ranges, the next one last.
     let mut left = Vec::new();
     left.push(0..batch.len());
@@ -347,31 +424,42 @@ async fn deliver(name: &str, sink: &mut Sink, batch: &Batch) -> Vec<usize> {
         if range.is_empty() {
             continue;
         }
-        match sink.deliver(batch, range.clone()).await {
+        let why = match sink.deliver(batch, range.clone()).await {
             Ok(()) => {
                 if std::mem::take(&mut down) {
                     tracing::info!(sink = name, "sink takes records again");
                 }
-                pause = PAUSE.0;
+                (pause, answered) = (PAUSE.0, 0);
+                continue;
             }
-            Err(Refused::Never(why)) if range.len() == 1 => {
-                tracing::warn!(sink = name, why, "record is refused for good");
-                refused.push(range.start);
-            }
-            Err(Refused::Never(_)) => {
-                let middle = range.start + range.len() / 2;
-                left.extend([middle..range.end, range.start..middle]);
-            }
-            Err(Refused::Later(why)) => {
-                if !std::mem::replace(&mut down, true) {
-                    tracing::warn!(sink = name, why, "sink does not take records, trying again");
+            Err(Refused::Never(why)) => {
+                if range.len() > 1 {
+                    let middle = range.start + range.len() / 2;
+                    left.extend([middle..range.end, range.start..middle]);
+                    continue;
                 }
-                left.push(range);
-                let part = rand::rng().random_range(0.75..1.25);
-                tokio::time::sleep(pause.mul_f64(part)).await;
-                pause = (pause * 2).min(PAUSE.1);
+                if refused.is_empty() {
+                    tracing::warn!(sink = name, why, "records are refused for good");
+                }
+                refused.push(range.start);
+                continue;
             }
+            Err(Refused::NotNow(why)) => {
+                answered += 1;
+                why
+            }
+            Err(Refused::Later(why)) => why,
+        };
+        if !std::mem::replace(&mut down, true) && answers > 1 {
+            tracing::warn!(sink = name, why, "sink does not take records, trying again");
         }
+        if answered >= answers {
+            return None;
+        }
+        left.push(range);
+        let part = rand::rng().random_range(0.75..1.25);
+        tokio::time::sleep(pause.mul_f64(part)).await;
+        pause = (pause * 2).min(PAUSE.1);
     }
-    refused
+    Some(refused)
 }

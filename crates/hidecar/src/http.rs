@@ -64,7 +64,7 @@ impl Http {
             status @ (StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY) => {
                 Err(Refused::Never(status.to_string()))
             }
-            status => Err(Refused::Later(status.to_string())),
+            status => Err(Refused::NotNow(status.to_string())),
         }
     }
 }

@@ -7,14 +7,15 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use crate::carrier::{Followed, Shared};
+use crate::plan::Plan;
 use crate::stream;
 
 /// Between two looks at what is too much or too old.
 const LOOK: Duration = Duration::from_secs(10);
 /// Instances whose losses are still to be told; beyond that they are told to the host's log alone.
 const MOST: usize = 4096;
-/// Its time of change is when the instance was gone.
-const NOTE: &str = "left";
+/// Its time of change is when the instance was gone. No container has a dot in its name.
+const NOTE: &str = "left.at";
 
 /// Notes that the instance whose segments are here is gone now.
 pub(crate) fn note(dir: &Path) {
@@ -27,6 +28,23 @@ pub(crate) fn note(dir: &Path) {
 /// Those that left something behind.
 pub(crate) fn instances(dir: &Path) -> io::Result<Vec<String>> {
     Ok(std::fs::read_dir(dir)?.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+}
+
+fn since(dir: &Path) -> io::Result<SystemTime> {
+    std::fs::metadata(dir.join(NOTE)).or_else(|_| std::fs::metadata(dir))?.modified()
+}
+
+/// Removes what nobody can carry, because there is no plan that says what it is, once it is too old.
+pub(crate) fn give_up_unplanned(dir: &Path, keep: Duration) -> bool {
+    let old = since(dir).is_ok_and(|since| since.elapsed().is_ok_and(|age| age > keep));
+    if !old || matches!(Plan::read(dir), Ok(Some(_))) {
+        return false;
+    }
+    tracing::warn!(dir = %dir.display(), "logs without a plan are given up untold");
+    if let Err(error) = std::fs::remove_dir_all(dir) {
+        tracing::warn!(dir = %dir.display(), %error, "logs without a plan cannot be removed");
+    }
+    true
 }
 
 /// Removes what is carried.
@@ -62,8 +80,7 @@ fn bound(shared: &Shared) {
         .iter()
         .filter_map(|followed| {
             let dir = followed.left()?;
-            let noted = std::fs::metadata(dir.join(NOTE)).or_else(|_| std::fs::metadata(&dir));
-            let since = noted.and_then(|meta| meta.modified()).unwrap_or_else(|_| SystemTime::now());
+            let since = since(&dir).unwrap_or_else(|_| SystemTime::now());
             Some((since, dir, followed.clone()))
         })
         .collect();
@@ -92,5 +109,34 @@ fn bound(shared: &Shared) {
             }
         }
         total -= size;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use joey_api::logs::{LogSource, Logs};
+
+    use super::*;
+
+    #[test]
+    fn what_has_no_plan_goes_when_it_is_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let (planned, unplanned) = (dir.path().join("planned"), dir.path().join("unplanned"));
+        let source = LogSource { name: "a".to_owned(), from: "stdout".to_owned(), ..LogSource::default() };
+        let logs = Logs { sources: vec![source], ..Logs::default() };
+        let (plan, _) = Plan::new("i-1", &logs, &[("web".to_owned(), Vec::new())], |_| Ok("s".to_owned()));
+        plan.write(&planned).unwrap();
+        std::fs::create_dir_all(unplanned.join("left")).unwrap();
+        std::fs::write(unplanned.join("plan.json"), "{").unwrap();
+        for dir in [&planned, &unplanned] {
+            note(dir);
+            let note = std::fs::File::options().write(true).open(dir.join(NOTE)).unwrap();
+            note.set_modified(SystemTime::now() - Duration::from_secs(100)).unwrap();
+        }
+        let keep = Duration::from_secs(200);
+        assert!(!give_up_unplanned(&unplanned, keep) && unplanned.exists());
+        let keep = Duration::from_secs(50);
+        assert!(!give_up_unplanned(&planned, keep) && planned.exists());
+        assert!(give_up_unplanned(&unplanned, keep) && !unplanned.exists());
     }
 }

@@ -13,6 +13,7 @@
 //! host's owner names the sinks and holds their secrets; a specification chooses among them.
 
 mod carrier;
+mod held;
 mod http;
 mod kafka;
 mod left;

@@ -2,7 +2,8 @@
 //! records that it leaves behind can be carried without it.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use joey_api::agent::{Collected, OUTPUT};
@@ -81,10 +82,16 @@ impl Plan {
         collected
     }
 
-    /// Writes it into the directory of segments below an instance's.
+    /// Writes it into the directory of segments below an instance's, durably: without it nobody knows whose they are.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         std::fs::create_dir_all(dir)?;
-        replace(&dir.join(NAME), &serde_json::to_vec(self)?)
+        let (place, bytes) = (dir.join(NAME), serde_json::to_vec(self)?);
+        let new = place.with_extension("new");
+        let mut file = File::create(&new)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        std::fs::rename(new, place)?;
+        File::open(dir)?.sync_all()
     }
 
     /// The plan in a directory of segments; `None` where nothing is collected.

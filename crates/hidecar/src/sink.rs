@@ -53,6 +53,8 @@ pub struct KafkaSettings {
 pub(crate) enum Refused {
     /// The sink is not there or not well: the same again, later.
     Later(String),
+    /// It answers, and does not take this now: it is not well, or does not bear this.
+    NotNow(String),
     /// It will never take this.
     Never(String),
 }

@@ -114,10 +114,10 @@ fn joey_enters_joins_and_debugs() {
     assert!(refused.contains("made without a terminal"), "{refused}");
 
     let image = registry.demo();
-    let look = ["debug", "box.default", "--image", &image, "--target", "main", "-it", "--", "sh"];
+    let look = ["debug", "box.default", "--image", image.as_str(), "--target", "main", "-it", "--", "sh"];
     let looked = on_a_terminal(&joey, &look, "\nps\nexit 5\n");
     assert!(looked.code == 5 && looked.stdout.contains("sleep 1000"), "it sees the target: {looked:?}");
-    let pipe = ["debug", "box.default", "--image", &image, "-i", "-c", "piped", "--", "sh"];
+    let pipe = ["debug", "box.default", "--image", image.as_str(), "-i", "-c", "piped", "--", "sh"];
     let piped = joey.joey_with_input(&pipe, b"echo piped-$((40+2))\nexit 4\n");
     assert!(piped.code == 4 && piped.stdout.contains("piped-42"), "{piped:?}");
 }

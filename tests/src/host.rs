@@ -189,6 +189,43 @@ pub fn cgroup(instance: &str, controller: &str, name: &str) -> Option<PathBuf> {
     joeys.map(|joey| joey.join(instance).join(name)).find(|place| place.is_dir())
 }
 
+/// What a cgroup of an instance is held to; `None` where it is not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Confines {
+    pub cpu_milli: Option<u64>,
+    pub memory: Option<u64>,
+    pub pids: Option<u64>,
+    /// Written a second, like what is read.
+    pub disk_bytes: Option<u64>,
+    pub disk_operations: Option<u64>,
+}
+
+impl Confines {
+    /// Those of the cgroup `name` of an instance, by the files of version 1 or 2.
+    pub fn of(instance: &str, name: &str) -> Self {
+        let text = |controller: &str, files: [&str; 2]| {
+            let place = cgroup(instance, controller, name).unwrap_or_default();
+            files.iter().map(|file| read(place.join(file))).find(|text| !text.is_empty()).unwrap_or_default()
+        };
+        let first = |text: String| text.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+        // `MAJOR:MINOR RATE`, or `MAJOR:MINOR rbps=RATE wbps=RATE riops=RATE wiops=RATE`.
+        let disk = |text: String, word: &str| {
+            text.split_whitespace()
+                .skip(1)
+                .find_map(|found| found.strip_prefix(word).unwrap_or(found).parse::<u64>().ok())
+        };
+        Self {
+            // Of a period of 100 ms.
+            cpu_milli: first(text("cpu", ["cpu.cfs_quota_us", "cpu.max"])).map(|quota| quota / 100),
+            // Version 1 says "none" by a number.
+            memory: first(text("memory", ["memory.limit_in_bytes", "memory.max"])).filter(|bytes| *bytes < 1 << 50),
+            pids: first(text("pids", ["pids.max", "pids.max"])),
+            disk_bytes: disk(text("blkio", ["blkio.throttle.write_bps_device", "io.max"]), "wbps="),
+            disk_operations: disk(text("blkio", ["blkio.throttle.write_iops_device", "io.max"]), "wiops="),
+        }
+    }
+}
+
 fn read(path: impl AsRef<Path>) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }

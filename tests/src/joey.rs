@@ -212,6 +212,21 @@ impl Joey {
         command
     }
 
+    /// The kubectls that there are: the machine's, and the newest where it is there.
+    pub fn kubectls(&self) -> Vec<Command> {
+        let mut all = vec![self.kubectl_command(&[])];
+        let newest = repository().join(".tools/kubectl");
+        if newest.exists() {
+            let mut command = Command::new(newest);
+            command.arg("--kubeconfig").arg(self.data().join("kubeconfig"));
+            command.env("HOME", self.dir.path()).env_remove("KUBECONFIG");
+            all.push(command);
+        } else {
+            eprintln!("SKIPPED: kubectl of scripts/kubectl.sh is not in .tools");
+        }
+        all
+    }
+
     /// `kubectl apply` of an object.
     #[track_caller]
     pub fn apply(&self, object: &Value) -> String {

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
+use joey_tests::host::Confines;
 use joey_tests::joey::pod;
-use joey_tests::{Joey, Registry, holds, repository, seconds, wait_until};
+use joey_tests::{Joey, Registry, holds, repository, run, seconds, wait_until};
 use serde_json::{Value, json};
 
 const POD: &str = "io.k8s.api.core.v1.PodSpec";
@@ -282,22 +283,40 @@ fn what_is_refused_says_why_and_what_instead() {
     assert!(status["message"].as_str().is_some_and(|message| message.contains("nfs")), "{status}");
 }
 
+/// What of the instance's cgroup `name` is limited.
+fn confines(joey: &Joey, instance: &str, name: &str) -> Confines {
+    let id = joey.joey(&["describe", instance, "-o", "json"]).json()["id"].as_str().expect("an id").to_owned();
+    Confines::of(&id, name)
+}
+
+/// Whether the host's kernel caps one interface each way, at rates that nothing else here has.
+#[track_caller]
+fn is_capped(bandwidth: &str, packets: &str) {
+    let queues = run(Command::new("tc").args(["qdisc", "show"])).ok();
+    assert_eq!(queues.matches(&format!("rate {bandwidth}bit ")).count(), 2, "{bandwidth}: {queues}");
+    let rules = run(Command::new("nft").args(["list", "ruleset"])).ok();
+    assert_eq!(rules.matches(&format!("limit rate over {packets}/second ")).count(), 2, "{packets}: {rules}");
+}
+
 #[test]
 fn sizes_are_taken_from_a_list() {
     let registry = Registry::with_demo_image();
     let file = registry.dir().join("joey.yaml");
-    std::fs::write(&file, "specs:\n  tiny: {cpu: 250m, memory: 48Mi, pids: 50}\n").expect("the folder is writable");
+    let tiny =
+        "{cpu: 250m, memory: 48Mi, pids: 50, bandwidth: 21M, packets: 1237, diskBytes: 9Mi, diskOperations: 321}";
+    std::fs::write(&file, format!("specs:\n  tiny: {tiny}\n")).expect("the folder is writable");
     let arguments = vec!["--config".to_owned(), file.display().to_string()];
     let joey = Joey::start_with(joey_tests::Settings { arguments, ..joey_tests::Settings::default() });
-    let limit = |instance: &str| {
-        let id = joey.joey(&["describe", instance, "-o", "json"]).json()["id"].as_str().expect("an id").to_owned();
-        let place = joey_tests::host::cgroup(&id, "memory", "containers").expect("it has a cgroup");
-        let file = ["memory.limit_in_bytes", "memory.max"].map(|name| place.join(name));
-        let text = file.iter().find_map(|file| std::fs::read_to_string(file).ok()).expect("it is limited");
-        text.trim().parse::<u64>().expect("a number")
-    };
     joey.joey(&["run", &registry.demo(), "--name", "a", "--spec", "no.such", "--spec", "tiny"]).ok();
-    assert_eq!(limit("a"), 48 << 20);
+    let tiny = Confines {
+        cpu_milli: Some(250),
+        memory: Some(48 << 20),
+        pids: Some(50),
+        disk_bytes: Some(9 << 20),
+        disk_operations: Some(321),
+    };
+    assert_eq!(confines(&joey, "a", "containers"), tiny);
+    is_capped("21M", "1237");
     let refused =
         joey.joey(&["run", &registry.demo(), "--name", "b", "--spec", "no.such", "--spec", "999-1Gi"]).fails(1);
     assert!(refused.contains("\"no.such\" is not known") && refused.contains("tiny"), "{refused}");
@@ -306,7 +325,8 @@ fn sizes_are_taken_from_a_list() {
     object["metadata"]["annotations"] = json!({"k8s.aliyun.com/eci-use-specs": "ecs.c6.large, 0.5-64Mi"});
     joey.apply(&object);
     joey.wait_for("sized", "Ready", seconds(30));
-    assert_eq!(limit("sized.default"), 64 << 20);
+    let sized = Confines { cpu_milli: Some(500), memory: Some(64 << 20), ..Confines::default() };
+    assert_eq!(confines(&joey, "sized.default", "containers"), sized);
     object["metadata"]["name"] = json!("unsized");
     object["metadata"]["annotations"] = json!({"k8s.aliyun.com/eci-use-specs": "ecs.c6.large"});
     joey.apply(&object);
@@ -314,17 +334,48 @@ fn sizes_are_taken_from_a_list() {
         let status = joey.get("pod", "unsized")["status"].clone();
         holds(status["reason"] == "NoSuchSpec" && status["message"].to_string().contains("ecs.c6.large"), status)
     });
+
+    // The same by flags: of the instance as a whole, and of its container.
+    let image = registry.demo();
+    let mut words = vec!["run", image.as_str(), "--name", "flagged", "--cpu", "150m", "--memory", "40Mi", "--pids", "33"];
+    words.extend(["--bandwidth", "22M", "--packets", "1238", "--disk-bytes", "7Mi", "--disk-operations", "123"]);
+    joey.joey(&words).ok();
+    let (pids, disk_bytes, disk_operations) = (Some(33), Some(7 << 20), Some(123));
+    let whole = Confines { pids, disk_bytes, disk_operations, ..Confines::default() };
+    assert_eq!(confines(&joey, "flagged", "containers"), whole);
+    let own = confines(&joey, "flagged", "containers/flagged");
+    assert_eq!((own.cpu_milli, own.memory), (Some(150), Some(40 << 20)));
+    is_capped("22M", "1238");
 }
 
 #[test]
 fn requests_become_limits_and_the_class_is_told() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();
-    for (name, resources, whole, class, memory) in [
-        ("best", json!({}), Value::Null, "BestEffort", None),
-        ("burst", json!({"requests": {"memory": "64Mi", "cpu": "100m"}}), Value::Null, "Burstable", Some(64 << 20)),
-        ("sure", json!({"limits": {"memory": "32Mi", "cpu": "100m"}}), Value::Null, "Guaranteed", Some(32 << 20)),
-        ("whole", json!({}), json!({"limits": {"memory": "80Mi", "cpu": "1"}}), "Guaranteed", Some(80u64 << 20)),
+    let requests = json!({"requests": {"memory": "64Mi", "cpu": "100m", "ephemeral-storage": "70Mi"}});
+    let both = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "32Mi", "cpu": "200m"}});
+    for (name, resources, whole, class, cpu, memory, storage) in [
+        ("best", json!({}), Value::Null, "BestEffort", None, None, None),
+        ("burst", requests, Value::Null, "Burstable", Some(100), Some(64 << 20), Some(70 << 20)),
+        ("higher", both, Value::Null, "Burstable", Some(200), Some(32 << 20), None),
+        (
+            "sure",
+            json!({"limits": {"memory": "32Mi", "cpu": "100m"}}),
+            Value::Null,
+            "Guaranteed",
+            Some(100),
+            Some(32 << 20),
+            None,
+        ),
+        (
+            "whole",
+            json!({}),
+            json!({"limits": {"memory": "80Mi", "cpu": "1"}}),
+            "Guaranteed",
+            Some(1000),
+            Some(80 << 20),
+            None,
+        ),
     ] {
         let mut object = pod(name, &registry.demo(), &["sleep", "1000"]);
         object["spec"]["containers"][0]["resources"] = resources;
@@ -334,12 +385,10 @@ fn requests_become_limits_and_the_class_is_told() {
         joey.apply(&object);
         let pod = joey.wait_for(name, "Ready", seconds(30));
         assert_eq!(pod["status"]["qosClass"], class, "{name}");
-        let id = joey.instance_of(name)["id"].as_str().expect("an id").to_owned();
         let cgroup = if whole.is_null() { "main" } else { "containers" };
-        let place = joey_tests::host::cgroup(&id, "memory", cgroup).expect("it has a cgroup");
-        let files = ["memory.limit_in_bytes", "memory.max"].map(|name| place.join(name));
-        let text = files.iter().find_map(|file| std::fs::read_to_string(file).ok()).expect("it can be limited");
-        let found = text.trim().parse::<u64>().ok().filter(|bytes| *bytes < 1 << 50);
-        assert_eq!(found, memory, "{name}");
+        let found = confines(&joey, &format!("{name}.default"), cgroup);
+        assert_eq!((found.cpu_milli, found.memory), (cpu, memory), "{name}");
+        let resources = joey.instance_of(name)["spec"]["containers"][0]["resources"].clone();
+        assert_eq!(resources["ephemeralStorageBytes"].as_u64(), storage, "{name}: {resources}");
     }
 }

@@ -129,8 +129,29 @@ fn the_annotations_cap_too() {
     object["metadata"]["annotations"] =
         json!({"kubernetes.io/ingress-bandwidth": "20M", "kubernetes.io/egress-bandwidth": "20M"});
     joey.apply(&object);
-    joey.wait_for("annotated", "Ready", seconds(30));
-    measure(&address(&joey, "annotated"), 20e6);
+    // A neighbour that takes all the machine gives it: both cores, and its network, without a cap.
+    joey.apply(&pod(
+        "noise",
+        &registry.demo(),
+        &["sh", "-c", &format!("while :; do :; done & while :; do :; done & {ENDS}")],
+    ));
+    for name in ["annotated", "noise"] {
+        joey.wait_for(name, "Ready", seconds(30));
+    }
+    let noise = address(&joey, "noise");
+    let flows = ["9000", "9001"].map(|port| {
+        let end = format!("{noise}:{port}");
+        wait_until("the neighbour listens", seconds(10), || {
+            std::net::TcpStream::connect(&end).map(drop).map_err(|error| error.to_string())
+        });
+        end
+    });
+    std::thread::scope(|scope| {
+        // As long as what is measured takes: three times four seconds, and a little before.
+        scope.spawn(|| traffic::receive_rate(&flows[0], seconds(14)));
+        scope.spawn(|| traffic::send_rate(&flows[1], seconds(14)));
+        measure(&address(&joey, "annotated"), 20e6);
+    });
 }
 
 /// Each direction alone and both at once, within a tenth of the cap.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use joey_tests::host::process_runs;
 use joey_tests::joey::pod;
-use joey_tests::{Joey, Outcome, Program, Registry, holds, repository, run, seconds, traffic, wait_until};
+use joey_tests::{Joey, Outcome, Program, Registry, holds, run, seconds, traffic, wait_until};
 use serde_json::{Value, json};
 
 /// Where `text` says that it listens for the port `remote`.
@@ -18,20 +18,6 @@ fn listening(program: &Program, remote: u16) -> String {
         let found = text.lines().filter(|line| line.contains("127.0.0.1:")).find_map(of);
         found.ok_or(text)
     })
-}
-
-/// Ways of kubectl to forward: the machine's, and the newest where it is there.
-fn kubectls(joey: &Joey) -> Vec<Command> {
-    let mut all = vec![joey.kubectl_command(&[])];
-    let newest = repository().join(".tools/kubectl");
-    if newest.exists() {
-        let mut command = Command::new(newest);
-        command.arg("--kubeconfig").arg(joey.data().join("kubeconfig")).env("HOME", joey.scratch());
-        all.push(command);
-    } else {
-        eprintln!("SKIPPED: kubectl of scripts/kubectl.sh is not in .tools");
-    }
-    all
 }
 
 #[test]
@@ -47,7 +33,7 @@ fn ports_are_forwarded() {
     };
     let mut number = 0;
     for websockets in ["true", "false"] {
-        for mut command in kubectls(&joey) {
+        for mut command in joey.kubectls() {
             number += 1;
             command.args(["port-forward", "pod/web", ":80", ":81"]).env("KUBECTL_PORT_FORWARD_WEBSOCKETS", websockets);
             let program = Program::start(&mut command, &joey.scratch().join(format!("forward-{number}")));
@@ -228,7 +214,7 @@ fn a_running_pod_is_debugged() {
     let name = name.ok().trim().to_owned();
     wait_until("its log is there", seconds(10), || {
         let log = joey.joey(&["logs", "web.default", "-c", &name]).ok();
-        holds(log.contains("nginx"), log)
+        holds(log.contains("nginx: master process"), log)
     });
     let look = joey.joey(&["debug", "web.default", "--image", "127.0.0.1:1/none:1"]).fails(1);
     assert!(look.contains("none:1"), "{look}");

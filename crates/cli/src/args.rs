@@ -444,7 +444,7 @@ pub struct Debug {
     /// Give it a terminal
     #[arg(short = 't', long)]
     pub tty: bool,
-    /// Arguments instead of the image's
+    /// Program and arguments instead of the image's
     #[arg(last = true)]
     pub args: Vec<String>,
 }

@@ -22,7 +22,7 @@ pub async fn debug(service: &PoolClient, debug: Debug) -> Result<ExitCode, Failu
         target: debug.target,
         stdin: debug.stdin,
         tty: debug.tty,
-        args: debug.args,
+        command: debug.args,
         ..ContainerSpec::new(&name, &debug.image)
     };
     let change = InstanceChange { debug: vec![made], ..InstanceChange::default() };

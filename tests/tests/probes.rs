@@ -208,7 +208,8 @@ fn calling(image: &str) -> Value {
     let mut main = container("main", image, "trap 'exit 0' TERM QUIT; while :; do sleep 0.1; done");
     main["lifecycle"] = json!({
         "postStart": {"httpGet": {"port": 80, "path": "/?began"}},
-        "preStop": {"httpGet": {"port": 80, "path": "/?ends", "httpHeaders": [{"name": "User-Agent", "value": "kanga"}]}},
+        "preStop": {"httpGet": {
+            "port": 80, "path": "/?ends", "httpHeaders": [{"name": "User-Agent", "value": "kanga"}]}},
     });
     let mut object = group("calls", "Never", &[main]);
     object["spec"]["initContainers"] = json!([{"name": "web", "image": image, "restartPolicy": "Always",

@@ -145,7 +145,7 @@ fn libraries_do_not_read_flags_or_environment() {
 }
 
 /// What each crate may depend on, of ours. Dependencies point down only.
-const MAY_USE: [(&str, &[&str]); 21] = [
+const MAY_USE: [(&str, &[&str]); 22] = [
     ("model", &[]),
     ("api", &["model"]),
     ("rpc", &["model", "api"]),
@@ -157,7 +157,8 @@ const MAY_USE: [(&str, &[&str]); 21] = [
     ("sandbox", &["model", "api", "rpc"]),
     ("collect", &["api"]),
     ("health", &["api"]),
-    ("agent", &["model", "api", "rpc", "collect", "diagnosis", "health"]),
+    ("seccomp", &[]),
+    ("agent", &["model", "api", "rpc", "collect", "diagnosis", "health", "seccomp"]),
     ("hidecar", &["api", "collect"]),
     ("instance", &["model", "api", "rpc", "image", "network", "sandbox", "collect", "hidecar"]),
     ("pool", &["model", "api", "rpc", "store"]),

@@ -16,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::Cgroup;
 use crate::collect::Inside;
-use crate::{identity, root, seccomp, sys};
+use crate::{identity, root, sys};
 
 /// Exit codes of a program that is not there and of one that cannot be executed (POSIX, 2.8.2: Exit Status for Commands).
 const NOT_FOUND: i32 = 127;
@@ -382,7 +382,7 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Fai
     if container.no_new_privileges {
         sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(said("give up new privileges"))?;
     }
-    seccomp::install().map_err(said("install the seccomp filter"))?;
+    joey_seccomp::install().map_err(said("install the seccomp filter"))?;
     identity::become_identity(&identity, identity::capability_bits(&container.capabilities))
         .map_err(said("become the container's user"))?;
     sys::default_signals();

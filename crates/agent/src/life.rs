@@ -398,7 +398,12 @@ impl Agent {
         let limits = (self.config.log_max_bytes, self.config.log_max_files);
         let segments = container.collected.output.then(|| Segments::of(&self.dir, &container.name, OUTPUT));
         let writer = Log::open(log_write::path(&self.dir, &container.name, run, 0), limits.0, limits.1, segments);
-        let writer = writer.inspect_err(|error| eprintln!("cannot open the log of {}: {error}", container.name));
+        let mut writer = writer.inspect_err(|error| eprintln!("cannot open the log of {}: {error}", container.name));
+        if let Ok(log) = &mut writer
+            && let Some(error) = log.fault()
+        {
+            self.event(true, "LogsNotCollected", format!("its output is not collected: {error}"), container);
+        }
         lock(&life.log).begin(run, writer.ok());
         if let Some(old) = run.checked_sub(2) {
             log_write::remove(&self.dir, &container.name, old);

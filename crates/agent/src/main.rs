@@ -22,7 +22,6 @@ mod output;
 mod probe;
 mod processes;
 mod root;
-mod seccomp;
 mod server;
 mod setup;
 mod signal;

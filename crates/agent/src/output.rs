@@ -32,12 +32,9 @@ impl RunLog {
     }
 
     /// From now on the log of `run` is shown; those who wait for its beginning see it.
-    pub fn begin(&mut self, run: u32, mut writer: Option<Log>) {
+    pub fn begin(&mut self, run: u32, writer: Option<Log>) {
         if self.run != run {
             *self = Self::of(run);
-        }
-        if let Some(error) = writer.as_mut().and_then(Log::fault) {
-            eprintln!("what run {run} of a container prints is not collected: {error}");
         }
         self.writer = writer.map(Mutex::new).map(Arc::new);
         self.grown.send_replace(1);

@@ -73,14 +73,15 @@ pub async fn watch(agent: &Agent, life: &Life, health: &watch::Sender<Health>) -
         let mut counted = Counted::new(probe, Answer::Good);
         let mut asking = Asking::new(agent, life, container, "Liveness", probe, begun);
         loop {
-            let answer = asking.ask().await;
-            if answer.is_err()
-                && let Some(by) = debugged::held(agent, life)
-            {
-                // It counts again from the beginning when the debugger leaves.
-                counted = Counted::new(probe, Answer::Good);
-                asking.say_held(&by);
-                continue;
+            let answer = asking.answer().await;
+            if let Err(unwell) = &answer {
+                let held = debugged::held(agent, life);
+                asking.say_unwell(unwell, held.as_deref());
+                if held.is_some() {
+                    // It counts again from the beginning when the debugger leaves.
+                    counted = Counted::new(probe, Answer::Good);
+                    continue;
+                }
             }
             if counted.count(answer) == Some(Answer::Bad) {
                 return verdict("liveness", probe);
@@ -139,17 +140,24 @@ impl<'a> Asking<'a> {
     }
 
     async fn ask(&mut self) -> Result<(), Unwell> {
-        self.times.tick().await;
-        let limit = Duration::from_secs(self.probe.timeout_seconds.max(1).into());
-        let answer = check::perform(self.agent, self.life, &self.probe.action, limit).await;
+        let answer = self.answer().await;
         if let Err(unwell) = &answer {
-            self.say(format!("{} probe failed: {}", self.name, unwell.0));
+            self.say_unwell(unwell, None);
         }
         answer
     }
 
-    fn say_held(&mut self, by: &str) {
-        self.say(format!("{} probe failed, and does not count while {by}", self.name));
+    async fn answer(&mut self) -> Result<(), Unwell> {
+        self.times.tick().await;
+        let limit = Duration::from_secs(self.probe.timeout_seconds.max(1).into());
+        check::perform(self.agent, self.life, &self.probe.action, limit).await
+    }
+
+    fn say_unwell(&mut self, unwell: &Unwell, held: Option<&str>) {
+        self.say(match held {
+            None => format!("{} probe failed: {}", self.name, unwell.0),
+            Some(by) => format!("{} probe failed, and does not count while {by}", self.name),
+        });
     }
 
     /// Tells it as an event, but the same words not again and again.

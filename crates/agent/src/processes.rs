@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use libc::{MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC};
 
 use crate::identity::{self, Identity};
-use crate::{seccomp, sys};
+use crate::sys;
 
 /// The kernel's number for nobody in particular.
 const NOBODY: u32 = 65_534;
@@ -50,7 +50,7 @@ fn hold(mut ready: io::PipeWriter) -> io::Error {
         sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1)?;
         let nobody = Identity { uid: NOBODY, gid: NOBODY, groups: Vec::new(), home: String::new() };
         identity::become_identity(&nobody, 0)?;
-        seccomp::install()?;
+        joey_seccomp::install()?;
         sys::dup2(0, 2)?;
         ready.write_all(b".")
     };

@@ -5,8 +5,6 @@
 
 use std::io;
 
-use crate::sys;
-
 #[rustfmt::skip]
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_accept, libc::SYS_accept4, libc::SYS_adjtimex, libc::SYS_bind, libc::SYS_brk, libc::SYS_capget,
@@ -161,7 +159,10 @@ pub fn install() -> io::Result<()> {
     let length = u16::try_from(instructions.len()).map_err(io::Error::other)?;
     let program = Program { length, instructions: instructions.as_ptr() };
     // SAFETY: SECCOMP_SET_MODE_FILTER (1) reads the program, which lives through the call.
-    sys::check(unsafe { libc::syscall(libc::SYS_seccomp, 1, 0, &program) }).map(drop)
+    match unsafe { libc::syscall(libc::SYS_seccomp, 1, 0, &program) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(test)]

@@ -337,7 +337,8 @@ fn sizes_are_taken_from_a_list() {
 
     // The same by flags: of the instance as a whole, and of its container.
     let image = registry.demo();
-    let mut words = vec!["run", image.as_str(), "--name", "flagged", "--cpu", "150m", "--memory", "40Mi", "--pids", "33"];
+    let mut words =
+        vec!["run", image.as_str(), "--name", "flagged", "--cpu", "150m", "--memory", "40Mi", "--pids", "33"];
     words.extend(["--bandwidth", "22M", "--packets", "1238", "--disk-bytes", "7Mi", "--disk-operations", "123"]);
     joey.joey(&words).ok();
     let (pids, disk_bytes, disk_operations) = (Some(33), Some(7 << 20), Some(123));

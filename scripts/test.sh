@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PATH:$HOME/.cargo/bin"
 
 [ "$(id -u)" -eq 0 ] || { echo "error: the whole-system tests make sandboxes and so need root" >&2; exit 1; }
-scripts/packages.sh bsdutils procps openssl gdb tcpdump
+scripts/packages.sh bsdutils procps openssl gdb tcpdump tshark
 scripts/check.sh
 scripts/kubectl.sh >/dev/null
 scripts/debian-files.sh .tools/docker-registry docker-registry

@@ -111,6 +111,7 @@ limits() {
     within 30 shows greedy terminated
     say greedy "$(joey describe greedy -o json)"
     say greedy.events "$(cat "$groups/$(number greedy)/greedy/memory.events")"
+    say greedy.peak "$(cat "$groups/$(number greedy)/greedy/memory.peak")"
     place=$groups/$(number bomb)/bomb
     within 20 grep -q '^max [1-9]' "$place/pids.events"
     say bomb.events "$(cat "$place/pids.events")"
@@ -118,6 +119,20 @@ limits() {
     place=$groups/$(number greedy)
     joey rm -f greedy busy bomb >/dev/null
     say rm.left "$([ -e "$place" ] && ls "$place") $(joey ps | grep -c 'greedy\|busy\|bomb')"
+}
+
+# Writes that go through the page cache, which v1 cannot hold.
+the_disk() {
+    detached slow --disk-bytes 8Mi $image --command sleep -- 1000
+    within 30 shows slow running
+    place=$groups/$(number slow)/containers
+    say slow.disk "$(cat /sys/class/block/vda/dev)"
+    say slow.max "$(cat "$place/io.max")"
+    timed() { joey exec slow -- sh -c "read a x </proc/uptime; dd $1 2>/dev/null; read b x </proc/uptime; echo \$a \$b" 2>&1; }
+    say slow.buffered "$(timed 'if=/dev/zero of=/f bs=256k count=96 conv=fsync')"
+    say slow.direct "$(timed 'if=/dev/zero of=/f bs=256k count=96 oflag=direct')"
+    say slow.stat "$(cat "$place/io.stat")"
+    joey rm -f slow >/dev/null
 }
 
 # A process of a container, and one of the machine, whose own pattern is the kernel's.
@@ -172,6 +187,7 @@ a_pod
 its_view
 devices
 limits
+the_disk
 crashes
 re_adoption
 the_end

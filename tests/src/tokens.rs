@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
@@ -44,6 +44,7 @@ pub struct Asked {
     pub scope: String,
     /// Whether credentials came along.
     pub with_credentials: bool,
+    pub at: Instant,
 }
 
 struct Signer {
@@ -120,7 +121,8 @@ fn answer(mut stream: TcpStream, signer: &Signer, shared: &Mutex<Shared>) -> std
     let known = credentials.as_ref().is_some_and(|given| *given == right);
     let (stale, turned_away) = {
         let mut shared = shared.lock().expect("no holder panics");
-        shared.asked.push(Asked { scope: scopes.join(" "), with_credentials: credentials.is_some() });
+        let (scope, with_credentials) = (scopes.join(" "), credentials.is_some());
+        shared.asked.push(Asked { scope, with_credentials, at: Instant::now() });
         let stale = shared.stale > 0;
         shared.stale = shared.stale.saturating_sub(1);
         let (left, status, after) = shared.turned_away;

@@ -211,10 +211,13 @@ fn without_the_hosts_leave_there_are_no_cores() {
     }
 }
 
-/// Lines of Debian's tcpdump for a file.
+/// Lines of Debian's tcpdump for a file; Wireshark's own reader finds as many packets.
 fn packets(file: &Path) -> Vec<String> {
     let text = run(Command::new("tcpdump").args(["-nr"]).arg(file)).ok();
-    text.lines().map(str::to_owned).collect()
+    let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+    let wireshark = run(Command::new("tshark").args(["-n", "-r"]).arg(file)).ok();
+    assert_eq!(wireshark.lines().count(), lines.len(), "tshark and tcpdump differ:\n{wireshark}\n{text}");
+    lines
 }
 
 #[test]
@@ -261,6 +264,9 @@ fn a_capture_has_what_its_filter_says() {
         lines
     });
     let [tcp, udp, icmp, none] = &ended;
+    let fields = ["-n", "-Y", "http.request", "-T", "fields", "-e", "http.request.method", "-e", "ip.dst", "-r"];
+    let asked = run(Command::new("tshark").args(fields).arg(joey.scratch().join("tcp"))).ok();
+    assert_eq!(asked.trim(), format!("GET\t{address}"), "Wireshark takes the packets apart");
     assert!(
         tcp.iter().any(|line| line.contains("HTTP: GET")) && tcp.iter().all(|line| line.contains(".80")),
         "{tcp:?}"

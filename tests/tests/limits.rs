@@ -144,6 +144,28 @@ fn disk() {
     within("operations a second", written, 100.0);
 }
 
+#[test]
+fn what_a_pod_leaves_on_the_disk() {
+    const LIMIT: u64 = 96;
+    let (registry, joey) = noisy();
+    // Most of it at once, then 2 MiB a second: what is written between two looks, and in the grace, is less than a tenth.
+    let script = "head -c 80m /dev/zero > /f; n=80; echo $n; \
+                  while :; do head -c 1m /dev/zero >> /f; n=$((n+1)); echo $n; sleep 0.5; done";
+    let writer = pod("writer", &registry.demo(), &["sh", "-c", script]);
+    joey.apply(&with(writer, json!({}), json!({"limits": {"ephemeral-storage": format!("{LIMIT}Mi")}})));
+    let status = wait_until("it is evicted", seconds(60), || {
+        let status = joey.get("pod", "writer")["status"].clone();
+        holds(status["phase"] == "Failed", &status).map(|()| status)
+    });
+    assert_eq!(status["reason"], "Evicted", "{status}");
+    let log = joey.kubectl(&["logs", "writer"]).ok();
+    let written: u64 =
+        log.lines().last().and_then(|line| line.parse().ok()).unwrap_or_else(|| panic!("no figure: {log}"));
+    println!("MiB written when it was over, of {LIMIT}: {written}");
+    assert!(written >= LIMIT && written as f64 <= LIMIT as f64 * 1.1, "{written} MiB of {LIMIT} were written");
+    assert_eq!(joey.get("pod", "noise")["status"]["phase"], "Running", "its neighbour goes on");
+}
+
 /// Echo requests to an address, about ten thousand a second, until told to stop; who answers is counted.
 struct Flood {
     stop: Arc<AtomicBool>,

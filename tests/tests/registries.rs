@@ -155,6 +155,49 @@ fn many_starts_at_once_make_few_calls_for_tokens() {
 }
 
 #[test]
+fn calls_for_tokens_keep_to_the_rate_of_each_service() {
+    const CALLS: usize = 12;
+    const BURST: usize = 2;
+    let dir = tempfile::TempDir::with_prefix("joey-guards-").expect("a temporary folder");
+    let file = dir.path().join("joey.yaml");
+    let text = format!("guards:\n  registryTokens: {{perSecond: 1, burst: {BURST}}}\n");
+    std::fs::write(&file, text).expect("a fresh folder is writable");
+    let arguments = vec!["--config".to_owned(), file.display().to_string()];
+    let joey = Joey::start_with(Settings { arguments, ..Settings::default() });
+    // A token is good for two requests, so that pulls want more of them than the rate lets through; of two services at once, so
+    // that neither holds up the other.
+    let services = [(); 2].map(|()| {
+        let (tokens, served) = (Tokens::start(), Served::start());
+        served.guard(&tokens.realm(), 2);
+        (tokens, served)
+    });
+    let puller = &joey;
+    std::thread::scope(|scope| {
+        for (tokens, served) in &services {
+            scope.spawn(move || {
+                for number in (0..).take_while(|_| tokens.asked().len() < CALLS) {
+                    let name = format!("paced:{number}");
+                    let layer = Layer::new(&[Entry::file("n", served.image(&name).as_bytes())], Packing::Plain);
+                    puller.joey(&["image", "pull", &served.add(&name, &Image::new(vec![layer], json!({})))]).ok();
+                }
+            });
+        }
+    });
+    for (tokens, _) in &services {
+        let times: Vec<_> = tokens.asked().iter().map(|asked| asked.at).collect();
+        let took = (times[times.len() - 1] - times[0]).as_secs_f64();
+        let rate = (times.len() - BURST) as f64 / took;
+        assert!((0.9..=1.1).contains(&rate), "{} calls in {took:.1} s: {rate:.2} a second after a burst", times.len());
+        for (number, first) in times.iter().enumerate() {
+            for (more, later) in times[number..].iter().enumerate() {
+                let allowed = BURST as f64 + (*later - *first).as_secs_f64();
+                assert!((more + 1) as f64 <= allowed + 0.3, "{} calls where {allowed:.1} may be made", more + 1);
+            }
+        }
+    }
+}
+
+#[test]
 fn credentials_go_to_nobody_else() {
     let served = Served::start();
     let (joey, write, _dir) = with_docker_config(&served.image("")[..served.image("").len() - 1]);

@@ -126,7 +126,8 @@ fn joey_enters_joins_and_debugs() {
 fn joey_tells_logs_in_every_way() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();
-    let script = "echo line 1; echo line 2; sleep 2; echo line 3; echo line 4; until test -e /tmp/end; do sleep 0.1; done; echo end; exit 1";
+    let script = "echo line 1; echo line 2; sleep 2; echo line 3; echo line 4; \
+                  until test -e /tmp/end; do sleep 0.1; done; echo end; exit 1";
     let mut object = pod("talks", &registry.demo(), &["sh", "-c", script]);
     object["spec"]["restartPolicy"] = "Always".into();
     joey.apply(&object);

@@ -12,7 +12,7 @@ fn the_machine_is_what_the_tests_are_about() {
     assert!(guest.text("kernel").ends_with("amd64"), "{}", guest.text("kernel"));
     // CGROUP2_SUPER_MAGIC.
     assert_eq!(guest.text("cgroup.kind"), "63677270");
-    for controller in ["cpu", "memory", "pids"] {
+    for controller in ["cpu", "memory", "pids", "io"] {
         assert!(guest.text("cgroup.controllers").split(' ').any(|name| name == controller), "{controller}");
     }
     assert!(guest.text("up").starts_with("joey is ready"), "{}", guest.console());
@@ -81,6 +81,9 @@ fn limits_are_enforced() {
     let greedy = guest.json("greedy")["status"]["containers"][0]["state"]["terminated"].clone();
     assert_eq!((&greedy["reason"], &greedy["exitCode"]), (&json!("OOMKilled"), &json!(137)));
     assert!(guest.number("greedy.events", "oom_kill") >= 1);
+    let peak: f64 = guest.text("greedy.peak").parse().expect("a number");
+    let part = peak / f64::from(32 << 20);
+    assert!((0.9..=1.1).contains(&part), "{peak} bytes of memory are {part:.2} of 32 MiB");
 
     let clock = |name: &str| -> f64 {
         let first = guest.text(name).split(' ').next().unwrap_or_default();
@@ -88,13 +91,26 @@ fn limits_are_enforced() {
     };
     let used = guest.number("busy.after", "usage_usec") - guest.number("busy.before", "usage_usec");
     let share = used as f64 / 1e6 / (clock("busy.after") - clock("busy.before"));
-    assert!((0.1..0.3).contains(&share), "a fifth of a core is allowed, {share:.2} was used");
+    assert!((0.18..=0.22).contains(&share), "a fifth of a core is allowed, {share:.3} was used");
     assert!(guest.number("busy.after", "nr_throttled") > guest.number("busy.before", "nr_throttled"));
 
     assert!(guest.number("bomb.events", "max") >= 1, "the kernel refused to make more processes");
     let processes: u32 = guest.text("bomb.processes").parse().expect("a number");
     assert!((2..=16).contains(&processes), "{processes} of 16");
     assert_eq!(guest.text("rm.left"), "0", "what was removed is gone");
+}
+
+#[test]
+fn the_disk_is_held_for_buffered_writes_too() {
+    let Some(guest) = Guest::seen() else { return };
+    let max = guest.text("slow.max");
+    assert!(max.starts_with(guest.text("slow.disk")) && max.contains("wbps=8388608"), "{max}");
+    for name in ["slow.buffered", "slow.direct"] {
+        let times: Vec<f64> = guest.text(name).split(' ').filter_map(|word| word.parse().ok()).collect();
+        assert_eq!(times.len(), 2, "{name}: {}", guest.text(name));
+        let rate = 24.0 / (times[1] - times[0]);
+        assert!((7.2..=8.8).contains(&rate), "{name}: {rate:.2} MiB a second of 8; {}", guest.text("slow.stat"));
+    }
 }
 
 #[test]

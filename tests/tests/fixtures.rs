@@ -106,6 +106,12 @@ struct Namespace(String);
 
 impl Drop for Namespace {
     fn drop(&mut self) {
+        // What a server has started for a connection outlives it.
+        let inside = Command::new("ip").args(["netns", "pids", &self.0]).output();
+        let inside = inside.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        for pid in inside.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
         let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
         let _ = Command::new("ip").args(["link", "del", &self.0]).output();
     }

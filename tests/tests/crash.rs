@@ -229,6 +229,18 @@ fn what_ended_with_its_agent_unseen_is_not_run_again() {
         let status = keeper.joey.get("pod", "once")["status"].clone();
         holds(status["phase"] == "Failed" && status["reason"] == "AgentLost", status)
     });
+    // The next one keeps to it.
+    let known = |keeper: &Keeper| keeper.joey.get("pod", "once")["status"].clone();
+    let before = known(&keeper);
+    keeper.start_anew();
+    wait_until("all are told of", seconds(30), || {
+        let status = keeper.joey.get("pod", "again")["status"].clone();
+        holds(status["phase"] == "Running", status)
+    });
+    let once = keeper.joey.joey(&["ps", "-o", "json"]).json();
+    let once = once.as_array().and_then(|all| all.iter().find(|one| one["spec"]["name"] == "once.default")).cloned();
+    assert!(once.as_ref().is_none_or(|one| one["status"]["phase"] == "Failed"), "{once:?}");
+    assert_eq!(known(&keeper)["phase"], before["phase"]);
     let done = keeper.joey.get("pod", "done")["status"].clone();
     let end = &done["containerStatuses"][0]["state"]["terminated"];
     assert_eq!((&done["phase"], &end["exitCode"]), (&json!("Succeeded"), &json!(0)), "{done}");

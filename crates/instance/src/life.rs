@@ -25,7 +25,7 @@ use tokio::sync::mpsc;
 
 use crate::change::Changes;
 use crate::engine::Shared;
-use crate::persist::Record;
+use crate::persist::{Record, had_sandbox, last_state, read_json};
 use crate::{start, status};
 
 /// Pauses between attempts, as the kubelet's for images.
@@ -108,7 +108,7 @@ impl Life {
             self.remember().await;
             // The daemon before this one may have ended between its record and its agent.
             self.behind = true;
-        } else if self.record.deleting.is_none() && had_sandbox(&self.dir) {
+        } else if self.record.deleting.is_none() && (self.record.lost || had_sandbox(&self.dir)) {
             // Its agent ended while no daemon looked: as if it were lost now.
             self.remember().await;
             if let Some(grace) = self.agent_lost().await {
@@ -386,20 +386,31 @@ impl Life {
         let message = format!("agent of instance {} was lost and its containers with it", self.id);
         let fault = Fault::new(ErrorKind::Retryable, "AgentLost", message);
         self.event(true, "AgentLost", fault.message.clone(), None);
+        let policy: joey_model::RestartPolicy = self.record.spec.restart_policy.into();
+        let again = policy.restarts(137);
+        if !again && !self.record.lost {
+            // Before what it was made from goes: nobody makes it again.
+            self.record.lost = true;
+            self.keep_record().await;
+        }
         if let Err(fault) = start::unmake(self).await {
             tracing::error!(instance = %self.id, %fault, "what a lost agent left cannot be removed");
         }
-        let policy: joey_model::RestartPolicy = self.record.spec.restart_policy.into();
         status::lost(&mut self.status, &fault);
-        if !policy.restarts(137) {
+        if !again {
             self.publish();
-            return self.until_deleted().await;
+            let grace = self.until_deleted().await;
+            if grace.is_some() {
+                return grace;
+            }
+            self.record.lost = false;
         }
         for container in &self.status.containers {
             self.record.restarts_before.insert(container.name.clone(), container.restart_count.saturating_add(1));
         }
-        if let Err(fault) = self.write_record().await {
-            tracing::error!(instance = %self.id, %fault, "restart counts could not be kept");
+        self.keep_record().await;
+        if !again {
+            return None;
         }
         self.losses = if self.began.elapsed() < STEADY { self.losses + 1 } else { 0 };
         if self.losses <= 1 {
@@ -412,6 +423,12 @@ impl Life {
         match self.wait(pause, &fault, &fault.reason).await {
             Err(Turn::Delete(grace)) => Some(grace),
             _ => None,
+        }
+    }
+
+    async fn keep_record(&mut self) {
+        if let Err(fault) = self.write_record().await {
+            tracing::error!(instance = %self.id, %fault, "how often and why it was lost cannot be kept");
         }
     }
 
@@ -575,18 +592,4 @@ impl Life {
         self.status.events = status::events(&self.events, &self.agent_events);
         self.shared.publish(&self.id, &self.status);
     }
-}
-
-/// Whether an agent had begun to tell of a sandbox that was not taken down since.
-pub(crate) fn had_sandbox(dir: &Path) -> bool {
-    dir.join("agent.json").exists() && last_state(dir).is_some()
-}
-
-/// What the agent last wrote; `None` where there is nothing that can be read.
-fn last_state(dir: &Path) -> Option<AgentState> {
-    read_json(&dir.join("state.json"))
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
-    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }

@@ -1,4 +1,4 @@
-//! The record of an instance on disk: `record.json` in its directory. Written whole, synced, renamed.
+//! The record of an instance on disk: `record.json` in its directory, written whole, synced, renamed. And what its agent left there.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use jiff::Timestamp;
+use joey_api::agent::AgentState;
 use joey_api::instance::InstanceSpec;
 use serde::{Deserialize, Serialize};
 
@@ -25,12 +26,15 @@ pub(crate) struct Record {
     /// Starts of containers in sandboxes that are gone, by container.
     #[serde(default)]
     pub(crate) restarts_before: BTreeMap<String, u32>,
+    /// Its sandbox was lost, and its policy does not let it be made again.
+    #[serde(default)]
+    pub(crate) lost: bool,
 }
 
 impl Record {
     pub(crate) fn new(spec: InstanceSpec) -> Self {
         let restarts_before = spec.restarts_before.clone();
-        Self { version: VERSION, spec, accepted_at: Timestamp::now(), deleting: None, restarts_before }
+        Self { version: VERSION, spec, accepted_at: Timestamp::now(), deleting: None, restarts_before, lost: false }
     }
 
     /// The record in `dir`; `None` where there is none that is whole: nothing was acknowledged then.
@@ -79,4 +83,18 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(bytes)?;
     Ok(file)
+}
+
+/// Whether an agent had begun to tell of a sandbox that was not taken down since.
+pub(crate) fn had_sandbox(dir: &Path) -> bool {
+    dir.join("agent.json").exists() && last_state(dir).is_some()
+}
+
+/// What the agent last wrote; `None` where there is nothing that can be read.
+pub(crate) fn last_state(dir: &Path) -> Option<AgentState> {
+    read_json(&dir.join("state.json"))
+}
+
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
 }

@@ -347,7 +347,7 @@ pub(crate) fn host_fault(operation: &'static str, error: &dyn std::error::Error)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::life::had_sandbox;
+    use crate::persist::had_sandbox;
 
     #[test]
     fn a_sandbox_that_was_not_made_is_not_taken_for_the_one_before() {

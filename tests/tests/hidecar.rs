@@ -322,7 +322,7 @@ fn the_example_of_the_page_runs() {
     std::fs::write(&file, configuration).expect("a fresh folder is writable");
     joey.arguments(&["--config", &file.display().to_string()]);
     joey.up();
-    let object = blocks[1].replace("127.0.0.1:5056/joey/hello:1", &registry.demo());
+    let object = blocks[1].replace("127.0.0.1:5055/joey/hello:1", &registry.demo());
     joey.kubectl_with_input(&["apply", "-f", "-"], &object).ok();
     let records = wait_until("both records come", seconds(60), || {
         let text = std::fs::read_to_string(logs.join("joey.ndjson")).unwrap_or_default();

@@ -67,14 +67,14 @@ Options:
 const EXAMPLES: &str = "\
 Examples:
   joey up                                  run the platform; kubectl uses /var/lib/joey/kubeconfig
-  joey run nginx                           start an instance and say where it answers
-  joey run --bandwidth 5M --cpu 500m nginx the same, with limits
-  joey logs -f nginx                       follow what it says
-  joey exec -it nginx -- sh                look inside
-  joey rm nginx                            end it
+  joey run nginx --name web                start an instance and say where it answers
+  joey run nginx --bandwidth 5M --cpu 500m another one, with limits
+  joey logs -f web                         follow what it says
+  joey exec -it web -- sh                  look inside
+  joey rm web                              end it
   joey down                                end everything
 
-Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and run --rm pass on the code of what they ran.";
+Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach, debug and run --rm pass on the code of what they ran.";
 
 impl Arguments {
     /// The client of the service that this data directory belongs to.
@@ -156,7 +156,7 @@ pub struct HostFlags {
     /// Largest layer accepted, unpacked
     #[arg(long, value_name = "AMOUNT", default_value = "16Gi")]
     pub max_layer_bytes: String,
-    /// Configuration file (YAML or JSON): sizes of instances by name, guards of calls to others
+    /// Configuration file (YAML or JSON): sizes of instances by name, guards of calls to others, sinks of logs
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Take over kernel.core_pattern, so that instances may have core dumps of at most this size each, such as 1Gi; crashes of

@@ -357,11 +357,14 @@ fn records_reach_a_real_kafka_over_its_end() {
     let brokers = [kafka.address().to_string()];
     let sink = json!({"brokers": brokers, "topic": "joey", "user": kafka::USER, "passwordFile": password});
     let joey = joey_with(json!({"bus": {"kafka": sink}}), json!({"default": "bus"}));
-    let script = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); sleep 0.05; done; sleep 1000";
+    // The second half comes when Kafka is gone.
+    let script = "i=0; while [ $i -lt 400 ]; do [ $i -ne 200 ] || until test -e /gone; do sleep 0.1; done; \
+                  echo line $i; i=$((i+1)); done; sleep 1000";
     joey.apply(&with_env(pod("web", &registry.demo(), &["sh", "-c", script]), &[("aliyun_logs_out", "stdout")]));
     joey.wait_for("web", "Ready", seconds(60));
     wait_until("the first records come", seconds(30), || holds(!kafka.records("joey").is_empty(), joey.output()));
     kafka.kill();
+    joey.kubectl(&["exec", "web", "--", "touch", "/gone"]).ok();
     wait_until("the sink is down", seconds(40), || holds(joey.output().contains("sink does not take records"), ""));
     kafka.up();
     let found = wait_until("the last one comes", seconds(120), || {

@@ -132,6 +132,7 @@ the_disk() {
     say slow.buffered "$(timed 'if=/dev/zero of=/f bs=256k count=96 conv=fsync')"
     say slow.direct "$(timed 'if=/dev/zero of=/f bs=256k count=96 oflag=direct')"
     say slow.stat "$(cat "$place/io.stat")"
+    say slow.groups "$(grep -H . "$place"/*/io.stat "$place/cgroup.subtree_control" "$place/memory.stat" | grep -E 'io.stat|subtree|dirty|writeback' | tr '\n' ' ')"
     joey rm -f slow >/dev/null
 }
 

@@ -261,5 +261,5 @@ fn hooks_before_the_start_and_before_traffic() {
         assert!(said.contains(part), "{part} in {said}");
     }
     let said = refused("unprepared", json!({"joey.dev/pre-start.main": "true"}));
-    assert!(said.contains("hooks of a Pod may not change"), "{said}");
+    assert!(said.contains("fixed for the Pod's life; delete the Pod and create it with another"), "{said}");
 }

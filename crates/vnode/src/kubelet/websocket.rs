@@ -18,6 +18,9 @@ use super::{Answer, Call, session, text};
 const CLOSE: u8 = 255;
 /// Exec and attach, the newest first.
 pub(super) const REMOTE_COMMAND: [&str; 2] = ["v5.channel.k8s.io", "v4.channel.k8s.io"];
+/// From the upgrade to the first output. kubectl (1.32 was seen to) begins to read before it has made its streams, and drops what has come
+/// until then, the exit code too (`Unknown stream id 1, discarding message`): it counts on slower servers.
+const SETTLED: std::time::Duration = std::time::Duration::from_millis(20);
 /// How long a client may take to answer a closure.
 const CLOSE_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
 
@@ -69,6 +72,7 @@ pub(super) fn normal_closure() -> Message {
 
 /// Exec or attach: [`REMOTE_COMMAND`].
 pub(super) async fn carry(socket: Socket, call: Call) {
+    let settled = tokio::time::Instant::now() + SETTLED;
     let (mut sink, mut source) = socket.split();
     let (input, frames) = mpsc::channel(8);
     let (output, mut answers) = mpsc::channel::<(u8, Vec<u8>)>(8);
@@ -87,6 +91,7 @@ pub(super) async fn carry(socket: Socket, call: Call) {
     };
     let writing = async {
         while let Some((channel, mut bytes)) = answers.recv().await {
+            tokio::time::sleep_until(settled).await;
             bytes.insert(0, channel);
             if sink.send(Message::Binary(bytes.into())).await.is_err() {
                 return;

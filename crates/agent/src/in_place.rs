@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use joey_api::agent::{AgentContainer, AgentContainerState, Deadline};
+use joey_api::agent::{AgentContainer, Deadline};
 use joey_api::instance::Resources;
 use joey_api::lifecycle::Role;
 use joey_model::{ErrorKind, Fault};
 
 use crate::life::Life;
-use crate::supervisor::{Agent, waiting};
+use crate::supervisor::{Agent, first_state};
 
 fn refused(kind: ErrorKind, reason: &str, message: String) -> Fault {
     Fault::new(kind, reason, message)
@@ -42,18 +42,7 @@ fn add(agent: &Arc<Agent>, container: AgentContainer) -> Result<(), Fault> {
         let message = format!("container \"{name}\": there is no target container \"{target}\"");
         return Err(refused(ErrorKind::Invalid, "InvalidContainer", message));
     }
-    let state = AgentContainerState {
-        name: name.clone(),
-        state: waiting("ContainerCreating", String::new()),
-        last_termination: None,
-        restart_count: 0,
-        running_since: None,
-        started: false,
-        ready: false,
-        image_id: container.image_id.clone(),
-        image: container.image.clone(),
-        resources: container.resources,
-    };
+    let state = first_state(&container, "ContainerCreating");
     let life = agent.admit(container, state);
     // It ends with the Pod's stop, which reaches every life.
     tokio::spawn(agent.clone().live(life.at));

@@ -124,14 +124,25 @@ pub async fn container(
     let flags = (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64;
     let how = Clone { flags, into: entrance.as_ref().map(File::as_fd) };
     start(program, &how, &mut || Ok(()), &[], || {
-        if how.into.is_none() {
-            cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
-        }
-        sys::unshare(libc::CLONE_NEWCGROUP).map_err(|error| format!("cannot unshare the cgroup: {error}"))?;
-        sys::best_effort_oom(oom_score(program.container));
-        root::enter(config, program.container, dir, upper)
+        enter(config, program, dir, upper, how.into.is_none().then_some(cgroup))
     })
     .await
+}
+
+/// What the first process of a container does before its program; into the cgroup where it did not begin there.
+fn enter(
+    config: &AgentConfig,
+    program: &Program<'_>,
+    dir: &Path,
+    upper: &Path,
+    cgroup: Option<&Cgroup>,
+) -> Result<(), Failure> {
+    if let Some(cgroup) = cgroup {
+        cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
+    }
+    sys::unshare(libc::CLONE_NEWCGROUP).map_err(|error| format!("cannot unshare the cgroup: {error}"))?;
+    sys::best_effort_oom(oom_score(program.container));
+    root::enter(config, program.container, dir, upper)
 }
 
 /// Starts the first process of a container that sees the processes of another one, whose first process is `init`: it is one
@@ -152,15 +163,8 @@ pub async fn beside(
     // As for a further process: the agent is there for the moment of one clone.
     sys::setns(pids.as_fd(), libc::CLONE_NEWPID).map_err(gone)?;
     let mut back = || sys::setns(own.as_fd(), libc::CLONE_NEWPID).map_err(|error| error.to_string());
-    start(program, &how, &mut back, &[], || {
-        if how.into.is_none() {
-            cgroup.join().map_err(|error| format!("cannot join the cgroup: {error}"))?;
-        }
-        sys::unshare(libc::CLONE_NEWCGROUP).map_err(|error| format!("cannot unshare the cgroup: {error}"))?;
-        sys::best_effort_oom(oom_score(program.container));
-        root::enter(config, program.container, dir, upper)
-    })
-    .await
+    start(program, &how, &mut back, &[], || enter(config, program, dir, upper, how.into.is_none().then_some(cgroup)))
+        .await
 }
 
 /// Starts a further process in the container whose first process is `init`.

@@ -57,19 +57,8 @@ impl Agent {
         let lives = config.containers.iter().enumerate();
         let lives = lives.map(|(at, container)| Arc::new(Life::new(at, container.clone()))).collect();
         let inits = config.containers.iter().any(|container| container.role != Role::Main);
-        let containers = config.containers.iter().map(|container| AgentContainerState {
-            name: container.name.clone(),
-            state: waiting(if inits { "PodInitializing" } else { "ContainerCreating" }, String::new()),
-            last_termination: None,
-            restart_count: 0,
-            running_since: None,
-            started: false,
-            ready: false,
-            image_id: container.image_id.clone(),
-            image: container.image.clone(),
-            resources: container.resources,
-        });
-        let containers = containers.collect();
+        let reason = if inits { "PodInitializing" } else { "ContainerCreating" };
+        let containers = config.containers.iter().map(|container| first_state(container, reason)).collect();
         let state = AgentState {
             version: VERSION,
             sequence: 0,
@@ -321,6 +310,22 @@ impl Agent {
 
     fn may_run_again(&self, at: usize) -> bool {
         self.config.containers[at].role == Role::Main && self.life(at).has_settled() && !self.stopping()
+    }
+}
+
+/// A container that has done nothing yet.
+pub fn first_state(container: &AgentContainer, reason: &str) -> AgentContainerState {
+    AgentContainerState {
+        name: container.name.clone(),
+        state: waiting(reason, String::new()),
+        last_termination: None,
+        restart_count: 0,
+        running_since: None,
+        started: false,
+        ready: false,
+        image_id: container.image_id.clone(),
+        image: container.image.clone(),
+        resources: container.resources,
     }
 }
 

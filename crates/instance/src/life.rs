@@ -10,7 +10,7 @@
 //!
 //! A deletion is heard in every waiting state; steps of making are short and run to their end first.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -375,13 +375,12 @@ pub struct NetworkSpec {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Dns {
-    #[serde(default)]
+    /// What the host has comes first.
+    pub host: bool,
     pub nameservers: Vec<String>,
-    #[serde(default)]
     pub searches: Vec<String>,
-    #[serde(default)]
     pub options: Vec<String>,
 }
 

@@ -41,12 +41,18 @@ pub(crate) fn hosts(spec: &InstanceSpec, hostname: &str, address: Option<IpAddr>
 /// Text of /etc/resolv.conf: what the specification says, else the host's own.
 pub(crate) fn resolv_conf(spec: &InstanceSpec, host: &Path) -> String {
     let Some(dns) = &spec.network.dns else { return host_resolv_conf(host) };
-    let mut text: String = dns.nameservers.iter().map(|server| format!("nameserver {server}\n")).collect();
-    if !dns.searches.is_empty() {
-        text.push_str(&format!("search {}\n", dns.searches.join(" ")));
-    }
-    if !dns.options.is_empty() {
-        text.push_str(&format!("options {}\n", dns.options.join(" ")));
+    let hosts = if dns.host { host_resolv_conf(host) } else { String::new() };
+    let all = |word: &str, more: &[String]| -> Vec<String> {
+        let lines = hosts.lines().filter_map(|line| line.trim().strip_prefix(word)?.strip_prefix([' ', '\t']));
+        let own = lines.flat_map(str::split_whitespace).map(str::to_owned);
+        own.chain(more.iter().cloned()).collect()
+    };
+    let servers = all("nameserver", &dns.nameservers);
+    let mut text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    for (word, values) in [("search", all("search", &dns.searches)), ("options", all("options", &dns.options))] {
+        if !values.is_empty() {
+            text.push_str(&format!("{word} {}\n", values.join(" ")));
+        }
     }
     text
 }
@@ -97,6 +103,12 @@ mod tests {
             "hostAliases": [{"address": "10.1.1.1", "hostnames": ["x", "y"]}]}}),
         );
         assert_eq!(resolv_conf(&spec, Path::new("/none")), "nameserver 10.0.0.1\nsearch a b\noptions ndots:5\n");
+        let (mut more, folder) = (spec.clone(), tempfile::tempdir().unwrap());
+        more.network.dns.as_mut().unwrap().host = true;
+        let host = folder.path().join("resolv.conf");
+        std::fs::write(&host, "# ours\nnameserver 9.9.9.9\nsearch c\noptions rotate\n").unwrap();
+        let both = "nameserver 9.9.9.9\nnameserver 10.0.0.1\nsearch c a b\noptions rotate ndots:5\n";
+        assert_eq!(resolv_conf(&more, &host), both, "what the host has comes first");
         let text = hosts(&spec, "web", "10.0.0.2".parse().ok());
         assert!(text.contains("10.0.0.2\tweb\n") && text.contains("10.1.1.1\tx\ty\n"));
         assert!(!reachable("nameserver 127.0.0.53\n") && reachable("nameserver 127.0.0.53\nnameserver 9.9.9.9\n"));

@@ -382,6 +382,7 @@ fn dns(spec: &core::PodSpec, namespace: &str, node: &Node) -> Option<Dns> {
         _ => {
             let domain = &node.cluster_domain;
             Some(Dns {
+                host: false,
                 nameservers: node.cluster_dns.iter().map(ToString::to_string).collect(),
                 searches: vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.clone()],
                 options: vec!["ndots:5".into()],
@@ -389,7 +390,7 @@ fn dns(spec: &core::PodSpec, namespace: &str, node: &Node) -> Option<Dns> {
         }
     };
     if let Some(extra) = &spec.dns_config {
-        let dns = dns.get_or_insert_with(Dns::default);
+        let dns = dns.get_or_insert_with(|| Dns { host: true, ..Dns::default() });
         dns.nameservers.extend(extra.nameservers.clone().unwrap_or_default());
         dns.searches.extend(extra.searches.clone().unwrap_or_default());
         dns.options.extend(extra.options.iter().flatten().filter_map(|option| {

@@ -4,7 +4,7 @@
 
 DATA     ?= /var/lib/joey
 RELEASE  := target/release
-PACKAGES := mold gcc libc6-dev binutils nftables iproute2 skopeo umoci curl ca-certificates
+PACKAGES := mold gcc libc6-dev binutils nftables iproute2 e2fsprogs skopeo umoci curl ca-certificates
 export DATA
 
 .PHONY: help run down test bench crash test-kubernetes check build packages clean

@@ -111,6 +111,16 @@ fn what_does_not_start_is_told_and_does_not_stay_unasked() {
     let error = joey.joey(&["run", "--rm", &registry.demo(), "--command", "no-such-program"]).fails(1);
     assert!(error.contains("no-such-program"), "{error}");
     assert_eq!(joey.joey(&["run", "--rm", &registry.demo(), "--command", "sh", "--", "-c", "exit 9"]).code, 9);
+    // Joined from its start: it reads what is said here, once, and its end is this one's.
+    let script = "pwd; read line; echo got $line; exit 4";
+    let shell = ["run", "-i", "--rm", &registry.demo(), "--workdir", "/etc", "--command", "sh", "--", "-c", script];
+    let joined = joey.joey_with_input(&shell, b"word\n");
+    assert_eq!((joined.code, joined.stdout.as_str()), (4, "/etc\ngot word\n"), "{joined:?}");
+    let kept = ["run", "-i", "--name", "kept", &registry.demo(), "--command", "cat"];
+    assert_eq!(joey.joey_with_input(&kept, b"to and fro\n").ok(), "to and fro\n");
+    assert!(joey.joey(&["describe", "kept"]).ok().contains("Succeeded"), "it is run once");
+    joey.joey(&["rm", "kept"]).ok();
+    assert!(joey.joey(&["run", "-it", &registry.demo()]).fails(2).contains("-t needs a terminal"));
     wait_until("what was to be removed is gone", seconds(10), || {
         let left = joey.joey(&["ps", "-o", "json"]).ok();
         holds(left.trim() == "[]", left)

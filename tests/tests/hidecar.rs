@@ -151,6 +151,37 @@ fn what_is_written_before_an_agent_is_killed_comes() {
 }
 
 #[test]
+fn a_container_that_comes_later_is_collected_as_it_says_then() {
+    let (registry, intake) = (Registry::with_demo_image(), Intake::start());
+    let joey = joey_with(json!({"web": {"http": {"url": intake.url()}}}), json!({"default": "web"}));
+    let mut object = pod("pair", &registry.demo(), &["sleep", "1000"]);
+    object["spec"]["volumes"] = json!([{"name": "v", "emptyDir": {}}]);
+    object["spec"]["containers"].as_array_mut().expect("a list").push(json!({
+        "name": "late", "image": registry.demo(), "command": ["sh", "-c", "echo out 0; echo 0 >/data/x; sleep 1000"],
+        "env": [{"name": "aliyun_logs_data", "valueFrom": {"configMapKeyRef": {"name": "where", "key": "data"}}},
+                {"name": "aliyun_logs_out", "value": "stdout"}],
+        "volumeMounts": [{"name": "v", "mountPath": "/data"}],
+    }));
+    joey.apply(&object);
+    wait_until("one runs and the other one waits", seconds(30), || {
+        let status = joey.get("pod", "pair")["status"].clone();
+        let state = |at: usize| status["containerStatuses"][at]["state"].clone();
+        let waits = state(1)["waiting"]["reason"] == "CreateContainerConfigError";
+        holds(waits && state(0)["running"].is_object(), status)
+    });
+    joey.kubectl(&["create", "configmap", "where", "--from-literal=data=/data/*"]).ok();
+    for source in ["out", "data"] {
+        wait_for_last("the first line", &intake, source, 0);
+    }
+    let agent = agent_of(joey.instance_of("pair")["id"].as_str().expect("an instance has an id"));
+    let write = "i=1; while [ $i -lt 500 ]; do echo $i >>/data/x; i=$((i+1)); done";
+    joey.kubectl(&["exec", "pair", "-c", "late", "--", "sh", "-c", write]).ok();
+    run(std::process::Command::new("kill").args(["-9", &agent.to_string()])).ok();
+    wait_for_last("the last line", &intake, "data", 499);
+    assert_whole("data", &numbers(&intake.of("data")), 500);
+}
+
+#[test]
 fn nothing_but_the_containers_own_files_is_collected() {
     let (registry, intake) = (Registry::with_demo_image(), Intake::start());
     let joey = joey_with(json!({"web": {"http": {"url": intake.url()}}}), json!({"default": "web"}));

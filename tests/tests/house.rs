@@ -145,14 +145,15 @@ fn libraries_do_not_read_flags_or_environment() {
 }
 
 /// What each crate may depend on, of ours. Dependencies point down only.
-const MAY_USE: [(&str, &[&str]); 22] = [
+const MAY_USE: [(&str, &[&str]); 23] = [
     ("model", &[]),
     ("api", &["model"]),
     ("rpc", &["model", "api"]),
     ("guard", &[]),
+    ("disk", &[]),
     ("diagnosis", &["model", "api", "rpc"]),
     ("store", &["model"]),
-    ("image", &["model", "api", "guard"]),
+    ("image", &["model", "api", "guard", "disk"]),
     ("network", &["model", "api"]),
     ("sandbox", &["model", "api", "rpc"]),
     ("collect", &["api"]),
@@ -160,7 +161,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ("seccomp", &[]),
     ("agent", &["model", "api", "rpc", "collect", "diagnosis", "health", "seccomp"]),
     ("hidecar", &["api", "collect"]),
-    ("instance", &["model", "api", "rpc", "image", "network", "sandbox", "collect", "hidecar"]),
+    ("instance", &["model", "api", "rpc", "image", "network", "sandbox", "collect", "disk", "hidecar"]),
     ("pool", &["model", "api", "rpc", "store"]),
     ("schema", &["model"]),
     ("pki", &[]),

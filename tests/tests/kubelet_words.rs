@@ -90,7 +90,10 @@ fn waiting_has_its_reasons() {
     joey.kubectl(&["create", "secret", "generic", "partial", "--from-literal=other=x"]).ok();
     let mut rooted = pod("rooted", &image, &["true"]);
     rooted["spec"]["securityContext"] = json!({"runAsNonRoot": true});
-    apply_all(&joey, &[&lacking(&registry)[..], &[rooted][..]].concat());
+    let mut shows = scripted("lacks-volume", &image, "cat /map/later");
+    shows["spec"]["volumes"] = json!([{"name": "shown", "configMap": {"name": "map"}}]);
+    shows["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "shown", "mountPath": "/map"}]);
+    apply_all(&joey, &[&lacking(&registry)[..], &[rooted, shows][..]].concat());
 
     // The first restart comes at once, each further one after twice the pause.
     waits(&joey, "loops", "CrashLoopBackOff", &["back-off 10s restarting failed container=main"]);
@@ -113,15 +116,92 @@ fn waiting_has_its_reasons() {
     );
 
     // What waits for an object goes on when that comes.
+    waits(&joey, "lacks-volume", "ContainerCreating", &[]);
+    let events = joey.kubectl(&["describe", "pod", "lacks-volume"]).ok();
+    let mount = "MountVolume.SetUp failed for volume \"shown\" : configmap \"map\" not found";
+    assert!(events.contains("FailedMount") && events.contains(mount), "{events}");
     waits(&joey, "lacks-map", "CreateContainerConfigError", &["configmap \"map\" not found"]);
-    waits(&joey, "lacks-key", "CreateContainerConfigError", &["couldn't find key later in", "partial"]);
+    waits(&joey, "lacks-key", "CreateContainerConfigError", &["couldn't find key later in Secret default/partial"]);
     joey.kubectl(&["create", "configmap", "map", "--from-literal=later=mapped"]).ok();
     let later = json!({"stringData": {"later": "secret"}}).to_string();
     joey.kubectl(&["patch", "secret", "partial", "--type=merge", "-p", &later]).ok();
-    for (name, said) in [("lacks-map", "word mapped\n"), ("lacks-key", "word secret\n")] {
+    let said = [("lacks-map", "word mapped\n"), ("lacks-key", "word secret\n"), ("lacks-volume", "mapped")];
+    for (name, said) in said {
         becomes(&joey, name, "Succeeded");
         assert_eq!(joey.kubectl(&["logs", name]).ok(), said, "{name}");
     }
+}
+
+/// Waits until the containers of the Pod `crew` are in these states; the Pod's status.
+#[track_caller]
+fn crew_is(joey: &Joey, wanted: [&str; 4]) -> Value {
+    let word = |state: &Value| match &state["waiting"]["reason"] {
+        Value::String(reason) => reason.clone(),
+        _ if state["running"].is_object() => "Running".to_owned(),
+        _ => state.to_string(),
+    };
+    wait_until(&format!("they are {wanted:?}"), seconds(60), || {
+        let status = joey.get("pod", "crew")["status"].clone();
+        let all = status["containerStatuses"].as_array().cloned().unwrap_or_default();
+        let named =
+            all.iter().map(|one| format!("{} {}", one["name"].as_str().unwrap_or_default(), word(&one["state"])));
+        let mut found: Vec<String> = named.collect();
+        found.sort();
+        holds(found == wanted, format!("{found:?}")).map(|()| status)
+    })
+}
+
+/// A container that cannot be made holds up itself and no other one, and comes when what it lacks is there.
+#[test]
+fn what_one_container_lacks_keeps_no_other_one_waiting() {
+    let registry = Registry::with_demo_image();
+    let (mut joey, image) = (Joey::start(), registry.demo());
+    let absent = registry.image("joey/comes-later:1");
+    let mut object = scripted("crew", &image, "echo at work; sleep 1000");
+    let lacking = |name: &str, image: &str, env: Value| json!({"name": name, "image": image, "env": env, "command": ["sleep", "1000"]});
+    let secret = json!([{"name": "WORD", "valueFrom": {"secretKeyRef": {"name": "late", "key": "word"}}}]);
+    let spec = &mut object["spec"];
+    let containers = spec["containers"].as_array_mut().expect("a list");
+    containers.extend([
+        lacking("malformed", "Bad//Ref:::", json!([])),
+        lacking("absent", &absent, json!([])),
+        lacking("lacks", &image, secret),
+    ]);
+    spec["initContainers"] = json!([{"name": "first", "image": image, "command": ["echo", "done first"]}]);
+    joey.apply(&object);
+    let waiting = crew_is(
+        &joey,
+        ["absent ImagePullBackOff", "lacks CreateContainerConfigError", "main Running", "malformed InvalidImageName"],
+    );
+    assert_eq!(waiting["phase"], "Pending", "as a kubelet has it while one has never run");
+    assert_eq!(joey.kubectl(&["logs", "crew", "-c", "first"]).ok(), "done first\n");
+    assert_eq!(joey.kubectl(&["logs", "crew", "-c", "main"]).ok(), "at work\n");
+    assert_eq!(joey.kubectl(&["exec", "crew", "-c", "main", "--", "echo", "here"]).ok(), "here\n");
+    assert!(waiting["podIP"].is_string(), "{waiting}");
+    let refused = joey.kubectl(&["logs", "crew", "-c", "lacks"]).fails(1);
+    assert!(refused.contains("is waiting to start: CreateContainerConfigError"), "{refused}");
+    let events = joey.kubectl(&["describe", "pod", "crew"]).ok();
+    for part in ["InspectFailed", "secret \"late\" not found", "Failed to pull image"] {
+        assert!(events.contains(part), "{part} in {events}");
+    }
+
+    // Also a new daemon knows why they wait.
+    joey.kill();
+    joey.up();
+    crew_is(
+        &joey,
+        ["absent ImagePullBackOff", "lacks CreateContainerConfigError", "main Running", "malformed InvalidImageName"],
+    );
+
+    joey.kubectl(&["create", "secret", "generic", "late", "--from-literal=word=came"]).ok();
+    joey.kubectl(&["set", "image", "pod/crew", &format!("malformed={image}"), &format!("absent={image}")]).ok();
+    let running = crew_is(&joey, ["absent Running", "lacks Running", "main Running", "malformed Running"]);
+    assert_eq!(running["phase"], "Running");
+    assert_eq!(joey.kubectl(&["exec", "crew", "-c", "lacks", "--", "sh", "-c", "echo $WORD"]).ok(), "came\n");
+    let main =
+        running["containerStatuses"].as_array().expect("a list").iter().find(|one| one["name"] == "main").cloned();
+    assert_eq!(main.expect("it is told")["restartCount"], 0);
+    joey.kubectl(&["delete", "pod", "crew", "--grace-period=1", "--timeout=30s"]).ok();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Point 5: each limit is held within 10 % while a neighbour takes whatever it can get. Bandwidth is in `network`.
 
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -132,13 +133,22 @@ fn disk() {
     slow["metadata"]["name"] = json!("few");
     slow["metadata"]["annotations"] = json!({"joey.dev/disk-operations-per-second": "100"});
     joey.apply(&slow);
-    for name in ["slow", "few"] {
+    // The same with a disk of its own.
+    slow["metadata"]["name"] = json!("own");
+    let (slowly, room) =
+        (json!({"joey.dev/disk-bytes-per-second": "8Mi"}), json!({"limits": {"ephemeral-storage": "256Mi"}}));
+    joey.apply(&with(slow, slowly, room));
+    for name in ["slow", "few", "own"] {
         joey.wait_for(name, "Ready", seconds(30));
     }
     let mib = |pod: &str, dd: &str| disk_rate(&joey, pod, 24.0, dd);
     within("MiB written a second", mib("slow", "if=/dev/zero of=/v/f bs=256k count=96 oflag=direct"), 8.0);
     within("MiB read a second", mib("slow", "if=/v/f of=/dev/null bs=256k count=96 iflag=direct"), 8.0);
     within("MiB written a second into the root", mib("slow", "if=/dev/zero of=/f bs=256k count=96 oflag=direct"), 8.0);
+    for (place, what) in [("/f", "root"), ("/v/f", "volume")] {
+        let rate = mib("own", &format!("if=/dev/zero of={place} bs=256k count=96 oflag=direct"));
+        within(&format!("MiB written a second into the {what} on a disk of its own"), rate, 8.0);
+    }
     let operations = |dd: &str| disk_rate(&joey, "few", 250.0, dd);
     joey.kubectl(&["exec", "few", "--", "sh", "-c", "dd if=/dev/zero of=/v/f bs=1M count=4; sync /v/f"]).ok();
     let written = operations("if=/dev/zero of=/v/f bs=4k count=250 oflag=direct conv=notrunc");
@@ -149,22 +159,44 @@ fn disk() {
 fn what_a_pod_leaves_on_the_disk() {
     const LIMIT: u64 = 96;
     let (registry, joey) = noisy();
-    // Most of it at once, then 2 MiB a second: what is written between two looks, and in the grace, is less than a tenth.
-    let script = "head -c 80m /dev/zero > /f; n=80; echo $n; \
-                  while :; do head -c 1m /dev/zero >> /f; n=$((n+1)); echo $n; sleep 0.5; done";
-    let writer = pod("writer", &registry.demo(), &["sh", "-c", script]);
-    joey.apply(&with(writer, json!({}), json!({"limits": {"ephemeral-storage": format!("{LIMIT}Mi")}})));
+    // As fast as it can, into its root and into a volume; what is removed and still open takes room like all else.
+    let writer = |name: &str, script: &str| {
+        let mut object = pod(name, &registry.demo(), &["sh", "-c", &format!("{script}; sleep 1000")]);
+        object["spec"]["volumes"] = json!([{"name": "v", "emptyDir": {}}]);
+        object["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
+        joey.apply(&with(object, json!({}), json!({"limits": {"ephemeral-storage": format!("{LIMIT}Mi")}})));
+    };
+    writer("greedy", "head -c 1024m /dev/zero > /v/f; head -c 1024m /dev/zero > /f");
+    writer(
+        "sly",
+        "exec 3>/gone; rm /gone; head -c 48m /dev/zero >&3; dd if=/dev/zero of=/v/f bs=64k; \
+         echo $((48 * 1048576 + $(stat -c %s /v/f)))",
+    );
     let status = wait_until("it is evicted", seconds(60), || {
-        let status = joey.get("pod", "writer")["status"].clone();
+        let status = joey.get("pod", "greedy")["status"].clone();
         holds(status["phase"] == "Failed", &status).map(|()| status)
     });
     assert_eq!(status["reason"], "Evicted", "{status}");
-    let log = joey.kubectl(&["logs", "writer"]).ok();
-    let written: u64 =
-        log.lines().last().and_then(|line| line.parse().ok()).unwrap_or_else(|| panic!("no figure: {log}"));
-    println!("MiB written when it was over, of {LIMIT}: {written}");
-    assert!(written >= LIMIT && written as f64 <= LIMIT as f64 * 1.1, "{written} MiB of {LIMIT} were written");
-    assert_eq!(joey.get("pod", "noise")["status"]["phase"], "Running", "its neighbour goes on");
+    let log = wait_until("there is no room left", seconds(60), || {
+        let log = joey.kubectl(&["logs", "sly"]).ok();
+        holds(log.lines().last().is_some_and(|line| line.parse::<u64>().is_ok()), &log).map(|()| log)
+    });
+    assert!(log.contains("No space left on device"), "{log}");
+    let written: u64 = log.lines().last().and_then(|line| line.parse().ok()).expect("a figure");
+    let taken = |pod: &str| {
+        let id = joey.instance_of(pod)["id"].as_str().expect("an instance has an id").to_owned();
+        let file = joey.data().join("instances").join(id).join("disk.img");
+        std::fs::metadata(file).expect("it has a disk of its own").blocks() * 512
+    };
+    for (what, bytes) in
+        [("written", written), ("of the host's disk", taken("sly")), ("and by the other", taken("greedy"))]
+    {
+        println!("{what}: {} MiB of {LIMIT}", bytes >> 20);
+        assert!((LIMIT << 20..=(LIMIT << 20) * 11 / 10).contains(&bytes), "{what}: {bytes} of {LIMIT} MiB");
+    }
+    for name in ["sly", "noise"] {
+        assert_eq!(joey.get("pod", name)["status"]["phase"], "Running", "{name} goes on");
+    }
 }
 
 /// Echo requests to an address, about ten thousand a second, until told to stop; who answers is counted.

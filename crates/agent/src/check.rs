@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use joey_api::lifecycle::Action;
-pub use joey_health::Unwell;
+pub use joey_health::{Asker, Unwell};
 use tokio::time::Instant;
 
 use crate::launch::{self, Program};
@@ -19,7 +19,7 @@ const KEPT: usize = 10 << 10;
 const STREAMS: Duration = Duration::from_millis(500);
 
 /// Does `action` within `limit`.
-pub async fn perform(agent: &Agent, life: &Life, action: &Action, limit: Duration) -> Result<(), Unwell> {
+pub async fn perform(agent: &Agent, life: &Life, action: &Action, asker: Asker, limit: Duration) -> Result<(), Unwell> {
     let own = agent.config.address;
     match action {
         Action::Exec { command } => exec(agent, life, command, limit).await,
@@ -27,7 +27,7 @@ pub async fn perform(agent: &Agent, life: &Life, action: &Action, limit: Duratio
             tokio::time::sleep(Duration::from_secs((*seconds).into())).await;
             Ok(())
         }
-        Action::HttpGet(get) => joey_health::http(own, get, limit).await,
+        Action::HttpGet(get) => joey_health::http(own, get, asker, limit).await,
         Action::TcpSocket { host, port } => joey_health::tcp(own, host.as_deref(), *port, limit).await,
         Action::Grpc { port, service } => joey_health::grpc(own, *port, service, limit).await,
     }

@@ -18,7 +18,7 @@ fn refused(kind: ErrorKind, reason: &str, message: String) -> Fault {
 /// Starts a container that is not there, or starts one again as it shall be from now on.
 pub fn put(agent: &Arc<Agent>, name: &str, container: AgentContainer) -> Result<(), Fault> {
     let known = joey_model::id::check_label("container name", name).is_ok() && name != "agent";
-    if !known || container.name != name || container.args.is_empty() {
+    if !known || container.name != name || container.is_held() {
         let message = format!("container \"{name}\" has no program or no valid name");
         return Err(refused(ErrorKind::Invalid, "InvalidContainer", message));
     }
@@ -51,7 +51,7 @@ fn add(agent: &Arc<Agent>, container: AgentContainer) -> Result<(), Fault> {
 
 fn become_anew(agent: &Agent, life: &Life, container: AgentContainer) -> Result<(), Fault> {
     let before = life.container();
-    if before.image == container.image && before.image_id == container.image_id {
+    if !before.is_held() && before.image == container.image && before.image_id == container.image_id {
         return Ok(());
     }
     if before.role == Role::Debug || before.role != container.role {
@@ -65,9 +65,10 @@ fn become_anew(agent: &Agent, life: &Life, container: AgentContainer) -> Result<
         now.resources.clone_from(&container.resources);
     });
     let restarts = before.role != Role::Init && !life.has_settled();
-    // The sandbox's plan of what is collected stands.
-    life.become_anew(AgentContainer { collected: before.collected.clone(), ..container });
-    if restarts {
+    life.become_anew(container);
+    if before.is_held() {
+        life.run_again();
+    } else if restarts {
         let message = format!("Container {} definition changed, will be restarted", before.name);
         agent.event(false, "Killing", message, &before);
         agent.restart(life);

@@ -29,7 +29,7 @@ use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
-use crate::check::{self, Unwell};
+use crate::check::{self, Asker, Unwell};
 use crate::collect;
 use crate::hook::Refused;
 use crate::launch::{self, Failure, Program, Started};
@@ -40,8 +40,6 @@ use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock, waiting};
 use crate::{last_words, signal, sys};
 
-/// Until a container that could not be made is tried again.
-const PAUSE: Duration = Duration::from_secs(10);
 /// How long a dead container's streams may take to end.
 const DRAIN: Duration = Duration::from_secs(2);
 /// What is left to a container whose preStop hook took all of its grace, as the kubelet has it.
@@ -221,6 +219,13 @@ impl Agent {
             life.forget_restart();
             let container = life.container();
             let container = &*container;
+            if container.is_held() {
+                life.begun.send_replace(true);
+                match self.wait_to_be_put(life).await {
+                    true => continue,
+                    false => return code,
+                }
+            }
             let policy = self.policy(container);
             let begun = Instant::now();
             let (ended, asked) = match self.run_once(container, life).await {
@@ -266,33 +271,6 @@ impl Agent {
             }
             life.run.fetch_add(1, Ordering::Relaxed);
             self.change(|state| state.containers[at].restart_count += 1);
-        }
-    }
-
-    /// False: it is to end meanwhile.
-    async fn back_off(&self, container: &AgentContainer, life: &Life, delay: Duration) -> bool {
-        self.event(true, "BackOff", format!("Back-off restarting failed container {}", container.name), container);
-        let mut end = life.end.subscribe();
-        tokio::select! {
-            () = tokio::time::sleep(delay) => true,
-            () = life.restart.notified() => true,
-            _ = end.wait_for(Option::is_some) => false,
-        }
-    }
-
-    /// A container that could not be made is no run of it: it waits and is tried again, whatever the restart policy says, as
-    /// under the kubelet. False: it is to end.
-    async fn wait_to_retry(&self, life: &Life, reason: &'static str, message: String) -> bool {
-        let mut end = life.end.subscribe();
-        self.change(|state| state.containers[life.at].state = waiting(reason, message.clone()));
-        tokio::select! {
-            () = tokio::time::sleep(PAUSE) => true,
-            () = life.restart.notified() => true,
-            _ = end.wait_for(Option::is_some) => {
-                let end = not_started(reason, message);
-                self.change(|state| state.containers[life.at].state = ContainerState::Terminated(end));
-                false
-            }
         }
     }
 
@@ -548,7 +526,7 @@ impl Agent {
         health: &watch::Sender<Health>,
     ) -> Option<Duration> {
         if let Some(action) = &container.lifecycle.post_start
-            && let Err(Unwell(why)) = check::perform(self, life, action, HOOK_LIMIT).await
+            && let Err(Unwell(why)) = check::perform(self, life, action, Asker::Hook, HOOK_LIMIT).await
         {
             self.event(true, "FailedPostStartHook", format!("PostStartHook failed: {why}"), container);
             let message = format!("FailedPostStartHook: container {} is ended", container.name);
@@ -572,7 +550,7 @@ impl Agent {
     /// Does the hook before the end, then sends the stop signal.
     async fn ask_to_end(&self, container: &AgentContainer, life: &Life, pid: u32) {
         if let Some(action) = &container.lifecycle.pre_stop
-            && let Err(Unwell(why)) = check::perform(self, life, action, HOOK_LIMIT).await
+            && let Err(Unwell(why)) = check::perform(self, life, action, Asker::Hook, HOOK_LIMIT).await
         {
             self.event(true, "FailedPreStopHook", format!("PreStopHook failed: {why}"), container);
         }
@@ -581,7 +559,7 @@ impl Agent {
 }
 
 /// The end of a container whose program never ran; 128 as the kubelet has it.
-fn not_started(reason: &str, message: String) -> Termination {
+pub fn not_started(reason: &str, message: String) -> Termination {
     let (reason, finished_at) = (reason.to_owned(), Timestamp::now());
     Termination { exit_code: 128, signal: None, reason, message, started_at: None, finished_at }
 }

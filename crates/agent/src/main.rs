@@ -32,6 +32,7 @@ mod sys;
 mod telling;
 mod view;
 mod volumes;
+mod waits;
 
 use std::process::ExitCode;
 

@@ -10,7 +10,7 @@ use joey_health::{Answer, Counted};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::check::{self, Unwell};
+use crate::check::{self, Asker, Unwell};
 use crate::debugged;
 use crate::life::Life;
 use crate::supervisor::Agent;
@@ -150,7 +150,7 @@ impl<'a> Asking<'a> {
     async fn answer(&mut self) -> Result<(), Unwell> {
         self.times.tick().await;
         let limit = Duration::from_secs(self.probe.timeout_seconds.max(1).into());
-        check::perform(self.agent, self.life, &self.probe.action, limit).await
+        check::perform(self.agent, self.life, &self.probe.action, Asker::Probe, limit).await
     }
 
     fn say_unwell(&mut self, unwell: &Unwell, held: Option<&str>) {

@@ -86,8 +86,8 @@ fn configuration(dir: &Path) -> Result<AgentConfig, String> {
     {
         return Err(format!("volume \"{}\" has no valid name", volume.name));
     }
-    match config.containers.iter().find(|container| container.args.is_empty() || !known(&container.name)) {
-        Some(container) => Err(format!("container \"{}\" has no program or no valid name", container.name)),
+    match config.containers.iter().find(|container| !known(&container.name)) {
+        Some(container) => Err(format!("container \"{}\" has no valid name", container.name)),
         None => Ok(config),
     }
 }
@@ -155,7 +155,9 @@ fn tune(config: &AgentConfig) -> Result<(), String> {
 fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
     let make = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     make(Path::new(view::ETC))?;
+    // They are there already where the instance has a disk of its own.
     make(&dir.join("upper"))?;
+    make(&dir.join("volumes"))?;
     for (name, text) in [
         ("hosts", &config.hosts),
         ("resolv.conf", &config.resolv_conf),

@@ -1,7 +1,8 @@
 //! What a Pod leaves on the disk: writable layers, logs and empty directories are measured again and again, and the Pod whose
 //! limits are exceeded is ended as `Evicted`, in the kubelet's words (`pkg/kubelet/eviction`).
 //!
-//! A file that is open but removed is not seen, as under a kubelet without quotas.
+//! A file that is open but removed is not seen, as under a kubelet without quotas; it does take room on the Pod's own disk, which
+//! is a little larger than what the Pod may use (`joey_disk`).
 
 use std::fs::{OpenOptions, ReadDir};
 use std::io;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use joey_api::agent::Failed;
 use joey_api::instance::InstanceEvent;
-use joey_api::lifecycle::Role;
+use joey_api::lifecycle::storage_limit;
 use tokio::time::Instant;
 
 use crate::supervisor::Agent;
@@ -68,8 +69,8 @@ fn is_limited(agent: &Agent) -> bool {
 /// The limit that is exceeded, as the kubelet words it. Its order too: volumes, the Pod, containers.
 async fn exceeded(agent: &Agent) -> Option<String> {
     let containers: Vec<_> = agent.lives().iter().map(|life| life.container()).collect();
-    let limits = containers.iter().filter(|container| container.role != Role::Init);
-    let whole = limits.filter_map(|container| container.resources.ephemeral_storage_bytes).reduce(u64::saturating_add);
+    let limits = containers.iter().map(|container| (container.role, container.resources.ephemeral_storage_bytes));
+    let whole = storage_limit(limits);
     let mut total = 0u64;
     for volume in agent.config.volumes.iter().filter(|volume| volumes::is_on_disk(volume)) {
         if whole.is_none() && volume.size_limit_bytes.is_none() {

@@ -8,6 +8,14 @@
 //! files/V/..data  ─► ..2026_11_21_08_00_00.123456789     a new link, renamed over the old one
 //! files/V/..2026_11_21_08_00_00.123456789/key
 //! ```
+//!
+//! An empty directory on the disk is shown as an overlay upon it. A mount of the directory itself would tell in the container's
+//! table of mounts where it lies on the host:
+//!
+//! ```text
+//! volumes/V         what containers wrote
+//! volumes/.V/shown  the overlay: `data`, a link to it, upon `none`, with `work` for the kernel
+//! ```
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -52,24 +60,33 @@ fn place(dir: &Path, volume: &AgentVolume) -> PathBuf {
     dir.join(if volume.files.is_some() { "files" } else { "volumes" }).join(&volume.name)
 }
 
+/// What containers see of it.
+fn shown(dir: &Path, volume: &AgentVolume) -> PathBuf {
+    if is_on_disk(volume) { behind(dir, volume).join("shown") } else { place(dir, volume) }
+}
+
+/// Where the overlay of an empty directory on the disk is made. No volume's name begins with a point.
+fn behind(dir: &Path, volume: &AgentVolume) -> PathBuf {
+    dir.join("volumes").join(format!(".{}", volume.name))
+}
+
 /// Whether containers can only read it, whatever they ask for.
 pub fn is_read_only(volume: &AgentVolume) -> bool {
     volume.files.is_some() || !volume.layers.is_empty()
 }
 
-/// Whether it takes room on the disk that containers can fill.
+/// Whether it is an empty directory on the disk.
 pub fn is_on_disk(volume: &AgentVolume) -> bool {
     !volume.memory && !is_read_only(volume)
 }
 
-/// The place of an empty directory on the disk.
+/// The place of what is in an empty directory on the disk.
 pub fn on_disk(dir: &Path, volume: &AgentVolume) -> PathBuf {
     place(dir, volume)
 }
 
 /// Makes all of them. Contents are where they are shown afterwards, and no more in the configuration.
 pub fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
-    make_dir(&dir.join("volumes"), 0o755, None)?;
     if config.volumes.iter().any(|volume| volume.files.is_some()) {
         let files = dir.join("files");
         make_dir(&files, 0o755, None)?;
@@ -82,24 +99,43 @@ pub fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
         let made = match volume.files.as_mut().map(std::mem::take) {
             Some(files) => make_dir(&place, 0o755, group.map(|group| (group, GROUP_ENTERS)))
                 .and_then(|()| renew(&place, &files, group).map(drop)),
-            None if volume.layers.is_empty() => empty(&place, volume, group),
-            None => stack(&place, &volume.layers),
+            None if !volume.layers.is_empty() => stack(&place, &volume.layers),
+            None if volume.memory => in_memory(&place, volume.size_limit_bytes, group),
+            // Every user of the containers may write, as into the kubelet's.
+            None => make_dir(&place, 0o777, group.map(|group| (group, GROUP_WRITES)))
+                .and_then(|()| cover(&behind(dir, volume), &volume.name)),
         };
         made.map_err(|error| io::Error::new(error.kind(), format!("volume \"{}\": {error}", volume.name)))?;
     }
     Ok(())
 }
 
-fn empty(place: &Path, volume: &AgentVolume, group: Option<u32>) -> io::Result<()> {
-    let group = group.map(|group| (group, GROUP_WRITES));
-    if !volume.memory {
-        // Every user of the containers may write, as into the kubelet's.
-        return make_dir(place, 0o777, group);
-    }
+fn in_memory(place: &Path, size: Option<u64>, group: Option<u32>) -> io::Result<()> {
     make_dir(place, 0o700, None)?;
-    let size = volume.size_limit_bytes.map_or_else(String::new, |bytes| format!(",size={bytes}"));
+    let size = size.map_or_else(String::new, |bytes| format!(",size={bytes}"));
     sys::mount("tmpfs", place, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, &format!("mode=1777{size}"))?;
-    own(place, 0o1777, group)
+    own(place, 0o1777, group.map(|group| (group, GROUP_WRITES)))
+}
+
+/// Makes the overlay upon an empty directory. The names in the options are all that the table of mounts tells. What is in it ends
+/// with the Pod: `volatile` keeps fsync, and the end of the mount, from waiting until the host's whole disk is written.
+fn cover(behind: &Path, name: &str) -> io::Result<()> {
+    // One that was used so is not taken again.
+    match std::fs::remove_dir_all(behind.join("work")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    for dir in ["", "none", "work", "shown"] {
+        make_dir(&behind.join(dir), 0o755, None)?;
+    }
+    match symlink(Path::new("..").join(name), behind.join("data")) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    std::env::set_current_dir(behind)?;
+    let flags = libc::MS_NODEV | libc::MS_NOSUID;
+    sys::mount("overlay", "shown", "overlay", flags, "lowerdir=none,upperdir=data,workdir=work,volatile")?;
+    std::env::set_current_dir("/")
 }
 
 /// An image's layers, one upon the other, over an empty directory: overlay wants two at least. They are named by short links,
@@ -302,7 +338,7 @@ pub async fn put(agent: &Agent, name: &str, body: Incoming) -> Result<Response<B
 pub fn open(dir: &Path, volume: &AgentVolume, mount: &AgentMount) -> io::Result<OwnedFd> {
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
     // Opened for reading only in name: the path alone is held.
-    let whole: OwnedFd = OpenOptions::new().read(true).custom_flags(flags).open(place(dir, volume))?.into();
+    let whole: OwnedFd = OpenOptions::new().read(true).custom_flags(flags).open(shown(dir, volume))?.into();
     match &mount.sub_path {
         None => Ok(whole),
         Some(path) if relative_path_is_safe(path) => within(whole.as_fd(), Path::new(path), !is_read_only(volume)),

@@ -158,6 +158,56 @@ fn shared(request: &CreateRequest, name: &str) -> String {
 }
 
 #[tokio::test]
+async fn a_container_of_which_nothing_is_known_waits_until_it_is_put() {
+    let Some(ground) = ground("held") else { return };
+    let bench = &ground.0;
+    let containers = [
+        ("first", Role::Init, "echo first >> /all/order"),
+        ("main", Role::Main, "echo main >> /all/order; sleep 1000"),
+        ("late", Role::Main, "echo late >> /all/order; sleep 1000"),
+    ];
+    let mut request = pod(bench, 1, WireRestartPolicy::Never, &containers);
+    let whole = request.config.containers.clone();
+    let known =
+        |at: usize| AgentContainer { name: whole[at].name.clone(), role: whole[at].role, ..AgentContainer::default() };
+    [0, 2].into_iter().for_each(|at| request.config.containers[at] = known(at));
+    let agent = started(bench, &request).await;
+    let state = state_where(&agent, |state| waits(state, 0, "ContainerCreating")).await;
+    assert!(waits(&state, 1, "PodInitializing") && waits(&state, 2, "PodInitializing"), "{state:?}");
+    assert!(agent.put(&known(2)).await.is_err(), "what is put is whole");
+    agent.put(&whole[0]).await.unwrap();
+    let runs = |state: &AgentState, at: usize| matches!(state.containers[at].state, ContainerState::Running { .. });
+    state_where(&agent, |state| runs(state, 1) && waits(state, 2, "ContainerCreating")).await;
+    // Asked for again it changes nothing more.
+    for _ in 0..2 {
+        agent.put(&whole[2]).await.unwrap();
+    }
+    let state = state_where(&agent, |state| runs(state, 2)).await;
+    assert!(state.containers.iter().all(|container| container.restart_count == 0), "{state:?}");
+    let written = |order: &str| std::fs::read_to_string(shared(&request, "order")).unwrap() == order;
+    let all = async {
+        while !written("first\nmain\nlate\n") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), all).await.expect("each of them has run once, in their order");
+    bench.destroy(&request).await;
+
+    // One that never comes ends with the others.
+    let mut request = pod(bench, 2, WireRestartPolicy::Always, &containers[1..]);
+    request.config.containers[1] = known(2);
+    let agent = started(bench, &request).await;
+    state_where(&agent, |state| runs(state, 0) && waits(state, 1, "ContainerCreating")).await;
+    agent.stop(1).await.unwrap();
+    let ended = |state: &AgentState| {
+        matches!(&state.containers[1].state,
+        ContainerState::Terminated(end) if end.reason == "ContainerStatusUnknown")
+    };
+    state_where(&agent, ended).await;
+    bench.destroy(&request).await;
+}
+
+#[tokio::test]
 async fn hooks_are_done_in_their_time() {
     let Some(ground) = ground("hooks") else { return };
     let bench = &ground.0;

@@ -204,7 +204,8 @@ async fn links_that_come_and_go_lead_nowhere() {
     let bench = &ground.0;
     let attack = "cd /all; mkdir -p real/in; touch real/in/mine; while :; do rm -rf link; ln -s / link; rm link; \
                   ln -s ../../../.. link; rm link; mkdir -p link/in; touch link/in/mine; done";
-    let victim = "ls /v";
+    // Names alone: what they name may be gone already.
+    let victim = "cd /v; echo *";
     let mut request = request(bench, 1, victim, vec![empty("disk")], vec![mount("disk", "/v", Some("link/in"))]);
     request.config.restart_policy = WireRestartPolicy::Never;
     let mut attacker = container("attacker", attack, &bench.layers);
@@ -221,7 +222,7 @@ async fn links_that_come_and_go_lead_nowhere() {
         let state = state_where(&agent, settled).await;
         if let ContainerState::Terminated(end) = &state.containers[0].state {
             let text = logs(&agent, "main", &LogOptions::default()).await;
-            assert!(matches!(text.as_str(), "" | "mine\n"), "{text} {end:?}");
+            assert!(matches!(text.as_str(), "" | "*\n" | "mine\n"), "{text} {end:?}");
             seen += 1;
         }
         runs += 1;

@@ -89,7 +89,7 @@ pub struct AgentConfig {
 }
 
 /// A container with its image's configuration already merged in.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AgentContainer {
     pub name: String,
@@ -107,12 +107,12 @@ pub struct AgentContainer {
     pub lifecycle: Lifecycle,
     #[serde(default)]
     pub last_words: LastWords,
-    /// Image reference as given, and `REGISTRY/REPOSITORY@DIGEST` of what it resolved to.
+    /// Image reference as given, and `REGISTRY/REPOSITORY@DIGEST` of what it resolved to; empty while it is held.
     pub image: String,
     pub image_id: String,
     /// Mounted read-only layers, topmost first (overlay's `lowerdir` order).
     pub layers: Vec<String>,
-    /// Program and arguments, never empty, `$(NAME)` expanded.
+    /// Program and arguments, `$(NAME)` expanded; none while it is held.
     pub args: Vec<String>,
     /// `NAME=value`, names unique.
     pub env: Vec<String>,
@@ -139,6 +139,13 @@ pub struct AgentContainer {
     pub mounts: Vec<AgentMount>,
     #[serde(default, skip_serializing_if = "Collected::is_nothing")]
     pub collected: Collected,
+}
+
+impl AgentContainer {
+    /// What it runs is not known yet, its image is not here: it waits until it is put as a whole.
+    pub fn is_held(&self) -> bool {
+        self.args.is_empty()
+    }
 }
 
 /// The segments of a container's output, among those of its sources: no source's name.

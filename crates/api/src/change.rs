@@ -23,6 +23,9 @@ pub struct InstanceChange {
     /// Container → its limits; started again is only what says so in its `restartOnResize`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub resources: BTreeMap<String, Resources>,
+    /// Containers that were held, as a whole.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub given: Vec<ContainerSpec>,
     /// Further containers, of [`Role::Debug`].
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub debug: Vec<ContainerSpec>,
@@ -37,15 +40,15 @@ pub struct InstanceChange {
 impl InstanceChange {
     /// Reads a request's body; a field that cannot change is refused in words that say what can.
     pub fn read(instance: &str, body: serde_json::Value) -> Result<Self, Fault> {
-        const KNOWN: [&str; 7] =
-            ["labels", "annotations", "images", "resources", "debug", "volumes", "activeDeadlineSeconds"];
+        const KNOWN: [&str; 8] =
+            ["labels", "annotations", "images", "resources", "given", "debug", "volumes", "activeDeadlineSeconds"];
         let given = body.as_object().into_iter().flatten().map(|(field, _)| field);
         let fixed: Vec<&str> = given.map(String::as_str).filter(|field| !KNOWN.contains(field)).collect();
         if !fixed.is_empty() {
             let message = format!("instance \"{instance}\": {} cannot change while it is there", fixed.join(", "));
             return Err(Fault::new(ErrorKind::Invalid, "Immutable", message).with_hint(
-                "labels, annotations, images, resources, contents of volumes, further debug containers and a shorter \
-                 deadline can; for all else make it anew",
+                "labels, annotations, images, resources, containers that are held, contents of volumes, further debug \
+                 containers and a shorter deadline can; for all else make it anew",
             ));
         }
         serde_json::from_value(body).map_err(|error| {
@@ -70,6 +73,7 @@ impl InstanceChange {
         for container in &new.containers {
             match old.containers.iter().find(|known| known.name == container.name) {
                 None => change.debug.push(container.clone()),
+                Some(known) if known.held.is_some() && known != container => change.given.push(container.clone()),
                 Some(known) => {
                     if known.image != container.image {
                         change.images.insert(container.name.clone(), container.image.clone());
@@ -94,6 +98,7 @@ impl InstanceChange {
             annotations: Some(spec.annotations.clone()),
             images: of_each().map(|container| (container.name.clone(), container.image.clone())).collect(),
             resources: of_each().map(|container| (container.name.clone(), container.resources)).collect(),
+            given: Vec::new(),
             debug: spec.containers.iter().filter(|container| container.role == Role::Debug).cloned().collect(),
             volumes: Vec::new(),
             active_deadline_seconds: spec.active_deadline_seconds,
@@ -122,7 +127,18 @@ impl InstanceChange {
         {
             return refused(format!("its deadline of {before} s can only become shorter"));
         }
+        let place = |given: &ContainerSpec| {
+            let place = spec.containers.iter().position(|known| known.name == given.name && known.role == given.role);
+            place.filter(|at| spec.containers[*at].held.is_some() || spec.containers[*at] == *given)
+        };
+        if let Some(given) = self.given.iter().find(|given| place(given).is_none()) {
+            return refused(format!("container \"{}\" is not held: it stays what it is", given.name));
+        }
+        let given: Vec<_> = self.given.iter().filter_map(|given| Some((place(given)?, given))).collect();
         renew_files(spec, &self.volumes)?;
+        for (at, container) in given {
+            spec.containers[at].clone_from(container);
+        }
         if let Some(labels) = &self.labels {
             spec.labels.clone_from(labels);
         }

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::image::RegistryCredential;
-use crate::lifecycle::{LastWords, Lifecycle, RestartOnResize, RestartRule, Role};
+use crate::lifecycle::{Held, LastWords, Lifecycle, RestartOnResize, RestartRule, Role};
 use crate::logs::Logs;
 pub use crate::sizes::Limits;
 
@@ -140,7 +140,7 @@ impl From<WireRestartPolicy> for joey_model::RestartPolicy {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ContainerSpec {
     /// A DNS label, unique in the instance.
@@ -192,34 +192,15 @@ pub struct ContainerSpec {
     /// Ports the container says it serves; information only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<u16>,
+    /// Why it is not to be started yet: the whole of it comes later, as a change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<Held>,
 }
 
 impl ContainerSpec {
     /// A container that runs what its image says.
     pub fn new(name: &str, image: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            role: Role::Main,
-            target: None,
-            image: image.to_owned(),
-            pull_policy: PullPolicy::default(),
-            command: Vec::new(),
-            args: Vec::new(),
-            env: Vec::new(),
-            working_dir: None,
-            stdin: false,
-            stdin_once: false,
-            tty: false,
-            resources: Resources::default(),
-            restart_on_resize: RestartOnResize::default(),
-            mounts: Vec::new(),
-            security: Security::default(),
-            restart_policy: None,
-            restart_rules: Vec::new(),
-            lifecycle: Lifecycle::default(),
-            last_words: LastWords::default(),
-            ports: Vec::new(),
-        }
+        Self { name: name.to_owned(), image: image.to_owned(), ..Self::default() }
     }
 }
 
@@ -266,8 +247,7 @@ pub struct Mount {
     pub path: String,
     #[serde(default)]
     pub read_only: bool,
-    /// What of the volume is shown: a relative path without `..`. It is looked up when the container starts, so new contents of
-    /// a volume of files are not seen through it.
+    /// A part of the volume: a relative path without `..`, looked up once, so that new contents of files are not seen there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sub_path: Option<String>,
     /// As `sub_path`, with `$(NAME)` of the container's variables.

@@ -1,6 +1,7 @@
 //! What is done to a container while it lives: probes, hooks, and how its end is told. Field meanings and limits are those of
 //! the Kubernetes API (v1 `Probe`, `Lifecycle`); ports are numbers here, names were looked up before.
 
+use joey_model::{ErrorKind, Fault};
 use serde::{Deserialize, Serialize};
 
 use crate::instance::Resources;
@@ -192,9 +193,53 @@ pub enum Role {
     Debug,
 }
 
+/// What all containers together may leave on the disk, given what each may: the larger of what those that run at once may, and
+/// what one that runs before them may with the sidecars before it (Kubernetes' `PodLimits`). Nothing where none has a limit.
+pub fn storage_limit(of_containers: impl Iterator<Item = (Role, Option<u64>)>) -> Option<u64> {
+    let more = |all: Option<u64>, bytes: Option<u64>| match (all, bytes) {
+        (Some(all), Some(bytes)) => Some(all.saturating_add(bytes)),
+        (all, bytes) => all.or(bytes),
+    };
+    let (mut together, mut sidecars, mut before) = (None, None, None);
+    for (role, bytes) in of_containers {
+        match role {
+            Role::Init => before = before.max(more(sidecars, bytes)),
+            Role::Sidecar => (together, sidecars) = (more(together, bytes), more(sidecars, bytes)),
+            Role::Main => together = more(together, bytes),
+            Role::Debug => {}
+        }
+    }
+    together.max(before)
+}
+
+/// Why a container waits for what it is made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Held {
+    /// As its state tells it: `CreateContainerConfigError`, `InvalidImageName` …
+    pub reason: String,
+    pub message: String,
+}
+
+impl Held {
+    pub fn fault(&self) -> Fault {
+        Fault::new(ErrorKind::Retryable, &self.reason, &self.message)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_disk_of_all_containers() {
+        let limit = |all: &[(Role, Option<u64>)]| storage_limit(all.iter().copied());
+        assert_eq!(limit(&[(Role::Main, None), (Role::Sidecar, None)]), None);
+        assert_eq!(limit(&[(Role::Main, Some(3)), (Role::Sidecar, Some(4)), (Role::Main, None)]), Some(7));
+        assert_eq!(limit(&[(Role::Init, Some(9)), (Role::Init, Some(2)), (Role::Main, Some(3))]), Some(9));
+        assert_eq!(limit(&[(Role::Sidecar, Some(3)), (Role::Init, Some(9)), (Role::Main, Some(4))]), Some(12));
+        assert_eq!(limit(&[(Role::Debug, Some(1)), (Role::Init, Some(2)), (Role::Main, None)]), Some(2));
+    }
 
     #[test]
     fn amounts_that_change_restart_where_it_is_said() {

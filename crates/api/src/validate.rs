@@ -204,7 +204,9 @@ pub fn renew_files(spec: &mut InstanceSpec, volumes: &[Volume]) -> Result<(), Fa
 fn check_container(container: &ContainerSpec, volumes: &HashSet<&str>, note: &mut impl FnMut(Result<(), String>)) {
     let name = &container.name;
     note(check_label("container name", name).map_err(|e| e.to_string()));
-    note(ImageRef::parse(&container.image).map(drop).map_err(|e| format!("container \"{name}\": {e}")));
+    if container.held.is_none() {
+        note(ImageRef::parse(&container.image).map(drop).map_err(|e| format!("container \"{name}\": {e}")));
+    }
     if container.resources.memory_bytes.is_some_and(|bytes| bytes < MIN_MEMORY) {
         note(Err(format!("container \"{name}\": a memory limit must be at least 4Mi")));
     }

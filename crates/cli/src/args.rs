@@ -275,9 +275,21 @@ pub struct Run {
     /// The same in operations a second
     #[arg(long, value_name = "AMOUNT")]
     pub disk_operations: Option<String>,
+    /// Most that it may leave on the disk, such as 1Gi: more does not fit
+    #[arg(long, value_name = "AMOUNT")]
+    pub disk: Option<String>,
     /// Variable; repeat for more
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub env: Vec<String>,
+    /// Directory to start in, instead of the image's
+    #[arg(short, long, value_name = "PATH")]
+    pub workdir: Option<String>,
+    /// Pass on standard input to it, and show what it says until it ends; it is started once then, unless --restart says more
+    #[arg(short = 'i', long, conflicts_with = "detach")]
+    pub stdin: bool,
+    /// Give it a terminal, and join it
+    #[arg(short, long, conflicts_with = "detach")]
+    pub tty: bool,
     /// Where cores of processes that crash are written inside, such as /data/core-%e-%p (core(5))
     #[arg(long, value_name = "PATTERN")]
     pub core_pattern: Option<String>,
@@ -285,7 +297,7 @@ pub struct Run {
     #[arg(long, value_name = "PROGRAM")]
     pub command: Option<String>,
     /// What to do when a container ends
-    #[arg(long, value_enum, default_value = "always")]
+    #[arg(long, value_enum, default_value = "always", default_value_ifs([("stdin", "true", "never"), ("tty", "true", "never")]))]
     pub restart: Restart,
     /// When to pull the image
     #[arg(long, value_enum, default_value = "missing")]

@@ -4,12 +4,13 @@ use std::process::ExitCode;
 
 use futures::StreamExt;
 use joey_api::change::InstanceChange;
-use joey_api::instance::{ContainerSpec, ContainerState, Instance, InstanceEvent, WatchEvent};
+use joey_api::instance::{ContainerSpec, ContainerState, Instance, WatchEvent};
 use joey_api::lifecycle::Role;
 use joey_pool::PoolClient;
 
 use crate::args::{Attach, Debug};
 use crate::failure::Failure;
+use crate::run;
 
 pub async fn debug(service: &PoolClient, debug: Debug) -> Result<ExitCode, Failure> {
     let instance = service.get(&debug.name).await?;
@@ -62,13 +63,13 @@ async fn started(service: &PoolClient, id: &str, name: &str) -> Result<Option<i3
                 Some(ContainerState::Running { .. }) => return Ok(None),
                 Some(ContainerState::Terminated(end)) if end.started_at.is_some() => return Ok(Some(end.exit_code)),
                 Some(ContainerState::Terminated(end)) => return Err(Failure::new(end.message.clone())),
-                _ => {}
-            }
-            let mut events = instance.status.events.iter();
-            let own = |event: &&InstanceEvent| event.container.as_deref() == Some(name) && event.warning;
-            if let Some(failed) = events.rfind(|event| own(event) && event.reason == "Failed") {
-                return Err(Failure::new(failed.message.clone())
-                    .with_hint("it is tried again every 10 s; `joey events` tells how it goes"));
+                Some(state) => {
+                    if let Some(why) = run::waits_in_vain(state) {
+                        return Err(Failure::new(format!("container \"{name}\" does not start: {why}"))
+                            .with_hint("it is tried again; `joey events` tells how it goes"));
+                    }
+                }
+                None => {}
             }
         }
     }

@@ -45,6 +45,18 @@ pub async fn attach(service: &PoolClient, attach: Attach) -> Result<ExitCode, Fa
     converse(answer, attach.stdin && attach.tty).await
 }
 
+/// Passes standard input on to the container's main process, from now on until that ends.
+pub async fn feed(service: &PoolClient, instance: &str, container: &str) -> Result<(), Failure> {
+    let request = ExecRequest { command: Vec::new(), stdin: true, stdout: false, stderr: false, tty: false };
+    let mut answer = match service.attach(instance, container, &request, outgoing(true, false)?).await {
+        Ok(answer) => answer,
+        // It has ended meanwhile.
+        Err(_) => return Ok(()),
+    };
+    tokio::spawn(async move { while let Some(Ok(_)) = answer.next().await {} });
+    Ok(())
+}
+
 /// What the container was made without cannot be joined; without it nothing would come back, not even Ctrl-C.
 fn check_attached(instance: &Instance, name: &str, stdin: bool, tty: bool) -> Result<(), Failure> {
     let Some(container) = instance.spec.containers.iter().find(|container| container.name == name) else {
@@ -59,7 +71,7 @@ fn check_attached(instance: &Instance, name: &str, stdin: bool, tty: bool) -> Re
     Err(Failure::new(format!("container \"{name}\" was made without a {lacks}")).with_hint(hint))
 }
 
-fn check_terminal(stdin: bool, tty: bool) -> Result<(), Failure> {
+pub fn check_terminal(stdin: bool, tty: bool) -> Result<(), Failure> {
     match tty && stdin && !std::io::stdin().is_terminal() {
         true => Err(Failure::usage("-t needs a terminal, and standard input is none").with_hint("leave out -t")),
         false => Ok(()),

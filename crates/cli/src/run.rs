@@ -12,7 +12,8 @@ use joey_model::{ErrorKind, Fault, ImageRef, quantity};
 use joey_pool::PoolClient;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::{Pull, Restart, Run};
+use crate::args::{Attach, Pull, Restart, Run};
+use crate::exec;
 use crate::failure::Failure;
 use crate::output::{self, Format};
 
@@ -30,6 +31,8 @@ pub struct Wanted {
     spec: InstanceSpec,
     /// Show the log, wait for the end, remove.
     to_the_end: bool,
+    /// Join it, with this input and this terminal.
+    joins: bool,
     detach: bool,
     format: Format,
 }
@@ -38,6 +41,7 @@ impl Run {
     /// Checks every value and tells all that are wrong together.
     pub fn validate(self) -> Result<Wanted, Failure> {
         let mut faults: Vec<String> = Vec::new();
+        exec::check_terminal(self.stdin, self.tty)?;
         let image = ImageRef::parse(&self.image).map_err(|error| faults.push(error.to_string())).ok();
         let mut amount =
             |flag: &str, text: &Option<String>, read: fn(&str) -> Result<u64, quantity::InvalidQuantity>| {
@@ -46,6 +50,7 @@ impl Run {
             };
         let cpu = amount("cpu", &self.cpu, quantity::parse_milli);
         let memory = amount("memory", &self.memory, quantity::parse_units);
+        let disk = amount("disk", &self.disk, quantity::parse_units);
         let bandwidth = amount("bandwidth", &self.bandwidth, quantity::parse_units);
         let packets = amount("packets", &self.packets, quantity::parse_units);
         let limits = Limits {
@@ -72,7 +77,16 @@ impl Run {
             command: self.command.into_iter().collect(),
             args: self.args,
             env,
-            resources: Resources { cpu_milli: cpu, memory_bytes: memory, ..Resources::default() },
+            working_dir: self.workdir,
+            stdin: self.stdin,
+            stdin_once: self.stdin,
+            tty: self.tty,
+            resources: Resources {
+                cpu_milli: cpu,
+                memory_bytes: memory,
+                ephemeral_storage_bytes: disk,
+                ..Resources::default()
+            },
             ..ContainerSpec::new(container_name, &self.image)
         };
         let restart_policy = match self.restart {
@@ -101,7 +115,13 @@ impl Run {
             faults.extend(joey_api::validate::instance(&spec).err().map(|fault| fault.message));
         }
         match faults.is_empty() {
-            true => Ok(Wanted { spec, to_the_end: self.rm, detach: self.detach, format: self.output.format() }),
+            true => Ok(Wanted {
+                spec,
+                to_the_end: self.rm,
+                joins: self.stdin || self.tty,
+                detach: self.detach,
+                format: self.output.format(),
+            }),
             false => Err(Failure::usage(faults.join("\nerror: "))),
         }
     }
@@ -143,6 +163,9 @@ pub async fn run(service: &PoolClient, wanted: Wanted) -> Result<ExitCode, Failu
     if wanted.detach {
         return tell(&created, wanted.format);
     }
+    if wanted.joins {
+        return join(service, &created).await;
+    }
     let running = until_started(service, &created).await?;
     match running.status.phase {
         WirePhase::Failed => Err(why(&running)),
@@ -155,7 +178,7 @@ async fn to_the_end(service: &PoolClient, spec: &InstanceSpec) -> Result<ExitCod
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let created = service.create(spec).await?;
     let outcome = tokio::select! {
-        outcome = follow(service, &created) => outcome,
+        outcome = join(service, &created) => outcome,
         _ = interrupt.recv() => Ok(ExitCode::from(INTERRUPTED)),
         _ = terminate.recv() => Ok(ExitCode::from(TERMINATED)),
     };
@@ -167,9 +190,25 @@ async fn to_the_end(service: &PoolClient, spec: &InstanceSpec) -> Result<ExitCod
     }
 }
 
+/// Shows what an instance's container says until it has ended, with this input and terminal where it was made with them; its exit
+/// code.
+async fn join(service: &PoolClient, created: &Instance) -> Result<ExitCode, Failure> {
+    let container = &created.spec.containers[0];
+    let running = until_started(service, created).await?;
+    if !ended(&running) && container.tty {
+        eprintln!("instance {} runs; if there is no prompt, press enter", created.spec.name);
+        let (name, container, stdin) = (created.id.clone(), Some(container.name.clone()), container.stdin);
+        return exec::attach(service, Attach { name, container, stdin, tty: true }).await;
+    }
+    if !ended(&running) && container.stdin {
+        exec::feed(service, &created.id, &container.name).await?;
+    }
+    // What it said before anybody could join it is in its log.
+    follow(service, created).await
+}
+
 /// Shows the log of an instance's container until it has ended; its exit code.
 async fn follow(service: &PoolClient, created: &Instance) -> Result<ExitCode, Failure> {
-    until_started(service, created).await?;
     let container = &created.spec.containers[0].name;
     let options = LogOptions { follow: true, ..LogOptions::default() };
     let mut log = service.logs(&created.id, container, &options).await?;
@@ -251,8 +290,8 @@ fn ended(instance: &Instance) -> bool {
     matches!(instance.status.phase, WirePhase::Succeeded | WirePhase::Failed)
 }
 
-/// A wait that does not end by itself soon: the image cannot be had, the container cannot be made, the program not started.
-fn hopeless(instance: &Instance) -> Option<Failure> {
+/// Why a container waits for what only a person can mend: the image cannot be had, or the container cannot be made.
+pub fn waits_in_vain(state: &ContainerState) -> Option<String> {
     const REASONS: [&str; 6] = [
         "ErrImagePull",
         "ImagePullBackOff",
@@ -261,12 +300,19 @@ fn hopeless(instance: &Instance) -> Option<Failure> {
         "CreateContainerError",
         "CreateContainerConfigError",
     ];
-    instance.status.containers.iter().find_map(|container| match (&container.state, &container.last_termination) {
-        (ContainerState::Waiting { .. }, Some(end)) if end.reason == NOT_STARTED => Some(not_started(instance, end)),
-        (ContainerState::Waiting { reason, message }, _) if REASONS.contains(&reason.as_str()) => {
-            Some(stuck(instance, &format!("{reason}: {message}")))
+    match state {
+        ContainerState::Waiting { reason, message } if REASONS.contains(&reason.as_str()) => {
+            Some(format!("{reason}: {message}"))
         }
         _ => None,
+    }
+}
+
+/// A wait that does not end by itself soon.
+fn hopeless(instance: &Instance) -> Option<Failure> {
+    instance.status.containers.iter().find_map(|container| match (&container.state, &container.last_termination) {
+        (ContainerState::Waiting { .. }, Some(end)) if end.reason == NOT_STARTED => Some(not_started(instance, end)),
+        (state, _) => waits_in_vain(state).map(|why| stuck(instance, &why)),
     })
 }
 

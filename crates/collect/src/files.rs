@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use crate::log::{Log, RECORD};
 use crate::paths::{is_kernels, paths};
-use crate::positions::{ANY, LAYER, Positions};
+use crate::positions::{ANY, OWN, Positions};
 use crate::segments::Segments;
 use crate::{DIRECTORY, sys};
 
@@ -56,10 +56,8 @@ pub(crate) struct Source {
     before: Positions,
     note: PathBuf,
     noted: Option<Positions>,
-    /// No run follows: nothing waits for the end of its line.
+    /// What is looked at is what a sandbox left, from outside. No run follows: nothing waits for the end of its line.
     pub(crate) once: bool,
-    /// What is looked at is the layer of a run, from outside.
-    pub(crate) layer: bool,
 }
 
 struct Followed {
@@ -75,6 +73,8 @@ struct Followed {
     length: Option<u64>,
     /// It goes with the run that wrote it.
     of_run: bool,
+    /// The device that its position is noted with.
+    device: u64,
     found: bool,
     /// Looks since it was found or gave something.
     quiet: u32,
@@ -115,7 +115,6 @@ impl Files {
                 note: dir.join("read"),
                 noted: None,
                 once: false,
-                layer: false,
             })
         };
         Ok(Self { sources: sources.iter().map(open).collect::<io::Result<_>>()?, first: 0, next: 0 })
@@ -210,12 +209,16 @@ impl Source {
         let open =
             OpenOptions::new().read(true).custom_flags(flags).open(format!("/proc/self/fd/{}", there.as_raw_fd()));
         let Ok(file) = open else { return };
-        let of_run = self.layer || sys::filesystem(&there).is_ok_and(|kind| kind == libc::OVERLAYFS_SUPER_MAGIC);
+        // Writable layers and empty directories are overlays within, and plain directories of one disk from outside.
+        let overlay = sys::filesystem(&there).is_ok_and(|kind| kind == libc::OVERLAYFS_SUPER_MAGIC);
+        let of_run = overlay && sys::mount(&there).is_ok_and(|it| sys::mount(&root).is_ok_and(|roots| it == roots));
+        let device = if overlay || self.once { OWN } else { meta.dev() };
         let path = escaped(&self.prefix.join(place.strip_prefix("/").unwrap_or(&place)));
-        let read = self.before.of(device(of_run, meta.dev()), meta.ino());
+        let read = self.before.of(device, meta.ino());
         self.count += 1;
         let number = self.count;
-        let followed = Followed { file, place, path, number, read, length: None, of_run, found: true, quiet: 0 };
+        let followed =
+            Followed { file, place, path, number, read, length: None, of_run, device, found: true, quiet: 0 };
         self.files.insert((meta.dev(), meta.ino()), followed);
     }
 
@@ -239,9 +242,9 @@ impl Source {
 
     fn note(&mut self) -> io::Result<()> {
         let mut now = Positions { at: self.log.position(), files: self.before.files.clone() };
-        for ((dev, inode), file) in &self.files {
+        for ((_, inode), file) in &self.files {
             now.files.remove(&(ANY, *inode));
-            now.files.insert((device(file.of_run, *dev), *inode), file.read);
+            now.files.insert((file.device, *inode), file.read);
         }
         if self.noted.as_ref() != Some(&now) {
             now.write(&self.note)?;
@@ -261,11 +264,6 @@ impl Source {
         self.files.retain(|_, file| !file.of_run || once);
         self.note().and(told).map(|()| lost)
     }
-}
-
-/// The device that a position is noted with.
-fn device(of_run: bool, device: u64) -> u64 {
-    if of_run { LAYER } else { device }
 }
 
 /// As how many records so many bytes count that nobody has read: at least so many they would be.
@@ -359,9 +357,9 @@ mod tests {
     }
 
     fn look(files: &mut Files, root: &Path, last: bool) {
-        files.find(File::open(root).unwrap().as_fd());
         // No overlay here that would end.
         files.sources[0].once = true;
+        files.find(File::open(root).unwrap().as_fd());
         while files.take(last).unwrap() > 0 {}
     }
 
@@ -501,8 +499,9 @@ mod tests {
         fs::create_dir_all(&root).unwrap();
         fs::write(root.join("a.log"), "a line of a run\n".repeat(50_000)).unwrap();
         let mut files = Files::open(dir, "web", &one("/a.log")).unwrap();
-        files.sources[0].layer = true;
         files.find(File::open(&root).unwrap().as_fd());
+        // No overlay here that would end.
+        files.sources[0].files.values_mut().for_each(|file| file.of_run = true);
         assert!(files.take(true).unwrap() > 0);
         let lost = files.end_run().unwrap();
         assert!(lost > 0 && files.sources[0].files.is_empty());

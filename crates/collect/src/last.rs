@@ -44,7 +44,7 @@ fn look(instance: &Path, container: &AgentContainer, layer: &Path) -> io::Result
         let mut files = Files::after(instance, &container.name, &[(name.clone(), path.clone())].into())?;
         for source in &mut files.sources {
             source.names.drain(..prefix.components().count() - 1);
-            (source.layer, source.once) = (prefix == Path::new("/"), true);
+            source.once = true;
             source.prefix.clone_from(&prefix);
         }
         files.find_within(root.as_fd(), &mut entries);

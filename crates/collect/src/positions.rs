@@ -7,8 +7,8 @@ use std::path::Path;
 
 use crate::segments::Segment;
 
-/// The device of files in the layer of a run: from outside it has another one than as an overlay.
-pub(crate) const LAYER: u64 = 0;
+/// The device of files on the disk of the instance itself: from outside they have another one than by the overlays within.
+pub(crate) const OWN: u64 = 0;
 /// The device of files of which only records tell.
 pub(crate) const ANY: u64 = u64::MAX;
 

@@ -34,6 +34,13 @@ pub(crate) fn filesystem(file: &File) -> io::Result<i64> {
     }
 }
 
+/// The number of the mount by which a file was opened, as in proc_pid_fdinfo(5).
+pub(crate) fn mount(file: &impl AsRawFd) -> io::Result<u64> {
+    let told = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
+    let number = told.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+    number.and_then(|number| number.trim().parse().ok()).ok_or_else(|| io::Error::other("a file without a mount"))
+}
+
 /// Where in a file there is something from `from` on; `None`: nowhere.
 pub(crate) fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     let from = i64::try_from(from).map_err(io::Error::other)?;

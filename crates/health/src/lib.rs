@@ -30,8 +30,24 @@ const KEPT: usize = 10 << 10;
 const ANSWER: usize = 64 << 10;
 /// Redirections to the same host that are followed.
 const REDIRECTIONS: usize = 10;
-/// Name under which kubelets make themselves known to probed servers.
-const USER_AGENT: &str = "kube-probe/1.36";
+/// Who asks by HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asker {
+    /// Wants to know whether it is well: its answer's status is below 400.
+    Probe,
+    /// Tells that something begins or ends: any answer is an answer.
+    Hook,
+}
+
+impl Asker {
+    /// The name under which kubelets make themselves known to servers.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Probe => "kube-probe/1.36",
+            Self::Hook => "kube-lifecycle/1.36",
+        }
+    }
+}
 
 /// Why an action was not good, in words for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,10 +59,10 @@ impl From<io::Error> for Unwell {
     }
 }
 
-/// A GET whose answer's status is below 400, within `limit`. The certificate is not checked.
-pub async fn http(own: Option<IpAddr>, get: &HttpGet, limit: Duration) -> Result<(), Unwell> {
+/// A GET that is answered within `limit`. The certificate is not checked.
+pub async fn http(own: Option<IpAddr>, get: &HttpGet, asker: Asker, limit: Duration) -> Result<(), Unwell> {
     let url = url(own, get)?;
-    within(limit, http_get(&url, get), || format!("Get \"{url}\"")).await
+    within(limit, http_get(&url, get, asker), || format!("Get \"{url}\"")).await
 }
 
 /// A connection, which is closed at once.
@@ -101,12 +117,12 @@ fn url(own: Option<IpAddr>, get: &HttpGet) -> Result<String, Unwell> {
 trait Wire: AsyncRead + AsyncWrite + Send {}
 impl<T: AsyncRead + AsyncWrite + Send> Wire for T {}
 
-async fn http_get(url: &str, get: &HttpGet) -> Result<(), Unwell> {
+async fn http_get(url: &str, get: &HttpGet, asker: Asker) -> Result<(), Unwell> {
     let first: Uri = url.parse().map_err(|error| Unwell(format!("path \"{}\": {error}", get.path)))?;
     let mut uri = first.clone();
     for _ in 0..=REDIRECTIONS {
-        let (status, location, body) = one_get(&uri, &get.headers).await?;
-        if !(200..400).contains(&status) {
+        let (status, location, body) = one_get(&uri, &get.headers, asker).await?;
+        if asker == Asker::Probe && !(200..400).contains(&status) {
             let body = if body.is_empty() { String::new() } else { format!(": {body}") };
             return Err(Unwell(format!("HTTP probe failed with statuscode: {status}{body}")));
         }
@@ -127,7 +143,11 @@ fn resolve(from: &Uri, location: &str) -> Option<Uri> {
     location.parse::<Uri>().ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")))
 }
 
-async fn one_get(uri: &Uri, headers: &[(String, String)]) -> Result<(u16, Option<String>, String), Unwell> {
+async fn one_get(
+    uri: &Uri,
+    headers: &[(String, String)],
+    asker: Asker,
+) -> Result<(u16, Option<String>, String), Unwell> {
     let said = |error: &dyn std::fmt::Display| Unwell(format!("Get \"{uri}\": {error}"));
     let https = uri.scheme_str() == Some("https");
     let host = uri.host().unwrap_or_default();
@@ -153,7 +173,7 @@ async fn one_get(uri: &Uri, headers: &[(String, String)]) -> Result<(u16, Option
         request = request.header(header::HOST, uri.authority().map_or(host, |authority| authority.as_str()));
     }
     if !given("user-agent") {
-        request = request.header(header::USER_AGENT, USER_AGENT);
+        request = request.header(header::USER_AGENT, asker.name());
     }
     if !given("accept") {
         request = request.header(header::ACCEPT, "*/*");
@@ -198,7 +218,7 @@ async fn health_check(place: SocketAddr, service: &str) -> Result<(), Unwell> {
     let request = Request::post(format!("http://{place}/grpc.health.v1.Health/Check"))
         .header(header::CONTENT_TYPE, "application/grpc")
         .header(header::TE, "trailers")
-        .header(header::USER_AGENT, USER_AGENT)
+        .header(header::USER_AGENT, Asker::Probe.name())
         .body(Full::new(health_request(service)))
         .map_err(|error| said(&error))?;
     let answer = sender.send_request(request).await.map_err(|error| said(&error))?;

@@ -3,12 +3,12 @@
 //! Set-user-id bits work in these mounts; what a container may do with them is its sandbox's business.
 
 use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use joey_disk::Access;
 use joey_model::Digest;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
@@ -100,7 +100,7 @@ fn mount(image: &Path, target: &Path) -> io::Result<()> {
     match mount_erofs(image, target) {
         // Kernels before 6.12 mount only block devices.
         Err(Errno::ENOTBLK) => {
-            let (device, _open) = attach_loop(image)?;
+            let (device, _open) = joey_disk::attach(image, Access::Read)?;
             Ok(mount_erofs(&device, target)?)
         }
         other => Ok(other?),
@@ -109,56 +109,6 @@ fn mount(image: &Path, target: &Path) -> io::Result<()> {
 
 fn mount_erofs(source: &Path, target: &Path) -> Result<(), Errno> {
     nix::mount::mount(Some(source), target, Some("erofs"), MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, None::<&str>)
-}
-
-// linux/loop.h
-const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
-const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
-const LO_FLAGS_READ_ONLY: u32 = 1;
-const LO_FLAGS_AUTOCLEAR: u32 = 4;
-
-/// `struct loop_config` with its `struct loop_info64`, of which only the flags are set.
-#[repr(C)]
-struct LoopConfig {
-    fd: u32,
-    block_size: u32,
-    before_flags: [u8; 52],
-    flags: u32,
-    after_flags: [u8; 176],
-    reserved: [u64; 8],
-}
-
-/// A loop device on `image` that frees itself when its mount goes; open until then.
-fn attach_loop(image: &Path) -> io::Result<(PathBuf, File)> {
-    let image = File::open(image)?;
-    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
-    for _ in 0..16 {
-        // SAFETY: LOOP_CTL_GET_FREE takes no argument and returns a device number.
-        let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
-        if number < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = OpenOptions::new().read(true).open(&path)?;
-        let config = LoopConfig {
-            fd: image.as_raw_fd() as u32,
-            block_size: 0,
-            before_flags: [0; 52],
-            flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR,
-            after_flags: [0; 176],
-            reserved: [0; 8],
-        };
-        // SAFETY: LOOP_CONFIGURE reads one loop_config, which `config` is laid out as and outlives the call.
-        if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) } == 0 {
-            return Ok((path, device));
-        }
-        let error = io::Error::last_os_error();
-        // EBUSY: somebody else took the number first.
-        if error.raw_os_error() != Some(libc::EBUSY) {
-            return Err(error);
-        }
-    }
-    Err(io::Error::other("no loop device became free"))
 }
 
 #[cfg(test)]
@@ -173,12 +123,5 @@ mod tests {
         assert_eq!(layer_of(&line, root).unwrap().hex(), hex);
         assert_eq!(layer_of(&line.replace("erofs", "ext4"), root), None);
         assert_eq!(layer_of(&line, Path::new("/var/lib/other")), None);
-    }
-
-    #[test]
-    fn the_loop_structure_has_the_kernels_size() {
-        // loop_info64 is 232 bytes, loop_config 8 before and 64 after it; the flags are at offset 52 of loop_info64.
-        assert_eq!(size_of::<LoopConfig>(), 304);
-        assert_eq!(std::mem::offset_of!(LoopConfig, flags), 8 + 52);
     }
 }

@@ -5,7 +5,7 @@
 //! record changed ─┐                     ┌► limits, deadline: told to the agent
 //! agent's word  ──┴► compare ─ differs ─┤
 //!                        ▲              └► images: pulled and mounted beside, then shown to the agent and told to it
-//!                        └── failed: again after 10 s
+//!                        └── failed: again after 10 s, 20 s … 300 s
 //! ```
 
 use std::net::IpAddr;
@@ -15,10 +15,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use joey_api::agent::{AgentContainer, AgentState, Deadline};
-use joey_api::instance::{ContainerSpec, InstanceEvent, InstanceSpec, PullPolicy};
+use joey_api::instance::{ContainerSpec, InstanceEvent, InstanceSpec};
 use joey_api::lifecycle::Role;
 use joey_image::Image;
-use joey_model::{ErrorKind, Fault, ImageRef};
+use joey_model::Fault;
 use joey_sandbox::{AgentClient, Sandbox};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -26,16 +26,23 @@ use tokio::time::Instant;
 use crate::engine::Shared;
 use crate::life::Life;
 use crate::merge::{self, Surroundings};
-use crate::start;
+use crate::{logs, persist, pull, start, status};
 
-/// Pause after a change that could not be made.
-const PAUSE: Duration = Duration::from_secs(10);
+/// Pauses after a change that could not be made, as the kubelet's for images.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(300));
+/// How long the cause stays told until it is said that the container waits.
+const CAUSE: Duration = Duration::from_secs(1);
 
 /// The work on changes of one sandbox. Dropped, it gives up what is under way.
 #[derive(Default)]
 pub(crate) struct Changes {
     preparing: Option<JoinHandle<Prepared>>,
     not_before: Option<Instant>,
+    /// The pause that follows when the cause has been told, and the last one.
+    rest: Option<Duration>,
+    pause: Duration,
+    /// Something changed while containers were prepared.
+    again: bool,
 }
 
 impl Drop for Changes {
@@ -53,17 +60,31 @@ struct Made {
     image: Arc<Image>,
 }
 
+/// A container to be made, and whether it is held until then.
+struct Wanted {
+    container: ContainerSpec,
+    held: bool,
+}
+
 /// How the preparation of containers went.
 pub(crate) struct Prepared {
     made: Vec<Made>,
     events: Vec<InstanceEvent>,
-    failed: bool,
+    /// Why others could not be.
+    failed: Vec<(Wanted, Fault)>,
 }
 
 impl Changes {
     /// A record that changed is looked at without waiting.
     pub(crate) fn at_once(&mut self) {
-        self.not_before = None;
+        (self.not_before, self.rest, self.pause) = (None, None, Duration::ZERO);
+        self.again = self.preparing.is_some();
+    }
+
+    /// Tries again what could not be had, later and later.
+    pub(crate) fn put_off(&mut self) {
+        self.pause = (self.pause * 2).clamp(PAUSE.0, PAUSE.1);
+        (self.not_before, self.rest) = (Some(Instant::now() + CAUSE), Some(self.pause));
     }
 
     /// Resolves when there is something to go on with: containers that are prepared, or nothing but the end of a pause.
@@ -85,7 +106,7 @@ impl Changes {
             prepared = preparing => {
                 self.preparing = None;
                 if prepared.is_err() {
-                    self.not_before = Some(Instant::now() + PAUSE);
+                    self.put_off();
                 }
                 prepared.ok()
             }
@@ -99,8 +120,13 @@ impl Changes {
     /// Compares, does what can be done at once, and begins what takes time.
     pub(crate) async fn compare(&mut self, life: &mut Life, agent: &AgentClient, state: &AgentState) {
         let waits = self.not_before.is_some_and(|until| until > Instant::now());
-        if waits || self.preparing.is_some() || state.stopping {
+        if waits || self.preparing.is_some() || state.stopping || state.failed.is_some() {
             return;
+        }
+        if let Some(rest) = self.rest.take() {
+            self.not_before = Some(Instant::now() + rest);
+            life.back_off();
+            return life.publish();
         }
         let spec = &life.record.spec;
         let at = spec.active_deadline_seconds.map(|seconds| start::deadline(life.record.accepted_at, seconds));
@@ -112,11 +138,13 @@ impl Changes {
             failures.push((None, format!("Deadline cannot be set: {error}")));
         }
         let mut wanted = Vec::new();
-        for container in &spec.containers {
+        // One that has ended as a whole runs nothing more by itself.
+        let over = status::is_final(life.status.phase);
+        let concerned = |one: &&ContainerSpec| one.held.is_none() && (!over || one.role == Role::Debug);
+        for container in spec.containers.iter().filter(concerned) {
+            let want = |held| Wanted { container: container.clone(), held };
             match state.containers.iter().find(|now| now.name == container.name) {
-                // An agent of an earlier version does not tell what it runs and cannot change it.
-                Some(now) if now.image.is_empty() => {}
-                Some(now) if now.image != container.image => wanted.push(container.clone()),
+                Some(now) if now.image != container.image => wanted.push(want(now.image.is_empty())),
                 Some(now) => {
                     let limits = merge::resources(container);
                     if now.resources != limits
@@ -126,7 +154,7 @@ impl Changes {
                     }
                 }
                 None if container.role == Role::Debug && !life.record.restarts_before.contains_key(&container.name) => {
-                    wanted.push(container.clone());
+                    wanted.push(want(true));
                 }
                 None => {}
             }
@@ -136,7 +164,7 @@ impl Changes {
             self.preparing = Some(tokio::spawn(work));
         }
         if !failures.is_empty() {
-            self.not_before = Some(Instant::now() + PAUSE);
+            self.put_off();
         }
         for (container, message) in failures {
             life.event(true, "ResizeFailed", message, container.as_deref());
@@ -152,35 +180,50 @@ impl Changes {
         agent: &AgentClient,
         prepared: Prepared,
     ) {
-        let Prepared { made, events, mut failed } = prepared;
+        let Prepared { made, events, failed } = prepared;
         life.tell(events);
-        for Made { container, layers, image } in made {
-            life.shared.image_used(&life.id, image.id.clone());
-            let put = async {
-                sandbox.provide(layers).await.map_err(Fault::from)?;
-                agent.put(&container).await.map_err(Fault::from)
-            };
-            if let Err(fault) = put.await {
-                life.event(true, "Failed", format!("Error: {fault}"), Some(&container.name));
-                failed = true;
+        let mut all = failed.is_empty();
+        for (wanted, fault) in failed.into_iter().filter(|(wanted, _)| wanted.held) {
+            // Of one that was changed meanwhile it says nothing.
+            if life.record.spec.containers.contains(&wanted.container) {
+                life.hold(&wanted.container.name, fault);
             }
         }
-        if failed {
-            self.not_before = Some(Instant::now() + PAUSE);
+        for Made { mut container, layers, image } in made {
+            life.shared.image_used(&life.id, image.id.clone());
+            let put = async {
+                // Its variables say what is collected of it, and were not all known before.
+                logs::plan(life, life.status.address, std::slice::from_mut(&mut container)).await?;
+                sandbox.provide(layers).await.map_err(Fault::from)?;
+                agent.put(&container).await.map_err(Fault::from)?;
+                life.shared.carry_logs(&life.id);
+                let (dir, container) = (life.dir.clone(), container.clone());
+                start::blocking("write its configuration", move || persist::put_container(&dir, container)).await
+            };
+            match put.await {
+                Ok(()) => life.let_go(&container.name),
+                Err(fault) => {
+                    life.event(true, "Failed", format!("Error: {fault}"), Some(&container.name));
+                    all = false;
+                }
+            }
+        }
+        if std::mem::take(&mut self.again) {
+            self.not_before = Some(Instant::now());
+        } else if all {
+            self.at_once();
+        } else {
+            self.put_off();
         }
         life.publish();
     }
 }
 
-async fn prepare(
-    shared: Arc<Shared>,
-    spec: InstanceSpec,
-    address: Option<IpAddr>,
-    wanted: Vec<ContainerSpec>,
-) -> Prepared {
-    let mut prepared = Prepared { made: Vec::new(), events: Vec::new(), failed: false };
+async fn prepare(shared: Arc<Shared>, spec: InstanceSpec, address: Option<IpAddr>, wanted: Vec<Wanted>) -> Prepared {
+    let mut prepared = Prepared { made: Vec::new(), events: Vec::new(), failed: Vec::new() };
     let hostname = start::hostname(&spec);
-    for container in wanted {
+    for wanted in wanted {
+        let container = &wanted.container;
         let mut say = |warning: bool, reason: &str, message: String| {
             prepared.events.push(InstanceEvent {
                 at: Timestamp::now(),
@@ -191,49 +234,22 @@ async fn prepare(
             });
         };
         let made = async {
-            let image = image(&shared, &spec, &container, &mut say).await?;
+            let named = (container.image.as_str(), container.pull_policy);
+            let image = pull::image(&shared, &spec.credentials, named, &mut say).await?;
             let layers = shared.images.mount(&image).await?;
             let named = layers.iter().map(|layer| layer.to_string_lossy().into_owned()).collect();
             let around = Surroundings { hostname: &hostname, address, layers: named };
-            Ok::<_, Fault>(Made { container: merge::container(&container, &image, around)?, layers, image })
+            Ok::<_, Fault>(Made { container: merge::container(container, &image, around)?, layers, image })
         };
         match made.await {
             Ok(made) => prepared.made.push(made),
             Err(fault) => {
-                say(true, "Failed", format!("Failed to pull image \"{}\": {fault}", container.image));
-                prepared.failed = true;
+                // That it could not be pulled was said.
+                let error = if fault.reason == "ErrImagePull" { &fault.reason } else { &fault.message };
+                say(true, "Failed", format!("Error: {error}"));
+                prepared.failed.push((wanted, fault));
             }
         }
     }
     prepared
-}
-
-async fn image(
-    shared: &Shared,
-    spec: &InstanceSpec,
-    container: &ContainerSpec,
-    say: &mut (impl FnMut(bool, &str, String) + Send),
-) -> Result<Arc<Image>, Fault> {
-    let reference = ImageRef::parse(&container.image)
-        .map_err(|error| Fault::new(ErrorKind::Invalid, "InvalidImageName", error.to_string()))?;
-    let name = &container.image;
-    let present = match container.pull_policy {
-        PullPolicy::Always => None,
-        PullPolicy::IfNotPresent | PullPolicy::Never => shared.images.find(&reference).await,
-    };
-    match present {
-        Some(image) => {
-            say(false, "Pulled", format!("Container image \"{name}\" already present on machine"));
-            Ok(image)
-        }
-        None if container.pull_policy == PullPolicy::Never => {
-            let message = format!("Container image \"{name}\" is not present with pull policy of Never");
-            Err(Fault::new(ErrorKind::NotFound, "ErrImageNeverPull", message))
-        }
-        None => {
-            let image = shared.images.pull(&reference, &spec.credentials, |_| {}).await?;
-            say(false, "Pulled", format!("Successfully pulled image \"{name}\""));
-            Ok(image)
-        }
-    }
 }

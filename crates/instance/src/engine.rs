@@ -509,9 +509,12 @@ impl Shared {
             class.destroy(id, &dir).await?;
         }
         self.network.release(id).await?;
-        start::blocking("remove a leftover directory", move || match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
+        start::blocking("remove a leftover directory", move || {
+            joey_disk::remove(&dir.join(start::DISK))?;
+            match std::fs::remove_dir_all(&dir) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                result => result,
+            }
         })
         .await
     }

@@ -10,10 +10,12 @@ mod cgroups;
 mod change;
 mod engine;
 mod files;
+mod held;
 mod life;
 mod logs;
 mod merge;
 mod persist;
+mod pull;
 mod start;
 mod status;
 

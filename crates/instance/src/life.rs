@@ -10,6 +10,7 @@
 //!
 //! A deletion is heard in every waiting state; steps of making are short and run to their end first.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,6 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentState};
 use joey_api::instance::{ContainerState, InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase};
-use joey_api::lifecycle::Role;
 use joey_model::{Digest, ErrorKind, Fault, ImageRef, InstanceId, checkpoint};
 use joey_sandbox::{AgentClient, Sandbox};
 use tokio::sync::mpsc;
@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 use crate::change::Changes;
 use crate::engine::Shared;
 use crate::persist::{Record, had_sandbox, last_state, read_json};
-use crate::{start, status};
+use crate::{held, pull, start, status};
 
 /// Pauses between attempts, as the kubelet's for images.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(300));
@@ -68,6 +68,8 @@ pub(crate) struct Life {
     losses: u32,
     /// The agent may not know yet what the record says.
     behind: bool,
+    /// Why containers wait for what they are made from, by name.
+    pub(crate) held: BTreeMap<String, Fault>,
 }
 
 /// Why watching or waiting ended.
@@ -87,6 +89,7 @@ impl Life {
     ) -> Self {
         let status = status::waiting(&record, &shared.config.host_name, "ContainerCreating", "");
         let dir = shared.dir(&id);
+        let held = held::asked(&record.spec);
         Self {
             id,
             dir,
@@ -99,6 +102,7 @@ impl Life {
             began: Instant::now(),
             losses: 0,
             behind: false,
+            held,
         }
     }
 
@@ -155,8 +159,8 @@ impl Life {
             }
         }
         let mut used = Vec::new();
-        for image in start::images_of(&self.record.spec) {
-            if let Ok(reference) = ImageRef::parse(&image) {
+        for image in pull::images_of(&self.record.spec) {
+            if let Ok(reference) = ImageRef::parse(image) {
                 used.extend(self.shared.images.find(&reference).await.map(|image| image.id.clone()));
             }
         }
@@ -181,24 +185,20 @@ impl Life {
                 Err(fault) => fault,
             };
             self.say_waiting(&failed, &failed.reason);
-            let backing_off = match failed.reason.as_str() {
-                "ErrImagePull" => "ImagePullBackOff",
-                other => other,
-            };
-            self.wait(pause, &failed, backing_off).await?;
+            self.wait(pause, &failed, held::backing_off(&failed.reason)).await?;
             pause = (pause * 2).min(PAUSE.1);
         }
     }
 
     /// Gets the images; a deletion meanwhile gives the pull up, and what is asked for anew is pulled anew.
-    async fn pull(&mut self) -> Result<Result<Vec<Arc<joey_image::Image>>, Fault>, Turn> {
+    async fn pull(&mut self) -> Result<Result<pull::Images, Fault>, Turn> {
         // The commands are taken out, so that both can be waited for at once.
         let (_, closed) = mpsc::unbounded_channel();
         let mut commands = std::mem::replace(&mut self.commands, closed);
         let turn = loop {
             let mut changed = false;
             let pulled = {
-                let pulling = start::images(self);
+                let pulling = pull::images(self);
                 tokio::pin!(pulling);
                 loop {
                     tokio::select! {
@@ -230,7 +230,9 @@ impl Life {
         match read {
             Ok(Some(record)) => {
                 status::take_in(&mut self.status, &record.spec);
-                std::mem::replace(&mut self.record.spec, record.spec)
+                let before = std::mem::replace(&mut self.record.spec, record.spec);
+                self.hold_as_asked(&before);
+                before
             }
             // Said where it failed; the next change or the next daemon reads it again.
             Ok(None) | Err(_) => self.record.spec.clone(),
@@ -307,6 +309,9 @@ impl Life {
                 self.bring(agent).await;
             }
             let mut changes = Changes::default();
+            if self.holds_in_vain() {
+                changes.put_off();
+            }
             let mut told = None;
             loop {
                 tokio::select! {
@@ -328,14 +333,26 @@ impl Life {
                     command = self.commands.recv() => match command {
                         Some(Command::Delete { grace }) => return Turn::Delete(grace),
                         Some(Command::Change) => {
-                            self.take_in().await;
+                            let before = self.take_in().await;
                             self.bring(agent).await;
+                            // What volumes hold is no reason to try again what failed.
+                            let spec = &self.record.spec;
+                            let of_volumes = before.containers == spec.containers
+                                && before.active_deadline_seconds == spec.active_deadline_seconds;
+                            if !of_volumes {
+                                changes.at_once();
+                            }
+                            if let Some(state) = &told {
+                                changes.compare(self, agent, state).await;
+                            }
+                        }
+                        Some(Command::Restart) => {
+                            self.restart(agent).await;
                             changes.at_once();
                             if let Some(state) = &told {
                                 changes.compare(self, agent, state).await;
                             }
                         }
-                        Some(Command::Restart) => self.restart(agent).await,
                         Some(Command::Told(event)) => self.tell_at_once(event),
                         None => std::future::pending().await,
                     },
@@ -356,6 +373,8 @@ impl Life {
 
     fn agent_says(&mut self, state: &AgentState) {
         status::apply(&mut self.status, self.id.as_str(), &self.record.spec, &self.record.restarts_before, state);
+        self.let_go_of_those_told(state);
+        self.show_held();
         if self.status.phase == WirePhase::Running && !self.status.timings.contains_key("running") {
             self.mark("running");
         }
@@ -529,28 +548,6 @@ impl Life {
             record.write(&dir)
         })
         .await
-    }
-
-    fn say_waiting(&mut self, fault: &Fault, reason: &str) {
-        let host = self.shared.config.host_name.clone();
-        let fresh = status::waiting(&self.record, &host, reason, &fault.message);
-        for container in &mut self.status.containers {
-            // Who only looked on does not come back with the sandbox.
-            if container.role == Role::Debug && self.record.restarts_before.contains_key(&container.name) {
-                continue;
-            }
-            container.last_termination = match std::mem::replace(
-                &mut container.state,
-                ContainerState::Waiting { reason: reason.to_owned(), message: fault.message.clone() },
-            ) {
-                ContainerState::Terminated(end) => Some(end),
-                _ => container.last_termination.take(),
-            };
-            container.restart_count = self.record.restarts_before.get(&container.name).copied().unwrap_or(0);
-        }
-        self.status.phase = fresh.phase;
-        (self.status.reason, self.status.message) = (Some(reason.to_owned()), Some(fault.message.clone()));
-        self.publish();
     }
 
     /// Notes how long after acceptance a phase of the start ended.

@@ -1,31 +1,37 @@
 //! Which logs of an instance are collected: the plan that its agent and the carrier follow, made with each sandbox.
 
+use std::net::IpAddr;
 use std::path::Path;
 
-use joey_api::agent::AgentConfig;
+use joey_api::agent::AgentContainer;
 use joey_api::instance::InstanceSpec;
 use joey_hidecar::Plan;
 use joey_model::Fault;
 
 use crate::life::Life;
-use crate::{merge, start};
+use crate::{merge, pull, start};
 
-/// Plans, writes the plan and tells the agent its part; nothing where nothing is asked for. What cannot be collected is told by an event:
-/// a container runs without it.
-pub(crate) async fn plan(life: &mut Life, config: &mut AgentConfig) -> Result<(), Fault> {
+/// Plans, writes the plan and tells these containers their part; nothing where nothing is asked for. What cannot be collected is told by
+/// an event: a container runs without it.
+pub(crate) async fn plan(
+    life: &mut Life,
+    address: Option<IpAddr>,
+    containers: &mut [AgentContainer],
+) -> Result<(), Fault> {
     let spec = &life.record.spec;
     if !asks(spec) {
         return Ok(());
     }
-    let variables =
-        start::started(spec).map(|container| (container.name.clone(), merge::spec_env(container, config.address)));
-    let containers: Vec<_> = variables.collect();
+    let variables = pull::started(spec).map(|container| (container.name.clone(), merge::spec_env(container, address)));
+    let all: Vec<_> = variables.collect();
     let carrier = life.shared.carrier.clone();
-    let (plan, faults) = Plan::new(life.id.as_str(), &spec.logs, &containers, |name| carrier.sink(name));
-    for (container, fault) in faults {
+    let (plan, faults) = Plan::new(life.id.as_str(), &spec.logs, &all, |name| carrier.sink(name));
+    // Of one that is held not all is known.
+    let whole = |name: &str| containers.iter().any(|container| container.name == name && !container.is_held());
+    for (container, fault) in faults.into_iter().filter(|(name, _)| whole(name)) {
         life.event(true, "LogsNotCollected", fault, Some(&container));
     }
-    for container in &mut config.containers {
+    for container in containers {
         container.collected = plan.collected(&container.name);
     }
     let dir = life.dir.join(joey_collect::DIRECTORY);

@@ -11,6 +11,8 @@ use joey_api::validate::{DEFAULT_CAPABILITIES, may_trace};
 use joey_image::{Image, ImageConfig};
 use joey_model::{ErrorKind, Fault};
 
+use crate::pull;
+
 /// Processes a container may have where its specification sets no limit: a fork bomb must not reach the host.
 const PIDS: u64 = 4096;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -36,7 +38,6 @@ pub(crate) fn container(
         return Err(Fault::new(ErrorKind::Invalid, "CreateContainerConfigError", message)
             .with_hint("give the container a command"));
     }
-    let reference = &image.reference;
     Ok(AgentContainer {
         name: spec.name.clone(),
         role: spec.role,
@@ -46,7 +47,7 @@ pub(crate) fn container(
         lifecycle: spec.lifecycle.clone(),
         last_words: spec.last_words.clone(),
         image: spec.image.clone(),
-        image_id: format!("{}/{}@{}", reference.registry(), reference.repository(), image.manifest),
+        image_id: pull::named(image),
         layers: around.layers,
         args,
         env: env(config, &given, around.hostname, spec.tty),
@@ -69,6 +70,17 @@ pub(crate) fn container(
         // Said by the instance's plan: `logs`.
         collected: Collected::default(),
     })
+}
+
+/// A container of which it is known that it is there, and what it is to the others.
+pub(crate) fn held(spec: &ContainerSpec) -> AgentContainer {
+    AgentContainer {
+        name: spec.name.clone(),
+        role: spec.role,
+        restart_policy: spec.restart_policy,
+        resources: resources(spec),
+        ..AgentContainer::default()
+    }
 }
 
 /// A mount with its place in the volume: an expression is expanded by the specification's variables, all of which it needs.

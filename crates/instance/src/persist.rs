@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use jiff::Timestamp;
-use joey_api::agent::AgentState;
+use joey_api::agent::{AgentConfig, AgentContainer, AgentState};
 use joey_api::instance::InstanceSpec;
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +83,18 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(bytes)?;
     Ok(file)
+}
+
+/// Notes what a container of a sandbox is made from now: for whoever looks at what the sandbox left.
+pub(crate) fn put_container(dir: &Path, container: AgentContainer) -> io::Result<()> {
+    let place = dir.join("agent.json");
+    let mut config: AgentConfig = serde_json::from_slice(&fs::read(&place)?)?;
+    if let Some(known) = config.containers.iter_mut().find(|known| known.name == container.name) {
+        *known = container;
+    }
+    let new = dir.join("agent.new");
+    write_private(&new, &serde_json::to_vec(&config)?)?;
+    fs::rename(new, place)
 }
 
 /// Whether an agent had begun to tell of a sandbox that was not taken down since.

@@ -1,47 +1,52 @@
 //! Makes an instance: a list of steps, each with its undo. A step that fails undoes itself and all before it.
 //!
 //! ```text
-//! Images ──► Network ──► Config ──► Sandbox
-//!  (kept)    release   remove files  destroy      undo, in the other order
+//! Images ──► Network ──► Disk ──► Config ──► Sandbox
+//!  (kept)    release    remove  remove files  destroy      undo, in the other order
 //! ```
 
 use std::io::{self, ErrorKind as ErrorKindOfIo};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use jiff::{SignedDuration, Timestamp};
 use joey_api::agent::{AgentConfig, AgentVolume, VERSION};
-use joey_api::instance::{ContainerSpec, InstanceSpec, PullPolicy, VolumeSource};
-use joey_api::lifecycle::Role;
+use joey_api::instance::{InstanceSpec, VolumeSource};
+use joey_api::lifecycle::storage_limit;
 use joey_image::Image;
-use joey_model::{ErrorKind, Fault, ImageRef, checkpoint};
+use joey_model::{ErrorKind, Fault, checkpoint};
 use joey_network::{Attachment, Bandwidth};
 use joey_sandbox::{CreateRequest, Sandbox};
 
 use crate::life::Life;
 use crate::merge::{self, Surroundings};
+use crate::pull::{self, Images, started};
 use crate::{files, logs, persist};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     Network,
+    Disk,
     Config,
     Sandbox,
 }
 
-const STEPS: [Step; 3] = [Step::Network, Step::Config, Step::Sandbox];
+const STEPS: [Step; 4] = [Step::Network, Step::Disk, Step::Config, Step::Sandbox];
+
+/// Where an instance's own disk is mounted, in its directory.
+pub(crate) const DISK: &str = "disk";
 
 /// What the steps have made so far.
 struct Made {
-    images: Vec<Arc<Image>>,
+    images: Images,
     attachment: Option<Attachment>,
     config: Option<AgentConfig>,
     sandbox: Option<Arc<dyn Sandbox>>,
 }
 
 /// Makes the sandbox of an instance whose images are here; on an error everything is undone.
-pub(crate) async fn make(life: &mut Life, images: Vec<Arc<Image>>) -> Result<Arc<dyn Sandbox>, Fault> {
+pub(crate) async fn make(life: &mut Life, images: Images) -> Result<Arc<dyn Sandbox>, Fault> {
     let starts = life.shared.starts.clone();
     // Closed never: the semaphore lives as long as the engine.
     let _turn = starts.acquire().await;
@@ -82,9 +87,18 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
             life.mark("network");
             checkpoint::reached("instance-network");
         }
+        Step::Disk => {
+            let each = started(&life.record.spec).map(|one| (one.role, one.resources.ephemeral_storage_bytes));
+            let (limit, dir) = (storage_limit(each), life.dir.clone());
+            blocking("make its disk", move || disk(&dir, limit)).await?;
+            if limit.is_some() {
+                life.mark("disk");
+            }
+            checkpoint::reached("instance-disk");
+        }
         Step::Config => {
             let mut config = config(life, made).await?;
-            logs::plan(life, &mut config).await?;
+            logs::plan(life, config.address, &mut config.containers).await?;
             let bytes = serde_json::to_vec(&config).map_err(|error| host_fault("write its configuration", &error))?;
             let dir = life.dir.clone();
             blocking("write its configuration", move || configure(&dir, &bytes)).await?;
@@ -107,6 +121,27 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
     Ok(())
 }
 
+/// Where there is a limit, a disk of its own, on which lies what its containers write. It is larger than their limit by a twentieth,
+/// so that who exceeds that is seen to, and evicted as under a kubelet; and never larger than what the host has.
+fn disk(dir: &Path, limit: Option<u64>) -> io::Result<()> {
+    let place = dir.join(DISK);
+    // What an attempt before this one left.
+    joey_disk::remove(&place)?;
+    for name in ["upper", "volumes"] {
+        if dir.join(name).is_symlink() {
+            std::fs::remove_file(dir.join(name))?;
+        }
+    }
+    let Some(limit) = limit else { return Ok(()) };
+    let host = joey_disk::size(dir)?;
+    joey_disk::make(&place, limit.saturating_add(limit / 20).min(host))?;
+    for (name, mode) in [("upper", 0o700), ("volumes", 0o755)] {
+        std::fs::DirBuilder::new().mode(mode).create(place.join(name))?;
+        std::os::unix::fs::symlink(Path::new(DISK).join(name), dir.join(name))?;
+    }
+    Ok(())
+}
+
 /// Writes what a sandbox is made from. What the agent of one before it told last is not to be taken for its own.
 fn configure(dir: &Path, config: &[u8]) -> io::Result<()> {
     match std::fs::remove_file(dir.join("state.json")) {
@@ -122,6 +157,11 @@ async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
             let class = life.shared.class(&life.record.spec.class)?;
             class.destroy(&life.id, &life.dir).await?;
             checkpoint::reached("instance-sandbox-destroyed");
+        }
+        Step::Disk => {
+            let place = life.dir.join(DISK);
+            blocking("remove its disk", move || joey_disk::remove(&place)).await?;
+            checkpoint::reached("instance-disk-removed");
         }
         Step::Network => {
             life.shared.network.release(&life.id).await?;
@@ -155,93 +195,34 @@ async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Names of every image of an instance: those of containers, then those of volumes.
-pub(crate) fn images_of(spec: &InstanceSpec) -> Vec<String> {
-    let of_volumes = spec.volumes.iter().filter_map(|volume| match &volume.source {
-        VolumeSource::Image { reference, .. } => Some(reference.clone()),
-        VolumeSource::Files(_) | VolumeSource::EmptyDir { .. } => None,
-    });
-    spec.containers.iter().map(|container| container.image.clone()).chain(of_volumes).collect()
-}
-
-/// Every image of the instance, in the order of [`images_of`], pulled where its policy says so. Dropping the future gives the
-/// pull up.
-pub(crate) async fn images(life: &mut Life) -> Result<Vec<Arc<Image>>, Fault> {
-    let mut images = Vec::new();
-    for container in started(&life.record.spec).cloned().collect::<Vec<_>>() {
-        let image = image(life, &container.image, container.pull_policy, Some(&container.name)).await?;
-        let known = format!("{}/{}@{}", image.reference.registry(), image.reference.repository(), image.manifest);
-        if let Some(status) = life.status.containers.iter_mut().find(|status| status.name == container.name) {
-            status.image_id = known;
-        }
-        images.push(image);
-    }
-    for volume in life.record.spec.volumes.clone() {
-        if let VolumeSource::Image { reference, pull_policy } = &volume.source {
-            images.push(image(life, reference, *pull_policy, None).await?);
-        }
-    }
-    life.use_images(images.iter().map(|image| image.id.clone()).collect());
-    life.mark("images");
-    Ok(images)
-}
-
-/// An image of the container of that name, or of a volume.
-async fn image(life: &mut Life, given: &str, policy: PullPolicy, container: Option<&str>) -> Result<Arc<Image>, Fault> {
-    let reference = ImageRef::parse(given)
-        .map_err(|error| Fault::new(ErrorKind::Invalid, "InvalidImageName", error.to_string()))?;
-    if policy != PullPolicy::Always
-        && let Some(image) = life.shared.images.find(&reference).await
-    {
-        life.event(false, "Pulled", format!("Container image \"{given}\" already present on machine"), container);
-        return Ok(image);
-    }
-    if policy == PullPolicy::Never {
-        let message = format!("Container image \"{given}\" is not present with pull policy of Never");
-        return Err(Fault::new(ErrorKind::NotFound, "ErrImageNeverPull", message)
-            .with_hint("import or pull the image first, or choose the policy IfNotPresent"));
-    }
-    life.event(false, "Pulling", format!("Pulling image \"{given}\""), container);
-    life.publish();
-    let began = Instant::now();
-    let credentials = life.record.spec.credentials.clone();
-    match life.shared.images.pull(&reference, &credentials, |_| {}).await {
-        Ok(image) => {
-            let message = format!(
-                "Successfully pulled image \"{given}\" in {:.3}s. Image size: {} bytes.",
-                began.elapsed().as_secs_f64(),
-                image.size
-            );
-            life.event(false, "Pulled", message, container);
-            Ok(image)
-        }
-        Err(error) => {
-            let problem = error.problem.to_string();
-            let mut fault = Fault::from(error);
-            if fault.reason != "InvalidImageName" {
-                // The kubelet's word for every other reason; the message says which it is.
-                fault.reason = "ErrImagePull".to_owned();
-            }
-            // An event and a container's state are one text each: the way out goes with the cause.
-            let hint = fault.hint.take().map_or_else(String::new, |hint| format!("; {hint}"));
-            life.event(true, "Failed", format!("Failed to pull image \"{given}\": {problem}{hint}"), container);
-            fault.message.push_str(&hint);
-            Err(fault)
-        }
-    }
-}
-
-async fn config(life: &Life, made: &Made) -> Result<AgentConfig, Fault> {
-    let (spec, shared) = (&life.record.spec, &life.shared);
+async fn config(life: &mut Life, made: &Made) -> Result<AgentConfig, Fault> {
+    let (spec, shared) = (life.record.spec.clone(), life.shared.clone());
+    let spec = &spec;
     let address = made.attachment.as_ref().map(|attachment| attachment.address);
     let short = short_hostname(spec);
     let hostname = files::hostname(spec, &short);
     let mut containers = Vec::new();
-    for (container, image) in started(spec).zip(&made.images) {
-        let around = Surroundings { hostname: &hostname, address, layers: layers(life, image).await? };
-        containers.push(merge::container(container, image, around)?);
+    let mut first = None;
+    for (container, image) in started(spec).zip(&made.images.containers) {
+        let merged = match image {
+            Some(image) => {
+                let around = Surroundings { hostname: &hostname, address, layers: layers(life, image).await? };
+                merge::container(container, image, around)
+            }
+            None => Ok(merge::held(container)),
+        };
+        containers.push(merged.unwrap_or_else(|fault| {
+            life.hold(&container.name, fault.clone());
+            first.get_or_insert(fault);
+            merge::held(container)
+        }));
     }
-    let volumes = volumes(life, made.images.get(started(spec).count()..).unwrap_or_default()).await?;
+    if let Some(fault) = first
+        && !pull::begins(containers.iter().map(|container| (container.role, container.is_held())))
+    {
+        return Err(fault);
+    }
+    let volumes = volumes(life, &made.images.volumes).await?;
     Ok(AgentConfig {
         version: VERSION,
         instance: life.id.to_string(),
@@ -295,11 +276,6 @@ async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<Vec<AgentVolume>,
         made.push(agents);
     }
     Ok(made)
-}
-
-/// The containers that a sandbox starts with: those that only look on come when it runs.
-pub(crate) fn started(spec: &InstanceSpec) -> impl Iterator<Item = &ContainerSpec> {
-    spec.containers.iter().filter(|container| container.role != Role::Debug)
 }
 
 fn short_hostname(spec: &InstanceSpec) -> String {

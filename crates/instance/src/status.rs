@@ -43,8 +43,10 @@ fn waits(container: &ContainerSpec, reason: &str, message: &str) -> ContainerSta
 /// A specification that changed may have further containers.
 pub(crate) fn take_in(status: &mut InstanceStatus, spec: &InstanceSpec) {
     for container in &spec.containers {
-        if !status.containers.iter().any(|known| known.name == container.name) {
-            status.containers.push(waits(container, "ContainerCreating", ""));
+        match status.containers.iter_mut().find(|known| known.name == container.name) {
+            None => status.containers.push(waits(container, "ContainerCreating", "")),
+            Some(known) if known.image_id.is_empty() => known.image.clone_from(&container.image),
+            Some(_) => {}
         }
     }
 }
@@ -72,7 +74,7 @@ pub(crate) fn apply(
         if told.last_termination.is_some() {
             container.last_termination = told.last_termination.clone();
         }
-        if !matches!(told.state, ContainerState::Waiting { .. }) {
+        if !matches!(told.state, ContainerState::Waiting { .. }) && !told.image.is_empty() {
             container.container_id = format!("joey://{id}/{}/{}", told.name, container.restart_count);
         }
     }

@@ -4,9 +4,9 @@ use joey_api::instance::EnvVar;
 use joey_model::quantity::parse_milli;
 use k8s_openapi::api::core::v1 as core;
 
+use crate::Notes;
 use crate::node::Node;
 use crate::objects::{Kind, Objects};
-use crate::{Notes, Refusal};
 
 /// Every variable in order, envFrom first, as the kubelet builds them.
 pub(crate) fn environment(
@@ -16,7 +16,7 @@ pub(crate) fn environment(
     objects: &Objects,
     node: &Node,
     notes: &mut Notes,
-) -> Result<Vec<EnvVar>, Refusal> {
+) -> Vec<EnvVar> {
     let mut variables: Vec<EnvVar> = Vec::new();
     // First, so that the Pod's own variables may refer to them and come before them.
     for (name, value) in &objects.services {
@@ -24,19 +24,20 @@ pub(crate) fn environment(
     }
     for core::EnvFromSource { config_map_ref, prefix, secret_ref } in container.env_from.iter().flatten() {
         let prefix = prefix.as_deref().unwrap_or_default();
-        let mut add = |kind, name: &str, optional: Option<bool>| -> Result<(), Refusal> {
-            for (key, value) in objects.all(kind, name, optional)? {
+        let mut add = |kind, name: &str, optional: Option<bool>| {
+            for (key, value) in
+                notes.found(pod, &container.name, objects.all(kind, name, optional)).into_iter().flatten()
+            {
                 if let Ok(value) = String::from_utf8(value) {
                     put(&mut variables, format!("{prefix}{key}"), literal(&value));
                 }
             }
-            Ok(())
         };
         if let Some(reference) = config_map_ref {
-            add(Kind::ConfigMap, &reference.name, reference.optional)?;
+            add(Kind::ConfigMap, &reference.name, reference.optional);
         }
         if let Some(reference) = secret_ref {
-            add(Kind::Secret, &reference.name, reference.optional)?;
+            add(Kind::Secret, &reference.name, reference.optional);
         }
     }
     for core::EnvVar { name, value, value_from } in container.env.iter().flatten() {
@@ -49,9 +50,9 @@ pub(crate) fn environment(
         let at = || format!("container \"{}\": variable \"{name}\"", container.name);
         notes.refuse_if(file_key_ref.is_some(), format!("{}: fileKeyRef", at()), "use a ConfigMap or Secret");
         let found = if let Some(key) = config_map_key_ref {
-            objects.one(Kind::ConfigMap, &key.name, &key.key, key.optional)?
+            notes.found(pod, &container.name, objects.one(Kind::ConfigMap, &key.name, &key.key, key.optional)).flatten()
         } else if let Some(key) = secret_key_ref {
-            objects.one(Kind::Secret, &key.name, &key.key, key.optional)?
+            notes.found(pod, &container.name, objects.one(Kind::Secret, &key.name, &key.key, key.optional)).flatten()
         } else if let Some(field) = field_ref {
             if matches!(field.field_path.as_str(), "status.podIP" | "status.podIPs") {
                 variables.retain(|variable| variable.name != *name);
@@ -72,7 +73,7 @@ pub(crate) fn environment(
             put(&mut variables, name.clone(), literal(&String::from_utf8_lossy(&value)));
         }
     }
-    Ok(variables)
+    variables
 }
 
 fn put(variables: &mut Vec<EnvVar>, name: String, value: String) {

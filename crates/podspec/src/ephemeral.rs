@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1 as core;
 
 use crate::node::Node;
 use crate::objects::Objects;
-use crate::{Notes, Refusal, all_containers, container, limits};
+use crate::{Notes, Refusal, Waits, all_containers, container, limits};
 
 /// What a living instance has to change to be what its Pod says, debug containers apart.
 pub fn changed(pod: &core::Pod, instance: &InstanceSpec) -> Result<InstanceChange, Refusal> {
@@ -33,10 +33,7 @@ pub fn changed(pod: &core::Pod, instance: &InstanceSpec) -> Result<InstanceChang
     }
     let deadline = spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok());
     change.active_deadline_seconds = deadline.filter(|_| deadline != instance.active_deadline_seconds);
-    match notes.faults.is_empty() {
-        true => Ok(change),
-        false => Err(Refusal::Unsupported(notes.faults)),
-    }
+    notes.done(change).map(|(change, _)| change)
 }
 
 /// The annotations that are others than those the instance was made from, and that it cannot follow; nothing where none is.
@@ -56,7 +53,7 @@ pub fn debug(
     wanted: &[core::EphemeralContainer],
     objects: &Objects,
     node: &Node,
-) -> Result<Vec<ContainerSpec>, Refusal> {
+) -> Result<(Vec<ContainerSpec>, Waits), Refusal> {
     let spec = pod.spec.clone().unwrap_or_default();
     let security = spec.security_context.clone().unwrap_or_default();
     let mut notes = Notes::default();
@@ -64,14 +61,11 @@ pub fn debug(
     for one in wanted {
         let target = one.target_container_name.clone().filter(|name| !name.is_empty());
         let alike = as_container(one.clone());
-        let converted = container(pod, &spec, &alike, &security, objects, node, &mut notes)?;
+        let converted = container(pod, &spec, &alike, &security, objects, node, &mut notes);
         // It is run once, and nothing is asked of it.
         made.push(ContainerSpec { role: Role::Debug, target, restart_policy: None, ..converted });
     }
-    match notes.faults.is_empty() {
-        true => Ok(made),
-        false => Err(Refusal::Unsupported(notes.faults)),
-    }
+    notes.done(made)
 }
 
 /// The fields that an ephemeral container shares with others, which are all but its target.
@@ -183,7 +177,8 @@ mod tests {
         let wanted: Vec<core::EphemeralContainer> = serde_json::from_value(json!([
             {"name": "look", "image": "tools", "stdin": true, "tty": true, "targetContainerName": "a"}]))
         .unwrap();
-        let made = debug(&pod(|_| {}), &wanted, &Objects::default(), &node).unwrap();
+        let (made, waits) = debug(&pod(|_| {}), &wanted, &Objects::default(), &node).unwrap();
+        assert_eq!(waits, Waits::default());
         assert_eq!((made[0].role, made[0].target.as_deref()), (Role::Debug, Some("a")));
         assert!(made[0].stdin && made[0].tty);
     }

@@ -164,7 +164,7 @@ fn faults(row: &str) -> Vec<String> {
     let node = Node::new("virtual", "192.0.2.1".parse().unwrap());
     match convert(&pod(row), &Objects::default(), &node) {
         Err(Refusal::Unsupported(faults)) => faults,
-        Err(Refusal::Missing(_) | Refusal::InvalidImages(_)) => Vec::new(),
+        Err(Refusal::Unmounted { .. }) => Vec::new(),
         Ok(converted) => {
             joey_api::validate::instance(&converted.spec).err().map(|fault| fault.message).into_iter().collect()
         }

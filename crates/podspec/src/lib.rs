@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use joey_api::annotations::{self, DEBUG_PORTS};
 use joey_api::hooks;
 use joey_api::instance::{ContainerSpec, Dns, HostAlias, InstanceSpec, NetworkSpec, PullPolicy, WireRestartPolicy};
-use joey_api::lifecycle::Role;
+use joey_api::lifecycle::{Held, Role};
 use k8s_openapi::api::core::v1 as core;
 
 mod environment;
@@ -44,13 +44,13 @@ pub enum Refusal {
     /// It asks for what is not there; it never runs as it is.
     #[error("{}", .0.join("; "))]
     Unsupported(Vec<String>),
-    /// An object it names is not there yet.
-    #[error(transparent)]
-    Missing(Missing),
-    /// Images are named by what is no reference; a Pod's images may be changed, so it waits.
-    #[error("{}", .0.iter().map(InvalidImage::to_string).collect::<Vec<_>>().join("; "))]
-    InvalidImages(Vec<InvalidImage>),
+    /// A volume shows an object that is not there yet: all of the Pod waits for that. The message begins as the kubelet's does.
+    #[error("MountVolume.SetUp failed for volume \"{volume}\" : {missing}")]
+    Unmounted { volume: String, missing: Missing },
 }
+
+/// Why a container with such an image waits.
+pub const INVALID_IMAGE_NAME: &str = "InvalidImageName";
 
 /// A container whose image's name cannot be read. The message begins as the kubelet's does.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -60,26 +60,56 @@ pub struct InvalidImage {
     pub reason: joey_model::image_ref::InvalidReference,
 }
 
-impl From<Missing> for Refusal {
-    fn from(missing: Missing) -> Self {
-        Self::Missing(missing)
-    }
-}
-
 /// A Pod as an instance.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Converted {
     pub spec: InstanceSpec,
+    pub waits: Waits,
 }
 
-/// Faults collected on the way.
+/// What some containers wait for, while others go on: each of them is held. A Pod's images may be changed, and objects appear.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Waits {
+    /// The first object of each container that lacks any, by the container's name.
+    pub missing: Vec<(String, Missing)>,
+    pub invalid_images: Vec<InvalidImage>,
+}
+
+/// Faults collected on the way, and what the container waits for that is being made.
 #[derive(Default)]
 pub(crate) struct Notes {
     faults: Vec<String>,
-    invalid_images: Vec<InvalidImage>,
+    waits: Waits,
+    held: Option<Held>,
 }
 
 impl Notes {
+    /// The first reason counts.
+    fn hold(&mut self, reason: &str, message: String) {
+        self.held.get_or_insert(Held { reason: reason.to_owned(), message });
+    }
+
+    /// What was found of an object, unless the container has to wait for it.
+    pub(crate) fn found<T>(&mut self, pod: &core::Pod, container: &str, found: Result<T, Missing>) -> Option<T> {
+        let missing = match found {
+            Ok(found) => return Some(found),
+            Err(missing) => missing,
+        };
+        // An object is watched for each container, not for each of its variables.
+        if self.held.is_none() {
+            self.hold("CreateContainerConfigError", missing.of_variable(pod));
+            self.waits.missing.push((container.to_owned(), missing));
+        }
+        None
+    }
+
+    fn done<T>(self, made: T) -> Result<(T, Waits), Refusal> {
+        match self.faults.is_empty() {
+            true => Ok((made, self.waits)),
+            false => Err(Refusal::Unsupported(self.faults)),
+        }
+    }
+
     fn refuse_if(&mut self, present: bool, field: impl std::fmt::Display, alternative: &str) {
         if present {
             self.faults.push(format!("{field} is not supported: {alternative}"));
@@ -105,15 +135,8 @@ pub fn convert(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<Conver
     let naming = naming::naming(&spec, (&name, &namespace), &node.cluster_domain, &mut notes);
     let limits = limits::pod(pod, &spec, &mut notes);
     let volumes = volumes::volumes(pod, &spec, objects, &mut notes)?;
-    let mut containers = Vec::new();
     hook_faults(pod, &spec, &mut notes);
-    for (role, container) in all_containers(&spec) {
-        let mut made = self::container(pod, &spec, container, &security, objects, node, &mut notes)?;
-        if let Some(annotations) = &pod.metadata.annotations {
-            hooks::add(annotations, &made.name, &mut made.lifecycle);
-        }
-        containers.push(ContainerSpec { role, ..made });
-    }
+    let containers = own_containers(pod, &spec, objects, node, &mut notes);
     let network = NetworkSpec {
         dns: dns(&spec, &namespace, node),
         host_aliases: host_aliases(&spec),
@@ -121,12 +144,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<Conver
     };
     let logs = logs::logs(pod, &containers, &mut notes);
     let (debug_ports, fs_group) = (debug_ports(pod, &mut notes), volumes::fs_group(&security, &mut notes));
-    if !notes.faults.is_empty() {
-        return Err(Refusal::Unsupported(notes.faults));
-    }
-    if !notes.invalid_images.is_empty() {
-        return Err(Refusal::InvalidImages(notes.invalid_images));
-    }
+    let ((), waits) = notes.done(())?;
     let instance = InstanceSpec {
         name: format!("{name}.{namespace}"),
         client_token: Some(uid.clone()),
@@ -164,7 +182,33 @@ pub fn convert(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<Conver
         network,
         credentials: objects.credentials.clone(),
     };
-    Ok(Converted { spec: instance })
+    Ok(Converted { spec: instance, waits })
+}
+
+/// The containers of a Pod as they are now, ephemeral ones apart.
+pub fn containers(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<(Vec<ContainerSpec>, Waits), Refusal> {
+    let mut notes = Notes::default();
+    let spec = pod.spec.clone().unwrap_or_default();
+    let made = own_containers(pod, &spec, objects, node, &mut notes);
+    notes.done(made)
+}
+
+fn own_containers(
+    pod: &core::Pod,
+    spec: &core::PodSpec,
+    objects: &Objects,
+    node: &Node,
+    notes: &mut Notes,
+) -> Vec<ContainerSpec> {
+    let security = spec.security_context.clone().unwrap_or_default();
+    let made = all_containers(spec).map(|(role, container)| {
+        let mut made = self::container(pod, spec, container, &security, objects, node, notes);
+        if let Some(annotations) = &pod.metadata.annotations {
+            hooks::add(annotations, &made.name, &mut made.lifecycle);
+        }
+        ContainerSpec { role, ..made }
+    });
+    made.collect()
 }
 
 /// The containers in the order of their start, and what each is to the Pod.
@@ -244,7 +288,7 @@ fn container(
     objects: &Objects,
     node: &Node,
     notes: &mut Notes,
-) -> Result<ContainerSpec, Refusal> {
+) -> ContainerSpec {
     let at = format!("container \"{}\": ", container.name);
     check_container(&at, container, notes);
     let image = container.image.clone().unwrap_or_default();
@@ -252,9 +296,12 @@ fn container(
     let reference = joey_model::ImageRef::parse(&image);
     let latest = reference.as_ref().is_ok_and(joey_model::ImageRef::is_latest);
     if let Err(reason) = reference {
-        notes.invalid_images.push(InvalidImage { container: container.name.clone(), reason });
+        let invalid = InvalidImage { container: container.name.clone(), reason };
+        notes.hold(INVALID_IMAGE_NAME, invalid.to_string());
+        notes.waits.invalid_images.push(invalid);
     }
-    Ok(ContainerSpec {
+    let env = environment::environment(pod, spec, container, objects, node, notes);
+    ContainerSpec {
         name: container.name.clone(),
         role: Role::Main,
         target: None,
@@ -272,7 +319,7 @@ fn container(
         image,
         command: container.command.clone().unwrap_or_default(),
         args: container.args.clone().unwrap_or_default(),
-        env: environment::environment(pod, spec, container, objects, node, notes)?,
+        env,
         working_dir: container.working_dir.clone().filter(|dir| !dir.is_empty()),
         stdin: container.stdin == Some(true),
         stdin_once: container.stdin_once == Some(true),
@@ -282,7 +329,8 @@ fn container(
         mounts: volumes::mounts(&at, container, notes),
         security: security::security(&at, container.security_context.as_ref(), pod_security, notes),
         ports: container.ports.iter().flatten().filter_map(|port| u16::try_from(port.container_port).ok()).collect(),
-    })
+        held: notes.held.take(),
+    }
 }
 
 /// Goes through every field of a Container. Those named `_` are read in [`container`] and the functions it calls.

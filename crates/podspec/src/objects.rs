@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use joey_api::image::RegistryCredential;
+use k8s_openapi::api::core::v1 as core;
 
 /// Kinds of objects that hold values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,7 +34,22 @@ impl std::fmt::Display for Missing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.key {
             None => write!(f, "{} \"{}\" not found", self.kind.word(), self.name),
-            Some(key) => write!(f, "couldn't find key {key} in {} \"{}\"", self.kind.word(), self.name),
+            Some(key) => write!(f, "{} \"{}\" references non-existent key: {key}", self.kind.word(), self.name),
+        }
+    }
+}
+
+impl Missing {
+    /// The same as the kubelet says it of a variable.
+    pub fn of_variable(&self, pod: &core::Pod) -> String {
+        let kind = match self.kind {
+            Kind::ConfigMap => "ConfigMap",
+            Kind::Secret => "Secret",
+        };
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+        match &self.key {
+            None => self.to_string(),
+            Some(key) => format!("couldn't find key {key} in {kind} {namespace}/{}", self.name),
         }
     }
 }

@@ -63,10 +63,12 @@ fn hooks_by_annotation() {
 #[test]
 fn an_image_whose_name_cannot_be_read_is_not_a_refusal_for_good() {
     let bad = pod(json!({}), json!({ "image": "Bad//Ref:::" }));
-    let Err(Refusal::InvalidImages(invalid)) = convert(&bad, &Objects::default(), &node()) else {
-        panic!("it was taken or refused")
-    };
-    assert_eq!(invalid.len(), 1);
+    let Converted { spec, waits: Waits { invalid_images: invalid, .. } } =
+        convert(&bad, &Objects::default(), &node()).unwrap();
+    let held = spec.containers[0].held.clone().unwrap();
+    assert_eq!((held.reason.as_str(), invalid.len()), ("InvalidImageName", 1));
+    assert!(held.message.starts_with("Failed to apply default image tag \"Bad//Ref:::\": couldn't parse image name"));
+    joey_api::validate::instance(&spec).unwrap();
     assert_eq!((invalid[0].container.as_str(), invalid[0].reason.text.as_str()), ("main", "Bad//Ref:::"));
     // What never can run is refused first.
     assert_eq!(faults(&pod(json!({ "hostPID": true }), json!({ "image": "Bad//Ref:::" }))).len(), 1);
@@ -276,18 +278,20 @@ fn variables_and_files_of_objects() {
         }),
     );
     let missing = |objects: &Objects| match convert(&pod, objects, &node()) {
-        Err(Refusal::Missing(missing)) => missing.to_string(),
+        Err(unmounted @ Refusal::Unmounted { .. }) => unmounted.to_string(),
+        Ok(Converted { spec, waits }) if waits.missing.len() == 1 => spec.containers[0].held.clone().unwrap().message,
         other => panic!("{other:?}"),
     };
     let mut objects = Objects { node_cpu_milli: 3500, ..Objects::default() };
-    assert_eq!(missing(&objects), "configmap \"cm\" not found");
+    assert_eq!(missing(&objects), "MountVolume.SetUp failed for volume \"conf\" : configmap \"cm\" not found");
     let map = BTreeMap::from([("key".to_owned(), b"$(HOME)".to_vec())]);
     objects.values.insert((Kind::ConfigMap, "cm".into()), map);
     assert_eq!(missing(&objects), "secret \"s\" not found");
     objects.values.insert((Kind::Secret, "s".into()), BTreeMap::new());
-    assert_eq!(missing(&objects), "couldn't find key p in secret \"s\"");
+    assert_eq!(missing(&objects), "couldn't find key p in Secret shop/s");
     objects.values.insert((Kind::Secret, "s".into()), BTreeMap::from([("p".to_owned(), b"pw".to_vec())]));
-    let spec = convert(&pod, &objects, &node()).unwrap().spec;
+    let Converted { spec, waits } = convert(&pod, &objects, &node()).unwrap();
+    assert_eq!((&spec.containers[0].held, waits), (&None, Waits::default()));
     let wanted = [
         ("X_key", Some("$$(HOME)")),
         ("PLAIN", Some("$(X_key)")),

@@ -28,7 +28,9 @@ pub(crate) fn volumes(
 ) -> Result<Vec<Volume>, Refusal> {
     let mut volumes = Vec::new();
     for volume in spec.volumes.iter().flatten() {
-        if let Some(source) = source(pod, spec, volume, objects, notes)? {
+        let source = source(pod, spec, volume, objects, notes)
+            .map_err(|missing| Refusal::Unmounted { volume: volume.name.clone(), missing })?;
+        if let Some(source) = source {
             volumes.push(Volume { name: volume.name.clone(), source });
         }
     }
@@ -44,8 +46,8 @@ pub fn files(pod: &core::Pod, objects: &Objects) -> (Vec<Volume>, Vec<(String, M
     for volume in spec.volumes.iter().flatten() {
         match source(pod, spec, volume, objects, &mut Notes::default()) {
             Ok(Some(source @ VolumeSource::Files(_))) => found.push(Volume { name: volume.name.clone(), source }),
-            Err(Refusal::Missing(object)) => missing.push((volume.name.clone(), object)),
-            Ok(_) | Err(Refusal::Unsupported(_) | Refusal::InvalidImages(_)) => {}
+            Err(object) => missing.push((volume.name.clone(), object)),
+            Ok(_) => {}
         }
     }
     (found, missing)
@@ -121,7 +123,7 @@ fn source(
     volume: &core::Volume,
     objects: &Objects,
     notes: &mut Notes,
-) -> Result<Option<VolumeSource>, Refusal> {
+) -> Result<Option<VolumeSource>, Missing> {
     let core::Volume {
         name,
         config_map,
@@ -281,7 +283,7 @@ impl Files<'_> {
         name: &str,
         items: Option<&Vec<core::KeyToPath>>,
         optional: Option<bool>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), Missing> {
         match items.filter(|items| !items.is_empty()) {
             None => {
                 for (key, value) in self.objects.all(kind, name, optional)? {
@@ -320,7 +322,7 @@ impl Files<'_> {
         }
     }
 
-    fn projection(&mut self, projection: &core::VolumeProjection) -> Result<(), Refusal> {
+    fn projection(&mut self, projection: &core::VolumeProjection) -> Result<(), Missing> {
         let core::VolumeProjection {
             cluster_trust_bundle,
             config_map,

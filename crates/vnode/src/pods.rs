@@ -33,6 +33,7 @@ mod reconcile;
 mod registry;
 #[cfg(test)]
 mod tests;
+mod waits;
 
 pub use registry::Registry;
 

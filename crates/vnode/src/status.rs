@@ -12,14 +12,9 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::{Value, json};
 
-use joey_podspec::InvalidImage;
-
 /// Conditions that are ours; all others are somebody else's and stay as they are.
 pub const OWN_CONDITIONS: [&str; 5] =
     ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
-
-/// The kubelet's word for an image whose name cannot be read.
-pub const INVALID_IMAGE_NAME: &str = "InvalidImageName";
 
 /// Whether the Pod has ended for good: it is never run again.
 pub fn is_terminal(status: &PodStatus) -> bool {
@@ -187,27 +182,9 @@ fn lost(container: &ContainerStatus, now: Timestamp) -> ContainerStatus {
 
 /// The status of a Pod whose containers wait, all for the same reason.
 pub fn waits(pod: &Pod, before: &PodStatus, reason: &str, message: &str, now: Timestamp) -> PodStatus {
-    containers_wait(pod, before, now, |_| (reason, message.to_owned()))
-}
-
-/// The status of a Pod of which images are named by what is no reference. The containers beside them wait for those.
-pub fn invalid_images(pod: &Pod, before: &PodStatus, invalid: &[InvalidImage], now: Timestamp) -> PodStatus {
-    containers_wait(pod, before, now, |name| match invalid.iter().find(|image| image.container == name) {
-        Some(image) => (INVALID_IMAGE_NAME, image.to_string()),
-        None => ("ContainerCreating", String::new()),
-    })
-}
-
-fn containers_wait<'a>(
-    pod: &Pod,
-    before: &PodStatus,
-    now: Timestamp,
-    why: impl Fn(&str) -> (&'a str, String),
-) -> PodStatus {
     let told = || before.init_container_statuses.iter().chain(&before.container_statuses).flatten();
     let wait = |name: &str, image: &str| {
-        let (reason, message) = why(name);
-        let waits = waiting(name, image, reason, &message);
+        let waits = waiting(name, image, reason, message);
         // What has run before goes on being told: it counts when it runs again.
         match told().find(|told| told.name == name && told.container_id.is_some()) {
             Some(told) => {

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use joey_api::instance::{Instance, WirePhase};
+use joey_api::change::InstanceChange;
+use joey_api::instance::{ContainerSpec, Instance, InstanceSpec, WirePhase};
+use joey_api::lifecycle::Role;
 use joey_model::{ErrorKind, Fault};
 use k8s_openapi::api::core::v1::{EphemeralContainer, Pod, PodStatus};
 
-use super::Context;
-use super::reconcile::{away, warn};
-use crate::resolve;
-use joey_podspec::{Objects, Refusal};
+use super::reconcile::{objects, warn};
+use super::{Context, waits};
 
 /// Has the instance follow its Pod. Looks once at each generation of the Pod; where a cluster counts none, at every event. What
 /// the Pod's status says is no proof: a virtual node before this one told it before it had carried out a change.
@@ -29,8 +29,9 @@ pub(super) async fn follow(
         warn(context, uid, pod, "FailedChange", &why, Timestamp::now());
     }
     let generation = pod.metadata.generation;
-    let followed = context.registry.read(uid, |entry| entry.followed).flatten();
-    if generation.is_some() && followed == generation {
+    // What containers wait for is no matter of the Pod's generation.
+    let looked = context.registry.read(uid, |entry| (entry.followed, std::mem::take(&mut entry.appeared)));
+    if generation.is_some() && looked == Some((generation, false)) {
         return Ok(());
     }
     let mut change = match joey_podspec::changed(pod, &instance.spec) {
@@ -38,17 +39,21 @@ pub(super) async fn follow(
         Err(refusal) => return refuse(context, uid, pod, &refusal.to_string()),
     };
     let further = further(pod, known, instance);
-    if !further.is_empty() {
-        let objects = resolve::fetch(&context.client, pod, None).await.map_err(away)?;
-        let objects = Objects { services: context.services.of(pod).await, ..objects };
-        match joey_podspec::debug(pod, &further, &objects, &context.config.node) {
-            Ok(debug) => change.debug = debug,
-            Err(Refusal::Missing(missing)) => {
-                let message = format!("Error: {missing}");
-                warn(context, uid, pod, "Failed", &message, Timestamp::now());
-                return Err(Fault::new(ErrorKind::Retryable, "CreateContainerConfigError", message));
-            }
+    // Whatever else has changed is no matter of containers that are there as a whole.
+    let whole = |name: &str| instance.spec.containers.iter().any(|own| own.name == name && own.held.is_none());
+    if !further.is_empty() || instance.spec.containers.iter().any(|container| container.held.is_some()) {
+        let objects = objects(context, pod).await?;
+        let node = &context.config.node;
+        let own = joey_podspec::containers(pod, &objects, node);
+        let all = own.and_then(|own| Ok([own, joey_podspec::debug(pod, &further, &objects, node)?]));
+        for (containers, mut waits) in match all {
+            Ok(all) => all,
             Err(refusal) => return refuse(context, uid, pod, &refusal.to_string()),
+        } {
+            bring(&mut change, containers, &instance.spec);
+            waits.missing.retain(|(container, _)| !whole(container));
+            waits.invalid_images.retain(|image| !whole(&image.container));
+            waits::tell(context, uid, pod, &waits);
         }
     }
     if !change.is_empty() {
@@ -63,10 +68,22 @@ pub(super) async fn follow(
     Ok(())
 }
 
-/// The ephemeral containers that the instance does not have, and that have not run before it was made.
+/// Notes what is new, and what is held for another reason than before or for none.
+fn bring(change: &mut InstanceChange, containers: Vec<ContainerSpec>, instance: &InstanceSpec) {
+    for made in containers {
+        match instance.containers.iter().find(|known| known.name == made.name) {
+            None if made.role == Role::Debug => change.debug.push(made),
+            Some(known) if known.held.is_some() && known.held != made.held => change.given.push(made),
+            _ => {}
+        }
+    }
+}
+
+/// The ephemeral containers that the instance does not have, or not yet as a whole, and that have not run before it was made.
 fn further(pod: &Pod, known: &PodStatus, instance: &Instance) -> Vec<EphemeralContainer> {
     let all = pod.spec.iter().flat_map(|spec| spec.ephemeral_containers.iter().flatten());
-    let has = |name: &str| instance.spec.containers.iter().any(|container| container.name == name);
+    let whole = || instance.spec.containers.iter().filter(|container| container.held.is_none());
+    let has = |name: &str| whole().any(|container| container.name == name);
     let ran = |name: &str| {
         let mut told = known.ephemeral_container_statuses.iter().flatten();
         told.any(|status| status.name == name && status.container_id.is_some())

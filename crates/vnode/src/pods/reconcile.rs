@@ -13,21 +13,18 @@ use std::time::Duration;
 use jiff::Timestamp;
 use joey_api::instance::Instance;
 use joey_model::{ErrorKind, Fault};
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodStatus, Secret};
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
-use kube::runtime::wait::await_condition;
 use serde_json::json;
 
-use super::{Context, change, contents};
+use super::{Context, change, contents, waits};
 use crate::resolve;
 use crate::status;
-use joey_podspec::{InvalidImage, Kind, Missing, Needs, Objects, Refusal};
+use joey_podspec::{Needs, Objects, Refusal};
 
 /// Grace of an instance whose Pod was removed without waiting, in seconds.
 const FORCED_GRACE: u32 = 1;
-/// How long a Pod waits for an object before it looks again by itself.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// Looks at one Pod; `Some`: it wants to be looked at again after that time.
 pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Duration> {
@@ -125,14 +122,9 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
         let message = "its instance is gone, and restartPolicy Never forbids another run";
         return send(context, uid, pod, known, status::failed(pod, known, "InstanceGone", message, now)).await;
     }
-    let capacity = match needs_capacity(pod) {
-        true => Some(context.provider.capacity().await?),
-        false => None,
-    };
     let needs = Needs::shown(pod);
-    let fetched = resolve::fetch(&context.client, pod, capacity.as_ref());
-    let (fetched, tokens) = tokio::join!(fetched, contents::tokens(context, uid, pod, &needs));
-    let objects = match fetched.map_err(away).and_then(|objects| Ok(Objects { tokens: tokens?, ..objects })) {
+    let (fetched, tokens) = tokio::join!(objects(context, pod), contents::tokens(context, uid, pod, &needs));
+    let objects = match fetched.and_then(|objects| Ok(Objects { tokens: tokens?, ..objects })) {
         Ok(objects) => objects,
         Err(fault) => {
             let status = status::waits(pod, known, "CreateContainerConfigError", &fault.message, now);
@@ -140,13 +132,19 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
             return Err(fault);
         }
     };
-    let objects = Objects { services: context.services.of(pod).await, ..objects };
     let mut converted = match joey_podspec::convert(pod, &objects, &context.config.node) {
         Ok(converted) => converted,
-        Err(Refusal::Missing(missing)) => return wait_for(context, uid, pod, known, missing).await,
-        Err(Refusal::InvalidImages(invalid)) => return blame_images(context, uid, pod, known, &invalid).await,
+        Err(unmounted @ Refusal::Unmounted { .. }) => {
+            warn(context, uid, pod, "FailedMount", &unmounted.to_string(), now);
+            send(context, uid, pod, known, status::waits(pod, known, "ContainerCreating", "", now)).await?;
+            if let Refusal::Unmounted { missing, .. } = unmounted {
+                waits::appearance(context, uid, pod, missing);
+            }
+            return Ok(());
+        }
         Err(refusal) => return refuse(context, uid, pod, known, "UnsupportedPod", &refusal.to_string()).await,
     };
+    waits::tell(context, uid, pod, &converted.waits);
     converted.spec.restarts_before = status::restarts(known);
     if let Err(fault) = joey_api::validate::instance(&converted.spec) {
         return refuse(context, uid, pod, known, "UnsupportedPod", &fault.message).await;
@@ -176,6 +174,16 @@ async fn start(context: &Arc<Context>, uid: &str, pod: &Arc<Pod>, known: &PodSta
     }
 }
 
+/// What a Pod names, as it is now.
+pub(super) async fn objects(context: &Context, pod: &Pod) -> Result<Objects, Fault> {
+    let capacity = match needs_capacity(pod) {
+        true => Some(context.provider.capacity().await?),
+        false => None,
+    };
+    let objects = resolve::fetch(&context.client, pod, capacity.as_ref()).await.map_err(away)?;
+    Ok(Objects { services: context.services.of(pod).await, ..objects })
+}
+
 fn needs_capacity(pod: &Pod) -> bool {
     let spec = pod.spec.iter();
     spec.flat_map(joey_podspec::all_containers)
@@ -197,91 +205,10 @@ async fn refuse(
     send(context, uid, pod, known, status::failed(pod, known, reason, message, now)).await
 }
 
-/// Says which images have names that cannot be read. The Pod waits: it is looked at again when its images are changed.
-async fn blame_images(
-    context: &Context,
-    uid: &str,
-    pod: &Pod,
-    known: &PodStatus,
-    invalid: &[InvalidImage],
-) -> Result<(), Fault> {
-    let now = Timestamp::now();
-    let all = invalid.iter().map(InvalidImage::to_string).collect::<Vec<_>>().join("; ");
-    if context.registry.warns(uid, status::INVALID_IMAGE_NAME, &all, now) {
-        for image in invalid {
-            let container = Some(image.container.as_str());
-            context.events.say(pod, container, true, "InspectFailed", &image.to_string(), now);
-            let failed = format!("Error: {}", status::INVALID_IMAGE_NAME);
-            context.events.say(pod, container, true, "Failed", &failed, now);
-        }
-    }
-    send(context, uid, pod, known, status::invalid_images(pod, known, invalid, now)).await
-}
-
-/// Says what is missing and looks again as soon as it is there.
-async fn wait_for(
-    context: &Arc<Context>,
-    uid: &str,
-    pod: &Arc<Pod>,
-    known: &PodStatus,
-    missing: Missing,
-) -> Result<(), Fault> {
-    let now = Timestamp::now();
-    let message = missing.to_string();
-    warn(context, uid, pod, "Failed", &format!("Error: {message}"), now);
-    let status = status::waits(pod, known, "CreateContainerConfigError", &message, now);
-    send(context, uid, pod, known, status).await?;
-    let begin = |entry: &mut super::registry::Entry| {
-        let first = !entry.awaited.contains(&missing);
-        if first {
-            entry.awaited.push(missing.clone());
-        }
-        first
-    };
-    if context.registry.read(uid, begin) != Some(true) {
-        return Ok(());
-    }
-    let (context, uid) = (context.clone(), uid.to_owned());
-    let namespace = pod.metadata.namespace.clone().unwrap_or_default();
-    tokio::spawn(async move {
-        let appeared = appearance(&context.client, &namespace, &missing);
-        tokio::select! {
-            () = context.shutdown.cancelled() => return,
-            _ = tokio::time::timeout(LOOK_AGAIN, appeared) => {}
-        }
-        context.registry.read(&uid, |entry| entry.awaited.retain(|other| *other != missing));
-        context.wake(&uid);
-    });
-    Ok(())
-}
-
 /// Says why a Pod does not run, unless it was just said: a Pod is looked at much more often than it has news.
 pub(super) fn warn(context: &Context, uid: &str, pod: &Pod, reason: &str, message: &str, now: Timestamp) {
     if context.registry.warns(uid, reason, message, now) {
         context.events.say(pod, None, true, reason, message, now);
-    }
-}
-
-async fn appearance(client: &kube::Client, namespace: &str, missing: &Missing) {
-    let has = |keys: Vec<&String>| missing.key.as_ref().is_none_or(|key| keys.contains(&key));
-    let ended = match missing.kind {
-        Kind::ConfigMap => {
-            let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-            let there = |map: Option<&ConfigMap>| {
-                map.is_some_and(|map| has(map.data.iter().flat_map(|data| data.keys()).collect()))
-            };
-            await_condition(api, &missing.name, there).await.map(drop)
-        }
-        Kind::Secret => {
-            let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
-            let there = |secret: Option<&Secret>| {
-                secret.is_some_and(|secret| has(secret.data.iter().flat_map(|data| data.keys()).collect()))
-            };
-            await_condition(api, &missing.name, there).await.map(drop)
-        }
-    };
-    if ended.is_err() {
-        std::future::pending::<()>().await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is known of each Pod of this node: the object, its instance, what was told to the cluster. In memory, rebuilt at start.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
@@ -11,6 +11,8 @@ use joey_podspec::{Missing, Tokens};
 
 /// A Pod that goes on waiting for the same reason says so this often; the cluster forgets events after an hour.
 const WARN_AGAIN: SignedDuration = SignedDuration::from_mins(10);
+/// Reasons of a Pod that are remembered.
+const WARNINGS: usize = 16;
 
 /// Pods and instances by the Pod's UID.
 #[derive(Default)]
@@ -42,9 +44,11 @@ pub(super) struct Entry {
     pub followed: Option<i64>,
     /// Objects of which somebody waits for the appearance.
     pub awaited: Vec<Missing>,
+    /// One of them is there now, or it is time to look.
+    pub appeared: bool,
     pub files: Files,
-    /// The warning last said about why it does not run.
-    warned: Option<Warned>,
+    /// The warnings said last about why it does not run, oldest first.
+    warned: VecDeque<Warned>,
     pub said: HashSet<(i64, String, Option<String>)>,
     working: bool,
     again: bool,
@@ -223,14 +227,17 @@ impl Registry {
         self.lock().entries.get_mut(uid).map(read)
     }
 
-    /// Whether a warning shall be said: it is another than the last one, or that was long ago. It counts as said from now on.
+    /// Whether a warning shall be said: it is none of the last ones, or that was long ago. It counts as said from now on.
     pub(super) fn warns(&self, uid: &str, reason: &str, message: &str, now: Timestamp) -> bool {
         let mut state = self.lock();
         let Some(entry) = state.entries.get_mut(uid) else { return false };
-        if entry.warned.as_ref().is_some_and(|last| last.covers(reason, message, now)) {
+        if entry.warned.iter().any(|said| said.covers(reason, message, now)) {
             return false;
         }
-        entry.warned = Some(Warned { at: now, reason: reason.to_owned(), message: message.to_owned() });
+        if entry.warned.len() >= WARNINGS {
+            entry.warned.pop_front();
+        }
+        entry.warned.push_back(Warned { at: now, reason: reason.to_owned(), message: message.to_owned() });
         true
     }
 

@@ -174,20 +174,6 @@ fn restarts_are_counted_over_the_instances_of_a_pod() {
 }
 
 #[test]
-fn only_the_container_with_the_invalid_image_is_blamed() {
-    let reason = joey_model::ImageRef::parse("Bad//Ref:::").unwrap_err();
-    let invalid = [InvalidImage { container: "b".into(), reason }];
-    let made = invalid_images(&pod(json!({})), &PodStatus::default(), &invalid, at("2024-01-01T00:00:00Z"));
-    assert_eq!(made.phase.as_deref(), Some("Pending"));
-    let waiting: Vec<_> =
-        made.container_statuses.unwrap().into_iter().map(|c| c.state.unwrap().waiting.unwrap()).collect();
-    let reasons: Vec<_> = waiting.iter().map(|state| state.reason.as_deref().unwrap()).collect();
-    assert_eq!(reasons, ["ContainerCreating", "InvalidImageName"]);
-    let message = waiting[1].message.as_deref().unwrap();
-    assert!(message.starts_with("Failed to apply default image tag \"Bad//Ref:::\": couldn't parse image name"));
-}
-
-#[test]
 fn a_patch_takes_away_what_is_no_longer_said() {
     let pod = pod(json!({}));
     let both = |state: Value| instance("Running", &[("a", running()), ("b", state)]);

@@ -120,6 +120,20 @@ fn what_does_not_start_is_told_and_does_not_stay_unasked() {
     assert_eq!(joey.joey_with_input(&kept, b"to and fro\n").ok(), "to and fro\n");
     assert!(joey.joey(&["describe", "kept"]).ok().contains("Succeeded"), "it is run once");
     joey.joey(&["rm", "kept"]).ok();
+    let full = [
+        "run",
+        "--rm",
+        "--disk",
+        "2Mi",
+        &registry.demo(),
+        "--command",
+        "sh",
+        "--",
+        "-c",
+        "dd if=/dev/zero of=/f; sleep 60",
+    ];
+    assert!(joey.joey(&full).fails(1).contains("Evicted"));
+    assert!(joey.joey(&["run", "--disk", "1k", &registry.demo()]).fails(2).contains("at least 1Mi"));
     assert!(joey.joey(&["run", "-it", &registry.demo()]).fails(2).contains("-t needs a terminal"));
     wait_until("what was to be removed is gone", seconds(10), || {
         let left = joey.joey(&["ps", "-o", "json"]).ok();

@@ -132,6 +132,29 @@ fn waiting_has_its_reasons() {
     }
 }
 
+/// An instance that somebody else removes is one that was lost: the Pod's restart policy decides.
+#[test]
+fn an_instance_that_is_taken_away_comes_back() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let mut object = pod("web", &registry.demo(), &["sleep", "1000"]);
+    object["spec"]["restartPolicy"] = "Always".into();
+    joey.apply(&object);
+    joey.wait_for("web", "Ready", seconds(30));
+    joey.joey(&["rm", "--force", "web.default"]).ok();
+    wait_until("it runs again", seconds(30), || {
+        let status = joey.get("pod", "web")["status"].clone();
+        let count = status["containerStatuses"][0]["restartCount"].as_u64();
+        holds(status["phase"] == "Running" && count >= Some(1), status)
+    });
+    assert!(joey.kubectl(&["describe", "pod", "web"]).ok().contains("InstanceRemoved"));
+    joey.kubectl(&["delete", "pod", "web", "--grace-period=1"]).ok();
+    wait_until("its end is told", seconds(10), || {
+        let events = joey.kubectl(&["get", "events"]).ok();
+        holds(events.contains("Stopping container main"), events)
+    });
+}
+
 /// Waits until the containers of the Pod `crew` are in these states; the Pod's status.
 #[track_caller]
 fn crew_is(joey: &Joey, wanted: [&str; 4]) -> Value {
@@ -181,9 +204,14 @@ fn what_one_container_lacks_keeps_no_other_one_waiting() {
     let refused = joey.kubectl(&["logs", "crew", "-c", "lacks"]).fails(1);
     assert!(refused.contains("is waiting to start: CreateContainerConfigError"), "{refused}");
     let events = joey.kubectl(&["describe", "pod", "crew"]).ok();
-    for part in ["InspectFailed", "secret \"late\" not found", "Failed to pull image"] {
+    let back_off = format!("Back-off pulling image \"{absent}\"");
+    for part in ["InspectFailed", "secret \"late\" not found", "Failed to pull image", &back_off] {
         assert!(events.contains(part), "{part} in {events}");
     }
+    wait_until("what runs of it is measured", seconds(30), || {
+        let top = joey.kubectl(&["top", "pod", "crew", "--no-headers"]);
+        holds(top.code == 0 && top.stdout.starts_with("crew "), top)
+    });
 
     // Also a new daemon knows why they wait.
     joey.kill();

@@ -129,6 +129,11 @@ fn all_that_a_pod_asks_for_takes_room() {
         joey.apply(&object);
         wait_for_event(&joey, name, "1 Insufficient cpu");
     }
+    // The node tells its disk, and so what asks for more of it waits.
+    let mut object = pod("hoards", &image, &["sleep", "1000"]);
+    object["spec"]["containers"][0]["resources"] = json!({"requests": {"ephemeral-storage": "9Pi"}});
+    joey.apply(&object);
+    wait_for_event(&joey, "hoards", "1 Insufficient ephemeral-storage");
 }
 
 #[test]

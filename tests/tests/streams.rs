@@ -122,6 +122,20 @@ fn joey_enters_joins_and_debugs() {
     assert!(piped.code == 4 && piped.stdout.contains("piped-42"), "{piped:?}");
 }
 
+/// How it ended kubectl asks the Pod: to attach to it ends well.
+#[test]
+fn a_pod_that_is_joined_and_fails_is_told_once() {
+    let registry = Registry::with_demo_image();
+    let joey = Joey::start();
+    let image = format!("--image={}", registry.demo());
+    let script = "sleep 1; echo said; exit 2";
+    let run = ["run", "brief", &image, "--restart=Never", "-i", "--rm", "--command", "--", "sh", "-c", script];
+    let outcome = joey.kubectl(&run);
+    assert_eq!(outcome.code, 2, "{outcome:?}");
+    assert_eq!(outcome.stdout.matches("said").count(), 1, "{outcome:?}");
+    assert!(!outcome.stderr.contains("couldn't attach"), "{outcome:?}");
+}
+
 #[test]
 fn joey_tells_logs_in_every_way() {
     let registry = Registry::with_demo_image();

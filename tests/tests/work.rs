@@ -172,7 +172,15 @@ fn a_running_pod_is_debugged() {
     let before = joey.pid_of("web.default");
     let image = format!("--image={tools}");
     let look = "ps -o pid,args; hostname; wget -qO- http://127.0.0.1/; ls /proc/1/root/var/www; sleep 1000";
+    // One that may trace what it sees, as the documentation has it, and that keeps nothing else from changing.
+    let traces = ["debug", "web", &image, "--target=main", "--profile=general", "-c", "traces", "--", "sleep", "1000"];
+    joey.kubectl(&traces).ok();
+    joey.kubectl(&["label", "pod", "web", "seen=yes"]).ok();
     joey.kubectl(&["debug", "web", &image, "--target=main", "-c", "look", "--", "sh", "-c", look]).ok();
+    wait_until("it may trace", seconds(30), || {
+        let status = debug_status(&joey, "web", "traces");
+        holds(status["state"]["running"].is_object(), status)
+    });
     wait_until("it runs", seconds(30), || {
         let status = debug_status(&joey, "web", "look");
         holds(status["state"]["running"].is_object(), status)

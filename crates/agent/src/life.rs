@@ -465,7 +465,10 @@ impl Agent {
         }
         let (code, signal) = loop {
             if let Some(by) = *end.borrow_and_update() {
-                why.get_or_insert(Why::Stop);
+                if why.is_none() {
+                    self.event(false, "Killing", format!("Stopping container {}", container.name), container);
+                    why = Some(Why::Stop);
+                }
                 deadline = Some(deadline.map_or(by, |own| own.min(by)));
             }
             tokio::select! {

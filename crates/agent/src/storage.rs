@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use joey_api::agent::Failed;
-use joey_api::instance::InstanceEvent;
 use joey_api::lifecycle::storage_limit;
 use tokio::time::Instant;
 
@@ -45,15 +44,7 @@ pub async fn watch(agent: Arc<Agent>) {
             continue;
         }
         if let Some(message) = exceeded(&agent).await {
-            let event = InstanceEvent {
-                at: jiff::Timestamp::now(),
-                warning: true,
-                reason: "Evicted".to_owned(),
-                message: message.clone(),
-                container: None,
-            };
-            agent.change(|state| state.events.push(event));
-            agent.fail(Failed { reason: "Evicted".to_owned(), message }, GRACE);
+            agent.fail(Failed { reason: "Evicted".to_owned(), message }, true, GRACE);
             return;
         }
         tokio::time::sleep((began.elapsed() * PAUSES).max(PAUSE)).await;

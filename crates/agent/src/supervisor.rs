@@ -153,8 +153,12 @@ impl Agent {
     }
 
     /// Ends everything though nobody asked for it.
-    pub fn fail(&self, failed: Failed, grace: Duration) {
-        self.change(|state| state.failed = Some(failed));
+    pub fn fail(&self, failed: Failed, warning: bool, grace: Duration) {
+        let (reason, message) = (failed.reason.clone(), failed.message.clone());
+        self.change(|state| {
+            state.events.push(InstanceEvent { at: Timestamp::now(), warning, reason, message, container: None });
+            state.failed = Some(failed);
+        });
         self.end_by(Instant::now() + grace);
     }
 
@@ -222,7 +226,7 @@ impl Agent {
         }
         let message = "Pod was active on the node longer than the specified deadline".to_owned();
         let grace = Duration::from_secs(self.config.termination_grace_period_seconds.into());
-        self.fail(Failed { reason: "DeadlineExceeded".to_owned(), message }, grace);
+        self.fail(Failed { reason: "DeadlineExceeded".to_owned(), message }, false, grace);
     }
 
     fn begin_anew(&self, at: usize) {

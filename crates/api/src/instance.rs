@@ -568,6 +568,9 @@ pub struct Host {
     pub ready: bool,
     pub cpu_milli: u64,
     pub memory_bytes: u64,
+    /// Of the disk that instances are on; 0: not told.
+    #[serde(default)]
+    pub storage_bytes: u64,
     pub kernel: String,
     pub architecture: String,
     pub classes: Vec<String>,

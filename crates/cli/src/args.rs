@@ -30,7 +30,7 @@ const HELP: &str = "\
 
 Run the platform:
   up          Run everything on this machine: API server, scheduler, virtual node, instances
-  down        End every instance and leave nothing behind
+  down        End everything that runs; Pods come back with the next joey up
   vnode       Join a Kubernetes cluster as a virtual node
 
 Instances:
@@ -87,7 +87,7 @@ impl Arguments {
 pub enum Command {
     /// Run everything on this machine: API server, scheduler, virtual node, instances
     Up(Box<Up>),
-    /// End every instance and leave nothing behind
+    /// End everything that runs; Pods come back with the next joey up
     Down(Down),
     /// Join a Kubernetes cluster as a virtual node
     Vnode(Box<Vnode>),

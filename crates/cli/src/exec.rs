@@ -135,7 +135,7 @@ async fn incoming(mut answer: joey_pool::ByteStream) -> Result<ExecStatus, Failu
     use std::io::Write;
     let mut decoder = Decoder::default();
     while let Some(part) = answer.next().await {
-        decoder.push(&part?);
+        decoder.push(&part.map_err(|error| Failure::broke_off(&error))?);
         while let Some((channel, payload)) = decoder.next_frame().map_err(|error| Failure::new(error.to_string()))? {
             match channel {
                 frame::STDOUT => output::write(&payload)?,

@@ -40,6 +40,12 @@ impl Failure {
         Self::new(message)
     }
 
+    /// What was being shown broke off, which says nothing of what it was of.
+    pub fn broke_off(error: &std::io::Error) -> Self {
+        Self::new(format!("the connection to joey broke: {error}"))
+            .with_hint("is joey up still running? instances go on without it, and are there when it is back")
+    }
+
     /// Several failures of one command as one, each reason told once; `None` of none.
     pub fn all(failures: Vec<Self>) -> Option<Self> {
         let mut told: Vec<String> = Vec::new();

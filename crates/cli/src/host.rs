@@ -144,6 +144,7 @@ impl Host for LocalHost {
             ready: true,
             cpu_milli: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64) * 1000,
             memory_bytes: memory_bytes(),
+            storage_bytes: self.engine.storage_bytes(),
             kernel: nix::sys::utsname::uname()
                 .map(|name| name.release().to_string_lossy().into_owned())
                 .unwrap_or_default(),

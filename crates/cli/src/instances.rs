@@ -219,7 +219,7 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
     }
     let mut bytes = service.logs(&instance.id, &container, &options).await?;
     while let Some(part) = bytes.next().await {
-        output::write(&part?)?;
+        output::write(&part.map_err(|error| Failure::broke_off(&error))?)?;
     }
     Ok(DONE)
 }

@@ -20,6 +20,8 @@ use crate::output::{self, Format};
 /// How long what a container still said may take to arrive once it is known to have ended.
 const LOG_TAIL: std::time::Duration = std::time::Duration::from_secs(1);
 
+/// Less than this no program is content with.
+const MIN_DISK: u64 = 1 << 20;
 /// The word for a container whose program could not be started.
 const NOT_STARTED: &str = "StartError";
 /// Exit codes of what a signal ended, as shells have them.
@@ -62,6 +64,9 @@ impl Run {
         let env: Vec<EnvVar> = self.env.iter().filter_map(|text| variable(text, &mut faults)).collect();
         if let Some(why) = self.core_pattern.as_deref().and_then(|pattern| check_core_pattern(pattern).err()) {
             faults.push(format!("--core-pattern: {why}"));
+        }
+        if disk.is_some_and(|bytes| bytes < MIN_DISK) {
+            faults.push("--disk: at least 1Mi".to_owned());
         }
         if self.public {
             faults.push("--public is not there yet: instances have addresses of this host only".to_owned());
@@ -198,7 +203,12 @@ async fn join(service: &PoolClient, created: &Instance) -> Result<ExitCode, Fail
     if !ended(&running) && container.tty {
         eprintln!("instance {} runs; if there is no prompt, press enter", created.spec.name);
         let (name, container, stdin) = (created.id.clone(), Some(container.name.clone()), container.stdin);
-        return exec::attach(service, Attach { name, container, stdin, tty: true }).await;
+        let joined = exec::attach(service, Attach { name, container, stdin, tty: true }).await;
+        match service.get(&created.id).await {
+            // It was quicker: what it said is in its log.
+            Ok(now) if joined.is_err() && ended(&now) => {}
+            _ => return joined,
+        }
     }
     if !ended(&running) && container.stdin {
         exec::feed(service, &created.id, &container.name).await?;
@@ -214,7 +224,7 @@ async fn follow(service: &PoolClient, created: &Instance) -> Result<ExitCode, Fa
     let mut log = service.logs(&created.id, container, &options).await?;
     let mut print = std::pin::pin!(async {
         while let Some(part) = log.next().await {
-            output::write(&part?)?;
+            output::write(&part.map_err(|error| Failure::broke_off(&error))?)?;
         }
         Ok::<(), Failure>(())
     });
@@ -229,6 +239,9 @@ async fn follow(service: &PoolClient, created: &Instance) -> Result<ExitCode, Fa
             ended?
         }
     };
+    if ended.status.reason.is_some() {
+        return Err(why(&ended));
+    }
     match ended.status.containers.first().map(|container| &container.state) {
         Some(ContainerState::Terminated(end)) if end.reason == NOT_STARTED => Err(not_started(created, end)),
         Some(ContainerState::Terminated(end)) => Ok(ExitCode::from(u8::try_from(end.exit_code).unwrap_or(1))),

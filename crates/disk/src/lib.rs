@@ -141,6 +141,22 @@ mod tests {
         nix::unistd::geteuid().is_root()
     }
 
+    /// A place for a disk, of which nothing is left also where a test fails.
+    struct Place(PathBuf, #[expect(dead_code, reason = "removed with it")] tempfile::TempDir);
+
+    impl Place {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            Self(dir.path().join("disk"), dir)
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = remove(&self.0);
+        }
+    }
+
     fn is_mounted(place: &Path) -> bool {
         let device = |path: &Path| fs::symlink_metadata(path).map(|meta| meta.dev()).ok();
         device(place).is_some_and(|own| device(place.parent().unwrap()).unwrap() != own)
@@ -151,21 +167,21 @@ mod tests {
         if !is_root() {
             return eprintln!("SKIPPED: needs root");
         }
-        let dir = tempfile::tempdir().unwrap();
-        let place = dir.path().join("disk");
+        let place = Place::new();
+        let place = place.0.as_path();
         for bytes in [2u64 << 20, 100 << 20, 3 << 30] {
-            make(&place, bytes).unwrap();
-            assert!(is_mounted(&place));
-            let found = nix::sys::statvfs::statvfs(&place).unwrap();
+            make(place, bytes).unwrap();
+            assert!(is_mounted(place));
+            let found = nix::sys::statvfs::statvfs(place).unwrap();
             let free = found.blocks_available() as u64 * found.fragment_size() as u64;
             let most = bytes + bytes / 50 + (2 << 20);
             assert!((bytes..=most).contains(&free), "{free} of {bytes}");
-            let length = fs::metadata(file_of(&place)).unwrap();
+            let length = fs::metadata(file_of(place)).unwrap();
             assert!(length.blocks() * 512 < 2 << 20, "it takes no room before it is used");
-            remove(&place).unwrap();
-            assert!(!place.exists() && !file_of(&place).exists() && !is_mounted(&place));
+            remove(place).unwrap();
+            assert!(!place.exists() && !file_of(place).exists() && !is_mounted(place));
         }
-        remove(&place).unwrap();
+        remove(place).unwrap();
     }
 
     #[test]
@@ -173,17 +189,17 @@ mod tests {
         if !is_root() {
             return eprintln!("SKIPPED: needs root");
         }
-        let dir = tempfile::tempdir().unwrap();
-        let place = dir.path().join("disk");
-        make(&place, 8 << 20).unwrap();
+        let place = Place::new();
+        let place = place.0.as_path();
+        make(place, 8 << 20).unwrap();
         let mut file = File::create(place.join("file")).unwrap();
         let part = vec![7u8; 1 << 20];
         let written = (0..64).take_while(|_| file.write_all(&part).is_ok()).count();
         assert!((8..=10).contains(&written), "{written} MiB of 8");
         drop(file);
-        make(&place, 8 << 20).unwrap();
+        make(place, 8 << 20).unwrap();
         assert!(!place.join("file").exists());
-        remove(&place).unwrap();
+        remove(place).unwrap();
     }
 
     #[test]
@@ -191,12 +207,12 @@ mod tests {
         if !is_root() {
             return eprintln!("SKIPPED: needs root");
         }
-        let dir = tempfile::tempdir().unwrap();
-        let place = dir.path().join("disk");
-        make(&place, 1 << 30).unwrap();
+        let place = Place::new();
+        let place = place.0.as_path();
+        make(place, 1 << 30).unwrap();
         fs::write(place.join("file"), vec![7u8; 16 << 20]).unwrap();
-        let image = File::open(file_of(&place)).unwrap();
-        remove(&place).unwrap();
+        let image = File::open(file_of(place)).unwrap();
+        remove(place).unwrap();
         let blocks = image.metadata().unwrap().blocks();
         assert!(blocks * 512 < 8 << 20, "{blocks} blocks were written");
     }

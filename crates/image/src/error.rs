@@ -92,9 +92,7 @@ impl Problem {
                 "give credentials: imagePullSecrets, or a docker configuration file"
             }
             Self::Denied { .. } => "check user and password, and that the user may pull this repository",
-            Self::Unavailable { .. } => {
-                "check the registry's address and that this host reaches it; a Pod's pull is tried again by itself"
-            }
+            Self::Unavailable { .. } => "check the registry's address and that this host reaches it",
             Self::Digest { .. } => "the content is not what was named: pull again, or push the image again",
             Self::Platform { .. } => "push a variant for this architecture, or choose another image",
             Self::Malformed { .. } | Self::Layer { .. } => "build and push the image again",

@@ -257,6 +257,11 @@ impl Engine {
         self.shared.classes.iter().map(|class| class.name()).collect()
     }
 
+    /// Bytes of the file system that its instances are on; 0 where that cannot be found out.
+    pub fn storage_bytes(&self) -> u64 {
+        joey_disk::size(&self.shared.config.dir).unwrap_or(0)
+    }
+
     pub fn len(&self) -> usize {
         self.shared.instances().len()
     }

@@ -45,13 +45,20 @@ impl Life {
 
     /// Names the waiting of those whose images were asked for in vain.
     pub(crate) fn back_off(&mut self) {
-        let waiting: Vec<(String, Fault)> = self.held.clone().into_iter().collect();
-        for (name, fault) in waiting {
-            let reason = backing_off(&fault.reason);
-            if reason != fault.reason {
-                self.event(true, "BackOff", format!("Back-off: {fault}"), Some(&name));
-                self.hold(&name, Fault { reason: reason.to_owned(), ..fault });
-            }
+        self.tell_back_off();
+        for fault in self.held.values_mut() {
+            fault.reason = backing_off(&fault.reason).to_owned();
+        }
+        self.show_held();
+    }
+
+    /// The kubelet's event for each of them.
+    pub(crate) fn tell_back_off(&mut self) {
+        let waits = |name: &str| self.held.get(name).is_some_and(|fault| backing_off(&fault.reason) != fault.reason);
+        let all = self.record.spec.containers.iter().filter(|container| waits(&container.name));
+        let told: Vec<_> = all.map(|container| (container.name.clone(), container.image.clone())).collect();
+        for (name, image) in told {
+            self.event(false, "BackOff", format!("Back-off pulling image \"{image}\""), Some(&name));
         }
     }
 

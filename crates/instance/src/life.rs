@@ -257,7 +257,7 @@ impl Life {
         let (cause, total) = (Duration::from_secs(1), tokio::time::Instant::now() + pause);
         for (until, named) in [(tokio::time::Instant::now() + cause, false), (total, true)] {
             if named && reason != fault.reason {
-                self.event(true, "BackOff", format!("Back-off: {fault}"), None);
+                self.tell_back_off();
                 self.say_waiting(fault, reason);
             }
             loop {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use joey_api::annotations;
 use joey_api::change::InstanceChange;
 use joey_api::instance::{ContainerSpec, InstanceSpec};
-use joey_api::lifecycle::Role;
+use joey_api::lifecycle::{Held, Role};
 use k8s_openapi::api::core::v1 as core;
 
 use crate::node::Node;
@@ -56,12 +56,18 @@ pub fn debug(
 ) -> Result<(Vec<ContainerSpec>, Waits), Refusal> {
     let spec = pod.spec.clone().unwrap_or_default();
     let security = spec.security_context.clone().unwrap_or_default();
-    let mut notes = Notes::default();
+    let mut notes = Notes { looks_on: true, ..Notes::default() };
     let mut made = Vec::new();
     for one in wanted {
         let target = one.target_container_name.clone().filter(|name| !name.is_empty());
         let alike = as_container(one.clone());
-        let converted = container(pod, &spec, &alike, &security, objects, node, &mut notes);
+        let mut converted = container(pod, &spec, &alike, &security, objects, node, &mut notes);
+        // It cannot be taken back, and others are not to wait for it.
+        let faults = std::mem::take(&mut notes.faults);
+        if !faults.is_empty() {
+            let held = Held { reason: "CreateContainerConfigError".to_owned(), message: faults.join("; ") };
+            converted = ContainerSpec { held: Some(held), ..ContainerSpec::new(&alike.name, &converted.image) };
+        }
         // It is run once, and nothing is asked of it.
         made.push(ContainerSpec { role: Role::Debug, target, restart_policy: None, ..converted });
     }

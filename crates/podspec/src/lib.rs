@@ -81,6 +81,8 @@ pub(crate) struct Notes {
     faults: Vec<String>,
     waits: Waits,
     held: Option<Held>,
+    /// What is being made only looks on.
+    looks_on: bool,
 }
 
 impl Notes {

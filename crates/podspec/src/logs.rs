@@ -14,7 +14,8 @@ pub(crate) fn logs(pod: &core::Pod, containers: &[ContainerSpec], notes: &mut No
     let sources = match annotation(LOGS).map(|text| serde_json::from_str::<Vec<LogSource>>(text)).transpose() {
         Ok(sources) => sources.unwrap_or_default(),
         Err(error) => {
-            notes.faults.push(format!("annotation {LOGS}: {error}"));
+            let wanted = r#"a list such as [{"name": "app", "from": "/var/log/*.log"}]"#;
+            notes.faults.push(format!("annotation {LOGS}: {error}; it is {wanted}"));
             return Logs::default();
         }
     };

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use joey_api::instance::Security;
-use joey_api::validate::{SYSCTLS, check_capability, sysctl_refusal};
+use joey_api::lifecycle::Role;
+use joey_api::validate::{SYSCTLS, check_capability, may_trace, sysctl_refusal};
 use k8s_openapi::api::core::v1 as core;
 
 use crate::{Notes, given};
@@ -128,7 +129,9 @@ pub(crate) fn security(
     let (added, dropped) =
         capabilities.as_ref().map_or((None, None), |core::Capabilities { add, drop }| (add.as_ref(), drop.as_ref()));
     let (add_capabilities, drop_capabilities) = (wanted(added), wanted(dropped));
-    for fault in add_capabilities.iter().filter_map(|name| check_capability(name).err()) {
+    let own = |name: &&String| !(notes.looks_on && may_trace(Role::Debug, name));
+    let faults: Vec<_> = add_capabilities.iter().filter(own).filter_map(|name| check_capability(name).err()).collect();
+    for fault in faults {
         notes.faults.push(format!("{at}.capabilities.add: {fault}"));
     }
     Security {

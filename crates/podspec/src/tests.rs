@@ -49,6 +49,18 @@ fn a_small_pod() {
 }
 
 #[test]
+fn volumes_cover_nothing_of_the_kernels() {
+    let over = |path: &str| {
+        let volumes = json!({ "volumes": [{ "name": "v", "emptyDir": {} }] });
+        pod(volumes, json!({ "volumeMounts": [{ "name": "v", "mountPath": path }] }))
+    };
+    for path in ["/", "/proc", "/proc/sys/kernel", "/sys", "//sys/fs/"] {
+        assert!(faults(&over(path))[0].contains("never covered"), "{path}");
+    }
+    taken(&over("/system"));
+}
+
+#[test]
 fn hooks_by_annotation() {
     let mut hooked = pod(json!({}), json!({}));
     let all = [("joey.dev/pre-start.main", "echo"), ("joey.dev/pre-online.main", "[\"a\"]")];

@@ -15,7 +15,7 @@ use crate::{Notes, Refusal, all_containers, environment};
 const DEFAULT_MODE: i32 = 0o644;
 
 /// What is said of volumes that are kept elsewhere than in the Pod.
-const KEPT_ELSEWHERE: &str = "volumes outlive no Pod here for now; use an emptyDir, and keep what must last in a service that is reached over the network";
+const KEPT_ELSEWHERE: &str = "there are no volumes yet that outlive a Pod; use an emptyDir, and keep what must last in a service that is reached over the network";
 /// What is said of volumes that are a provider's or a driver's.
 const NO_DRIVER: &str =
     "there are no storage drivers here; use emptyDir, configMap, secret, projected, downwardAPI or image";
@@ -82,6 +82,13 @@ pub(crate) fn mounts(at: &str, container: &core::Container, notes: &mut Notes) -
             mount_propagation.as_deref() == Some("Bidirectional"),
             format!("{at}: mountPropagation Bidirectional"),
             "leave it out; no container may mount anything, and nothing is shared with the host",
+        );
+        let place = std::path::Path::new(mount_path);
+        let kernels = ["/proc", "/sys"].iter().any(|own| place.starts_with(own));
+        notes.refuse_if(
+            kernels || place == std::path::Path::new("/"),
+            format!("{at}: a volume over {mount_path}"),
+            "mount it elsewhere; what the kernel shows of itself, and the root, are never covered",
         );
         // No volume has mounts within itself: what is read-only is so all the way down.
         if recursive_read_only.as_deref() == Some("Enabled") && !read_only {

@@ -181,6 +181,7 @@ impl Host for FakeHost {
             classes: vec!["runc".to_owned()],
             instances: self.lock().len(),
             address_range: "10.0.0.0/24".to_owned(),
+            storage_bytes: 0,
             addresses_free: 254,
         }
     }

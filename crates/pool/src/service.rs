@@ -155,9 +155,13 @@ impl Pool {
         if classes.contains(&spec.class) {
             return Ok(());
         }
-        let message = format!("instance \"{}\": sandbox class \"{}\" is not known", spec.name, spec.class);
-        Err(Fault::new(ErrorKind::Invalid, "UnknownClass", message)
-            .with_hint(format!("classes here: {}", classes.join(", "))))
+        let message = format!(
+            "instance \"{}\": sandbox class \"{}\" is not known; classes here: {}",
+            spec.name,
+            spec.class,
+            classes.join(", ")
+        );
+        Err(Fault::new(ErrorKind::Invalid, "UnknownClass", message))
     }
 
     async fn load(&self) -> Result<(), Fault> {

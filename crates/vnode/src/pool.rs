@@ -117,7 +117,7 @@ impl Provider for PoolProvider {
             memory_bytes: ready().map(|host| host.memory_bytes).sum(),
             // Addresses that instances hold are free for this purpose: the sum does not change while Pods come and go.
             pods: ready().map(|host| (host.addresses_free + host.instances as u64).min(5_000)).sum(),
-            storage_bytes: 0,
+            storage_bytes: ready().map(|host| host.storage_bytes).sum(),
             kernel: first.kernel.clone(),
             architecture: match first.architecture.as_str() {
                 "x86_64" => "amd64".to_owned(),

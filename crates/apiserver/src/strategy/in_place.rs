@@ -27,6 +27,16 @@ const NOT_FOR_DEBUG: [&str; 8] = [
 pub fn take_debug(old: &Value, wanted: &Value) -> Value {
     let mut value = old.clone();
     let mut all = wanted.pointer("/spec/ephemeralContainers").cloned().unwrap_or_else(|| json!([]));
+    fill_in_debug(&mut all);
+    match list(&json!({"all": all}), "/all").is_empty() {
+        true => drop(object_at(&mut value, "spec").remove("ephemeralContainers")),
+        false => drop(object_at(&mut value, "spec").insert("ephemeralContainers".into(), all)),
+    }
+    value
+}
+
+/// Fills in debug containers as they are kept, whoever sends them: there are no resources of theirs.
+pub fn fill_in_debug(all: &mut Value) {
     for container in all.as_array_mut().into_iter().flatten() {
         containers::fill_in(container);
         if let Some(map) = container.as_object_mut()
@@ -35,11 +45,6 @@ pub fn take_debug(old: &Value, wanted: &Value) -> Value {
             map.remove("resources");
         }
     }
-    match list(&json!({"all": all}), "/all").is_empty() {
-        true => drop(object_at(&mut value, "spec").remove("ephemeralContainers")),
-        false => drop(object_at(&mut value, "spec").insert("ephemeralContainers".into(), all)),
-    }
-    value
 }
 
 /// What is wrong with the debug containers, and with what became of those that were there.

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Strategy, annotations, containers, scheduling, security};
+use super::{Strategy, annotations, containers, in_place, scheduling, security};
 use crate::object::{list, object_at, text};
 use crate::status::FieldFault;
 
@@ -83,6 +83,9 @@ impl Strategy for Pod {
             for container in spec.get_mut(field).and_then(Value::as_array_mut).into_iter().flatten() {
                 containers::fill_in(container);
             }
+        }
+        if let Some(debug) = spec.get_mut("ephemeralContainers") {
+            in_place::fill_in_debug(debug);
         }
     }
 

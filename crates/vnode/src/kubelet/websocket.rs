@@ -20,7 +20,7 @@ const CLOSE: u8 = 255;
 pub(super) const REMOTE_COMMAND: [&str; 2] = ["v5.channel.k8s.io", "v4.channel.k8s.io"];
 /// From the upgrade to the first output. kubectl (1.32 was seen to) begins to read before it has made its streams, and drops what has come
 /// until then, the exit code too (`Unknown stream id 1, discarding message`): it counts on slower servers.
-const SETTLED: std::time::Duration = std::time::Duration::from_millis(20);
+const SETTLED: std::time::Duration = std::time::Duration::from_millis(50);
 /// How long a client may take to answer a closure.
 const CLOSE_LIMIT: std::time::Duration = std::time::Duration::from_secs(2);
 

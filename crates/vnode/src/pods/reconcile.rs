@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use joey_api::instance::Instance;
+use joey_api::instance::{Instance, WirePhase};
 use joey_model::{ErrorKind, Fault};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::Api;
@@ -45,6 +45,12 @@ pub(super) async fn reconcile(context: &Arc<Context>, uid: &str) -> Option<Durat
                     let grace = pod.metadata.deletion_grace_period_seconds.and_then(|s| u32::try_from(s).ok());
                     let ended = end(context, uid, &instance, grace).await;
                     tell(context, uid, &pod, &known, &instance).await.and(ended)
+                }
+                // Somebody else ends it. When it is gone the Pod's restart policy says what becomes of the Pod.
+                (false, Some(instance)) if instance.status.phase == WirePhase::Terminating => {
+                    let message = "its instance is being removed, and not by the Pod's deletion";
+                    warn(context, uid, &pod, "InstanceRemoved", message, Timestamp::now());
+                    Ok(())
                 }
                 (false, Some(instance)) => {
                     let followed = change::follow(context, uid, &pod, &known, &instance).await;

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
-use joey_api::instance::{Instance, InstanceEvent, WirePhase};
+use joey_api::instance::{ContainerState, Instance, InstanceEvent, WirePhase};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 
 use joey_podspec::{Missing, Tokens};
@@ -109,7 +109,17 @@ impl Registry {
     pub fn running(&self) -> Vec<(Arc<Pod>, Arc<Instance>)> {
         let state = self.lock();
         let both = state.entries.values().filter_map(|entry| Some((entry.pod.clone()?, entry.instance.clone()?)));
-        both.filter(|(_, instance)| instance.status.phase == WirePhase::Running).collect()
+        // One of several containers may wait, and the others run.
+        let runs = |instance: &Instance| {
+            let mut states = instance.status.containers.iter().map(|container| &container.state);
+            states.any(|state| matches!(state, ContainerState::Running { .. }))
+        };
+        both.filter(|(_, instance)| match instance.status.phase {
+            WirePhase::Running => true,
+            WirePhase::Starting => runs(instance),
+            _ => false,
+        })
+        .collect()
     }
 
     pub(super) fn synced(&self) -> bool {

@@ -6,6 +6,7 @@ mod simulated;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use joey_api::instance::InstanceSpec;
 use joey_tests::kubernetes::{ControlPlane, NOBODY};
 use joey_tests::program::Outcome;
 use joey_vnode::{Config, Provider};
@@ -227,7 +228,9 @@ async fn a_missing_config_map_is_waited_for(scene: &Scene) {
     scene.create("waits", json!({ "containers": container })).await;
     let wanted = Some("CreateContainerConfigError");
     scene.until("waits", "says what it misses", |pod| waiting_reason(pod).as_deref() == wanted).await;
-    assert_eq!(scene.instances.made("waits.default"), 0);
+    let held = |spec: &InstanceSpec| spec.containers[0].held.clone().map(|held| held.reason);
+    let spec = scene.instances.spec("waits.default").expect("an instance was made");
+    assert_eq!(held(&spec).as_deref(), wanted, "and nothing of it is started");
     let maps: Api<ConfigMap> = Api::namespaced(scene.client.clone(), "default");
     let map = json!({ "metadata": { "name": "later" }, "data": { "COLOUR": "green" } });
     maps.create(&PostParams::default(), &serde_json::from_value(map).expect("a map")).await.expect("the map is taken");
@@ -237,6 +240,7 @@ async fn a_missing_config_map_is_waited_for(scene: &Scene) {
     let said = events.list(&fields).await.expect("events").items;
     assert_eq!(said.iter().map(|event| event.count.unwrap_or(1)).collect::<Vec<_>>(), [1], "said once: {said:?}");
     let spec = scene.instances.spec("waits.default").expect("an instance was made");
+    assert_eq!((held(&spec), scene.instances.made("waits.default")), (None, 1));
     let colour = spec.containers[0].env.iter().find(|variable| variable.name == "COLOUR");
     assert_eq!(colour.and_then(|variable| variable.value.as_deref()), Some("green"));
 }
@@ -361,7 +365,8 @@ async fn a_malformed_image_is_waited_for(scene: &Scene) {
     let pod = scene.until("malformed", "names its image", |pod| waiting_reason(pod).as_deref() == wanted).await;
     assert_eq!(phase(&pod), "Pending");
     assert_eq!(condition(&pod, "Ready").as_deref(), Some("False"));
-    assert_eq!(scene.instances.made("malformed.default"), 0);
+    let spec = scene.instances.spec("malformed.default").expect("an instance was made");
+    assert!(spec.containers[0].held.is_some(), "nothing of it is started");
     let events: Api<Event> = Api::namespaced(scene.client.clone(), "default");
     eventually("the image is named in an event", SOON, || async {
         let fields = ListParams::default().fields("involvedObject.name=malformed,reason=InspectFailed");

@@ -55,8 +55,11 @@ impl Simulated {
     }
 
     /// The newest specification of that name.
+    /// The specification of the instance of that name as it is now, or as the last one was made.
     pub fn spec(&self, name: &str) -> Option<InstanceSpec> {
-        self.lock().specs.iter().rev().find(|spec| spec.name == name).cloned()
+        let state = self.lock();
+        let present = state.instances.values().map(|instance| &instance.spec).find(|spec| spec.name == name);
+        present.or_else(|| state.specs.iter().rev().find(|spec| spec.name == name)).cloned()
     }
 
     /// How often an instance of that name was made.
@@ -107,24 +110,34 @@ fn missing(id: &str) -> Fault {
     Fault::new(ErrorKind::NotFound, "NotFound", format!("instance {id} is not there"))
 }
 
+/// What is not held runs.
 fn running(instance: &mut Instance) {
-    instance.status.phase = WirePhase::Running;
+    let holds = instance.spec.containers.iter().any(|container| container.held.is_some());
+    instance.status.phase = if holds { WirePhase::Starting } else { WirePhase::Running };
     instance.status.containers = instance
         .spec
         .containers
         .iter()
-        .map(|container| ContainerStatus {
-            name: container.name.clone(),
-            role: container.role,
-            started: true,
-            ready: true,
-            state: ContainerState::Running { started_at: Timestamp::now(), pid: 1 },
-            last_termination: None,
-            restart_count: 0,
-            image: container.image.clone(),
-            image_id: format!("{}@sha256:{}", container.image, "0".repeat(64)),
-            container_id: format!("joey://{}/{}/0", instance.id, container.name),
-            resources: None,
+        .map(|container| {
+            let runs = container.held.is_none();
+            let state = match &container.held {
+                None => ContainerState::Running { started_at: Timestamp::now(), pid: 1 },
+                Some(held) => ContainerState::Waiting { reason: held.reason.clone(), message: held.message.clone() },
+            };
+            let of_one_that_runs = |id: String| if runs { id } else { String::new() };
+            ContainerStatus {
+                name: container.name.clone(),
+                role: container.role,
+                started: runs,
+                ready: runs,
+                state,
+                last_termination: None,
+                restart_count: 0,
+                image: container.image.clone(),
+                image_id: of_one_that_runs(format!("{}@sha256:{}", container.image, "0".repeat(64))),
+                container_id: of_one_that_runs(format!("joey://{}/{}/0", instance.id, container.name)),
+                resources: None,
+            }
         })
         .collect();
 }
@@ -173,7 +186,12 @@ impl Provider for Simulated {
 
     async fn change(&self, id: &str, change: &InstanceChange) -> Result<Instance, Fault> {
         let mut applied = Ok(());
-        self.alter(id, |instance| applied = change.apply(&mut instance.spec));
+        self.alter(id, |instance| {
+            applied = change.apply(&mut instance.spec);
+            if !change.given.is_empty() {
+                running(instance);
+            }
+        });
         applied?;
         self.get(id).await
     }

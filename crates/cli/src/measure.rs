@@ -31,7 +31,8 @@ pub fn cpu_time_of_one_thread(pid: i32) -> Option<Duration> {
     exact().or_else(|| cpu_time(pid))
 }
 
-/// Every process that runs `program` in a cgroup below one whose name `chosen` accepts.
+/// Every process that runs `program` in a cgroup below one whose name `chosen` accepts; not those that one of them has made and that
+/// are on their way to be another program.
 pub fn processes(program: &str, chosen: impl Fn(&str) -> bool) -> Vec<i32> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -46,7 +47,13 @@ pub fn processes(program: &str, chosen: impl Fn(&str) -> bool) -> Vec<i32> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         text.lines().any(|line| line.split('/').skip(1).any(&chosen))
     };
-    pids.filter(runs).filter(inside).collect()
+    let found: Vec<i32> = pids.filter(runs).filter(inside).collect();
+    let parent = |pid: &i32| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse::<i32>().ok()
+    };
+    let begun_by_one = |pid: &&i32| parent(pid).is_none_or(|parent| found.contains(&parent));
+    found.iter().filter(|pid| !begun_by_one(pid)).copied().collect()
 }
 
 #[cfg(test)]

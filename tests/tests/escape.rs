@@ -249,11 +249,24 @@ fn the_kernels_mounts_are_not_covered() {
     kernels_mounts_stay(&[
         (vec![Entry::dir("bad-proc/"), Entry::symlink("proc", "/bad-proc")], "/shared"),
         (vec![Entry::dir("bad-sys/"), Entry::symlink("sys", "bad-sys")], "/shared"),
-        (vec![], "/proc"),
-        (vec![], "/proc/sys"),
-        (vec![], "/proc/self/attr"),
-        (vec![], "/sys"),
+        (vec![Entry::dir("x/"), Entry::symlink("x/y", "/proc/sys")], "/x/y"),
+        (vec![Entry::dir("x/"), Entry::symlink("x/y", "/proc/self/attr")], "/x/y"),
+        (vec![Entry::dir("x/"), Entry::symlink("x/y", "/sys")], "/x/y"),
     ]);
+    // Who asks for it openly is told so.
+    let arena = Arena::new();
+    let image = arena.image("asks", &[], json!({}));
+    for (number, mount) in ["/proc", "/proc/sys", "/sys", "/"].into_iter().enumerate() {
+        let name = format!("asks-{number}");
+        let mut object = pod(&name, &image, &["true"]);
+        object["spec"]["volumes"] = json!([{"name": "shared", "emptyDir": {}}]);
+        object["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "shared", "mountPath": mount}]);
+        arena.joey.apply(&object);
+        wait_until(&format!("a volume over {mount} is refused"), seconds(20), || {
+            let status = arena.joey.get("pod", &name)["status"].clone();
+            holds(status["reason"] == "UnsupportedPod", status)
+        });
+    }
 }
 
 /// CVE-2025-31133: the runtime masks files by binding the container's /dev/null over them. Who replaces that /dev/null by a link

@@ -56,6 +56,11 @@ pub fn make(place: &Path, bytes: u64) -> io::Result<()> {
     made
 }
 
+/// Whether there is a disk, or what is left of one: its file is made first and goes last.
+pub fn is_there(place: &Path) -> bool {
+    file_of(place).exists()
+}
+
 /// Takes a disk away, or what is left of one, and what was not written yet with it.
 pub fn remove(place: &Path) -> io::Result<()> {
     forget(place);
@@ -171,7 +176,7 @@ mod tests {
         let place = place.0.as_path();
         for bytes in [2u64 << 20, 100 << 20, 3 << 30] {
             make(place, bytes).unwrap();
-            assert!(is_mounted(place));
+            assert!(is_mounted(place) && is_there(place));
             let found = nix::sys::statvfs::statvfs(place).unwrap();
             let free = found.blocks_available() as u64 * found.fragment_size() as u64;
             let most = bytes + bytes / 50 + (2 << 20);
@@ -179,7 +184,7 @@ mod tests {
             let length = fs::metadata(file_of(place)).unwrap();
             assert!(length.blocks() * 512 < 2 << 20, "it takes no room before it is used");
             remove(place).unwrap();
-            assert!(!place.exists() && !file_of(place).exists() && !is_mounted(place));
+            assert!(!place.exists() && !is_there(place) && !is_mounted(place));
         }
         remove(place).unwrap();
     }

@@ -90,8 +90,8 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
         Step::Disk => {
             let each = started(&life.record.spec).map(|one| (one.role, one.resources.ephemeral_storage_bytes));
             let (limit, dir) = (storage_limit(each), life.dir.clone());
-            blocking("make its disk", move || disk(&dir, limit)).await?;
-            if limit.is_some() {
+            if limit.is_some() || joey_disk::is_there(&dir.join(DISK)) {
+                blocking("make its disk", move || disk(&dir, limit)).await?;
                 life.mark("disk");
             }
             checkpoint::reached("instance-disk");
@@ -125,13 +125,13 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
 /// so that who exceeds that is seen to, and evicted as under a kubelet; and never larger than what the host has.
 fn disk(dir: &Path, limit: Option<u64>) -> io::Result<()> {
     let place = dir.join(DISK);
-    // What an attempt before this one left.
-    joey_disk::remove(&place)?;
+    // What an attempt before this one left; the disk last, by which it is found.
     for name in ["upper", "volumes"] {
         if dir.join(name).is_symlink() {
             std::fs::remove_file(dir.join(name))?;
         }
     }
+    joey_disk::remove(&place)?;
     let Some(limit) = limit else { return Ok(()) };
     let host = joey_disk::size(dir)?;
     joey_disk::make(&place, limit.saturating_add(limit / 20).min(host))?;
@@ -160,7 +160,9 @@ async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
         }
         Step::Disk => {
             let place = life.dir.join(DISK);
-            blocking("remove its disk", move || joey_disk::remove(&place)).await?;
+            if joey_disk::is_there(&place) {
+                blocking("remove its disk", move || joey_disk::remove(&place)).await?;
+            }
             checkpoint::reached("instance-disk-removed");
         }
         Step::Network => {

@@ -29,9 +29,15 @@ pub(super) async fn follow(
         warn(context, uid, pod, "FailedChange", &why, Timestamp::now());
     }
     let generation = pod.metadata.generation;
-    // What containers wait for is no matter of the Pod's generation.
-    let looked = context.registry.read(uid, |entry| (entry.followed, std::mem::take(&mut entry.appeared)));
-    if generation.is_some() && looked == Some((generation, false)) {
+    // What containers wait for is no matter of the Pod's generation. It is forgotten here and not at the end of a look, so that a
+    // look that fails is not the last one.
+    let followed = context.registry.read(uid, |entry| {
+        if std::mem::take(&mut entry.appeared) {
+            entry.followed = None;
+        }
+        entry.followed
+    });
+    if generation.is_some() && followed.flatten() == generation {
         return Ok(());
     }
     let mut change = match joey_podspec::changed(pod, &instance.spec) {

@@ -10,6 +10,7 @@ use hyper::body::Incoming;
 use jiff::{SignedDuration, Timestamp};
 use joey_api::change::InstanceChange;
 use joey_api::instance::{Instance, VolumeSource};
+use joey_model::{ErrorKind, Fault};
 use joey_podspec::{Needs, Token, Tokens};
 use joey_rpc::Body;
 use serde_json::{Value, json};
@@ -24,6 +25,8 @@ struct Around {
     changes: watch::Sender<Vec<InstanceChange>>,
     /// The cluster makes no tokens.
     sick: AtomicBool,
+    /// The pool refuses the next change.
+    busy: AtomicBool,
     /// Tokens that were made, and how long each is good.
     made: AtomicUsize,
     life: SignedDuration,
@@ -32,7 +35,8 @@ struct Around {
 impl Around {
     fn new(life: SignedDuration) -> Arc<Self> {
         let changes = watch::Sender::new(Vec::new());
-        Arc::new(Self { changes, sick: AtomicBool::new(false), made: AtomicUsize::new(0), life })
+        let (sick, busy) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self { changes, sick, busy, made: AtomicUsize::new(0), life })
     }
 
     fn cluster(&self, path: &str) -> Response<Body> {
@@ -60,6 +64,9 @@ impl Around {
     async fn pool(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let change: InstanceChange = joey_rpc::read_json(request.into_body(), joey_rpc::BODY_LIMIT).await.unwrap();
         self.changes.send_modify(|changes| changes.push(change));
+        if self.busy.swap(false, Ordering::Relaxed) {
+            return joey_rpc::fault_answer(Fault::new(ErrorKind::Retryable, "Busy", "not now"));
+        }
         joey_rpc::json_answer(&instance())
     }
 
@@ -145,6 +152,18 @@ async fn a_change_that_a_node_before_told_of_and_did_not_make_is_made() {
     around.node(pod(json!({"observedGeneration": 2}))).wake("u");
     let changes = around.changed(1).await;
     assert_eq!(changes[0].images.get("c").map(String::as_str), Some("new"), "{changes:?}");
+}
+
+#[tokio::test]
+async fn what_has_appeared_is_looked_at_until_a_look_succeeds() {
+    let around = Around::new(SignedDuration::from_hours(1));
+    around.busy.store(true, Ordering::Relaxed);
+    let context = around.node(pod(json!({})));
+    context.registry.read("u", |entry| (entry.followed, entry.appeared) = (Some(2), true)).unwrap();
+    context.wake("u");
+    // That of the image is refused once; that of the token goes its own way.
+    let changes = around.changed(3).await;
+    assert_eq!(changes.iter().filter(|change| !change.images.is_empty()).count(), 2, "{changes:?}");
 }
 
 #[tokio::test]

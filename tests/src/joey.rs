@@ -60,6 +60,22 @@ impl Joey {
         joey
     }
 
+    /// Starts one that has virtual machines; `None` where there are none to be had, which `scripts/machines.sh` says loudly.
+    #[track_caller]
+    pub fn start_with_machines(settings: Settings) -> Option<Self> {
+        static GUESTS: OnceLock<String> = OnceLock::new();
+        let made = || run(&mut Command::new(repository().join("scripts/machines.sh"))).ok().trim().to_owned();
+        let guests = GUESTS.get_or_init(made);
+        if guests.is_empty() {
+            return None;
+        }
+        let mut joey = Self::prepare(settings);
+        std::fs::create_dir_all(joey.data()).expect("its own folder");
+        run(Command::new("cp").arg("-a").arg(guests).arg(joey.data().join("guests"))).ok();
+        joey.up();
+        Some(joey)
+    }
+
     /// Everything but the running program.
     pub fn prepare(settings: Settings) -> Self {
         let dir = TempDir::with_prefix("joey-test-").expect("a temporary folder");

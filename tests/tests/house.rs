@@ -145,21 +145,27 @@ fn libraries_do_not_read_flags_or_environment() {
 }
 
 /// What each crate may depend on, of ours. Dependencies point down only.
-const MAY_USE: [(&str, &[&str]); 23] = [
+const MAY_USE: [(&str, &[&str]); 29] = [
     ("model", &[]),
     ("api", &["model"]),
     ("rpc", &["model", "api"]),
     ("guard", &[]),
     ("disk", &[]),
+    ("guest", &["model"]),
     ("diagnosis", &["model", "api", "rpc"]),
     ("store", &["model"]),
     ("image", &["model", "api", "guard", "disk"]),
     ("network", &["model", "api"]),
-    ("sandbox", &["model", "api", "rpc"]),
+    ("process", &[]),
+    ("hypervisor", &["model", "api", "rpc", "disk", "process"]),
+    ("sandbox", &["model", "api", "rpc", "disk", "process", "hypervisor"]),
     ("collect", &["api"]),
     ("health", &["api"]),
     ("seccomp", &[]),
-    ("agent", &["model", "api", "rpc", "collect", "diagnosis", "health", "seccomp"]),
+    ("kernel", &["api"]),
+    ("jail", &["api", "kernel"]),
+    ("machine", &["api", "kernel"]),
+    ("agent", &["model", "api", "rpc", "collect", "diagnosis", "health", "jail", "kernel", "machine", "seccomp"]),
     ("hidecar", &["api", "collect"]),
     ("instance", &["model", "api", "rpc", "image", "network", "sandbox", "collect", "disk", "hidecar"]),
     ("pool", &["model", "api", "rpc", "store"]),

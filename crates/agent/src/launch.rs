@@ -286,7 +286,9 @@ async fn start(
     let pidfd = watch(pidfd).map_err(|error| error.to_string())?;
     let near = watch(near).map_err(|error| error.to_string())?;
     let (mut failure, mut root, mut mounts) = (None, None, None);
-    while let Ok(Some((message, fd))) = near.async_io(Interest::READABLE, |socket| sys::receive(socket.as_fd())).await {
+    while let Ok(Some((message, fd))) =
+        near.async_io(Interest::READABLE, |socket| sys::receive(socket.as_fd(), 4096)).await
+    {
         match fd {
             Some(fd) if message == ROOT => root = Some(fd),
             Some(fd) if message == MOUNTS => mounts = Some(fd),

@@ -1,17 +1,20 @@
 //! `joey-agent`: the small process beside each sandbox. It starts the containers of `agent.json`, keeps their logs, restarts
 //! them, and answers the agent protocol on `agent.sock`. It outlives the daemon that started it.
 //!
+//! As the first process of a virtual machine it is told the same things over the machine's port ([`guest`]).
+//!
+//! Called as `joey-agent vmm` it starts a machine's monitor (`joey_jail`).
+//!
 //! Called as `joey-agent core …` by the kernel it is the handler of crashes (`joey_diagnosis::core_handler`), on its own.
 
-mod cgroup;
 mod check;
 mod collect;
 mod debugged;
 mod diagnosis;
 mod files;
 mod forward;
+mod guest;
 mod hook;
-mod identity;
 mod in_place;
 mod last_words;
 mod launch;
@@ -28,7 +31,6 @@ mod signal;
 mod storage;
 mod stream;
 mod supervisor;
-mod sys;
 mod telling;
 mod view;
 mod volumes;
@@ -36,7 +38,12 @@ mod waits;
 
 use std::process::ExitCode;
 
+use joey_kernel::{cgroup, identity, sys};
+
 fn main() -> ExitCode {
+    if guest::is_first_process() {
+        guest::run();
+    }
     let mut words = std::env::args_os().skip(1).peekable();
     if words.next_if(|word| word == "core").is_some() {
         return match joey_diagnosis::core_handler::run(words) {
@@ -46,6 +53,12 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         };
+    }
+    if words.next_if(|word| word == "vmm").is_some() {
+        let message = joey_jail::run();
+        eprintln!("{message}");
+        println!("{message}");
+        return ExitCode::FAILURE;
     }
     let options = match setup::Options::parse(words) {
         Ok(options) => options,

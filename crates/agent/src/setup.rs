@@ -1,5 +1,6 @@
 //! From the agent's start to its end: its session, cgroup and namespaces, its record, its socket, and the serving of it.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
@@ -10,12 +11,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use joey_api::agent::{AgentConfig, VERSION};
+use joey_api::guest::{CGROUP, INSTANCE};
 use joey_api::instance::Limits;
 use joey_api::validate::SYSCTLS;
 use joey_model::checkpoint;
+use tokio::task::JoinHandle;
 
 use crate::cgroup::{Cgroup, UNSAID};
 use crate::supervisor::Agent;
+use crate::view::View;
 use crate::{diagnosis, processes, server, sys, view, volumes};
 
 /// How long killed containers may take to end at a shutdown.
@@ -49,12 +53,7 @@ impl Options {
 /// Runs the agent until it is told to shut down.
 pub fn run(options: &Options) -> Result<(), String> {
     options.crash_at.iter().for_each(checkpoint::arm);
-    // SAFETY: mallopt takes integers; before any other thread exists. One arena (-8 is M_ARENA_MAX) and early trimming
-    // (-1 is M_TRIM_THRESHOLD) keep an idle agent small.
-    unsafe {
-        libc::mallopt(-8, 1);
-        libc::mallopt(-1, 64 << 10);
-    }
+    keep_small();
     let dir = std::path::absolute(&options.dir).map_err(|error| format!("cannot find the directory: {error}"))?;
     let mut config = configuration(&dir)?;
     // Of the host's network namespace: those of the Pod's are listed to its containers, with their paths.
@@ -66,11 +65,48 @@ pub fn run(options: &Options) -> Result<(), String> {
     checkpoint::reached("agent.recorded");
     let shared = config.share_processes.then(processes::share).transpose();
     let shared = shared.map_err(|error| format!("cannot share the processes: {error}"))?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| format!("cannot start the runtime: {error}"))?;
-    runtime.block_on(serve(dir, config, shared, socket))
+    runtime()?.block_on(serve(dir, config, shared, socket))
+}
+
+/// Keeps an idle agent's memory small, before it has any.
+pub fn keep_small() {
+    // SAFETY: mallopt takes integers; before any other thread exists. One arena (-8 is M_ARENA_MAX) and early trimming
+    // (-1 is M_TRIM_THRESHOLD).
+    unsafe {
+        libc::mallopt(-8, 1);
+        libc::mallopt(-1, 64 << 10);
+    }
+}
+
+/// The runtime of the agent's one thread.
+pub fn runtime() -> Result<tokio::runtime::Runtime, String> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().map_err(|error| format!("cannot start the runtime: {error}"))
+}
+
+/// Makes this process, the first one of a machine, the agent of an instance, and starts its containers. Within the runtime.
+pub fn in_guest(mut config: AgentConfig) -> Result<(Arc<Agent>, JoinHandle<()>), String> {
+    let dir = PathBuf::from(INSTANCE);
+    check(&config)?;
+    limit(&dir, &config).map_err(|error| format!("cannot limit the containers: {error}"))?;
+    sys::sethostname(&config.hostname).map_err(|error| format!("cannot set the host name: {error}"))?;
+    tune(&config)?;
+    prepare(&dir, &mut config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
+    let shared = config.share_processes.then(processes::share).transpose();
+    let shared = shared.map_err(|error| format!("cannot share the processes: {error}"))?;
+    let agent = Arc::new(Agent::new(config, dir, shared));
+    let containers = tokio::spawn(agent.clone().run());
+    Ok((agent, containers))
+}
+
+/// As [`isolate`], where there is nobody else and nothing is known yet of who comes: the machine's own namespaces are the Pod's.
+pub fn settle() -> io::Result<()> {
+    let own = Cgroup::new(CGROUP).child("agent");
+    own.make()?;
+    own.join()?;
+    sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
+    std::fs::DirBuilder::new().mode(0o700).create(INSTANCE)?;
+    view::narrow(Path::new(INSTANCE), BTreeSet::new(), View::Guest)
 }
 
 fn configuration(dir: &Path) -> Result<AgentConfig, String> {
@@ -80,6 +116,11 @@ fn configuration(dir: &Path) -> Result<AgentConfig, String> {
     if config.version != VERSION {
         return Err(format!("agent.json has version {}, this agent knows {VERSION}", config.version));
     }
+    check(&config).map(|()| config)
+}
+
+/// Names become paths.
+fn check(config: &AgentConfig) -> Result<(), String> {
     let known = |name: &str| joey_model::id::check_label("container name", name).is_ok() && name != "agent";
     if let Some(volume) =
         config.volumes.iter().find(|volume| joey_model::id::check_label("volume name", &volume.name).is_err())
@@ -88,7 +129,7 @@ fn configuration(dir: &Path) -> Result<AgentConfig, String> {
     }
     match config.containers.iter().find(|container| !known(&container.name)) {
         Some(container) => Err(format!("container \"{}\" has no valid name", container.name)),
-        None => Ok(config),
+        None => Ok(()),
     }
 }
 
@@ -125,9 +166,7 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
     // And its arguments name places of the host.
     sys::set_title(&format!("joey-agent {}", config.instance))?;
     sys::best_effort_oom(-998);
-    if config.limits != Limits::default() {
-        Cgroup::of_containers(config).limit_all(&config.limits, dir)?;
-    }
+    limit(dir, config)?;
     match &options.netns {
         Some(path) => sys::setns(File::open(path)?.as_fd(), libc::CLONE_NEWNET)?,
         None => {
@@ -136,8 +175,16 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
         }
     }
     sys::unshare(libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNS)?;
-    view::narrow(dir, config)?;
+    view::narrow(dir, view::layers(config), View::Beside)?;
     sys::sethostname(&config.hostname)
+}
+
+/// Limits on all containers together.
+fn limit(dir: &Path, config: &AgentConfig) -> io::Result<()> {
+    match config.limits == Limits::default() {
+        true => Ok(()),
+        false => Cgroup::of_containers(config).limit_all(&config.limits, dir),
+    }
 }
 
 /// Kernel settings of the namespaces that this process now has to itself.
@@ -195,14 +242,16 @@ async fn serve(
     checkpoint::reached("agent.ready");
     let served = agent.clone();
     let service = tower::service_fn(move |request| server::answer(served.clone(), request));
-    let ended = async {
-        agent.shutdown.notified().await;
-        agent.stop(Duration::ZERO);
-        let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
-        agent.over.send_replace(true);
-    };
-    joey_rpc::serve_unix(listener, service, ended).await;
+    joey_rpc::serve_unix(listener, service, until_shutdown(&agent, containers)).await;
     Ok(())
+}
+
+/// Resolves when the agent was told to end, and its containers have.
+pub async fn until_shutdown(agent: &Agent, containers: JoinHandle<()>) {
+    agent.shutdown.notified().await;
+    agent.stop(Duration::ZERO);
+    let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
+    agent.over.send_replace(true);
 }
 
 /// Tells the daemon, and lets go of the pipe.

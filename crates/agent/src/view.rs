@@ -16,8 +16,34 @@ pub const ETC: &str = "/etc";
 /// Where the memory files that the containers share are.
 pub const SHM: &str = "/shm";
 
-/// Leaves the host's files behind; what stays keeps its path. The caller has a mount namespace of its own.
-pub fn narrow(dir: &Path, config: &AgentConfig) -> io::Result<()> {
+/// Where the agent is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum View {
+    /// Beside the sandbox, on the host.
+    Beside,
+    /// The first process of a machine, which also finds disks that come later.
+    Guest,
+}
+
+impl View {
+    /// What of the kernel's is seen, and whether with what is mounted in it.
+    fn of_kernel(self) -> &'static [(&'static str, bool)] {
+        match self {
+            Self::Beside => &[("/proc", false), ("/sys/fs/cgroup", true)],
+            Self::Guest => &[("/proc", false), ("/sys", true), ("/dev", true)],
+        }
+    }
+}
+
+/// The layers that are there when a sandbox begins.
+pub fn layers(config: &AgentConfig) -> BTreeSet<&str> {
+    let of_containers = config.containers.iter().flat_map(|container| &container.layers);
+    let of_volumes = config.volumes.iter().flat_map(|volume| &volume.layers);
+    of_containers.chain(of_volumes).map(String::as_str).collect()
+}
+
+/// Leaves the other files behind; what stays keeps its path. The caller has a mount namespace of its own.
+pub fn narrow(dir: &Path, layers: BTreeSet<&str>, view: View) -> io::Result<()> {
     sys::mount("none", "/", "", libc::MS_REC | libc::MS_PRIVATE, "")?;
     let top = std::fs::File::open("/")?;
     // Before it is covered, and with what the host mounted in it.
@@ -31,16 +57,20 @@ pub fn narrow(dir: &Path, config: &AgentConfig) -> io::Result<()> {
         std::fs::File::open(place)
     };
     sys::attach_mount(own.as_fd(), place(dir)?.as_fd())?;
-    let of_containers = config.containers.iter().flat_map(|container| &container.layers);
-    let of_volumes = config.volumes.iter().flat_map(|volume| &volume.layers);
-    let layers: BTreeSet<&str> = of_containers.chain(of_volumes).map(String::as_str).collect();
-    for (path, recursive) in
-        [("/proc", false), ("/sys/fs/cgroup", true)].into_iter().chain(layers.into_iter().map(|layer| (layer, false)))
-    {
+    let of_kernel = view.of_kernel().iter().copied();
+    for (path, recursive) in of_kernel.chain(layers.into_iter().map(|layer| (layer, false))) {
         let seen = sys::clone_mount(top.as_fd(), Path::new(path), recursive)?;
         sys::attach_mount(seen.as_fd(), place(Path::new(path))?.as_fd())?;
     }
     std::env::set_current_dir(base)?;
     drop(top);
-    sys::pivot_to_working_dir()
+    match view {
+        View::Beside => sys::pivot_to_working_dir(),
+        // The first file system of all cannot be left: it is covered.
+        View::Guest => {
+            sys::mount(".", "/", "", libc::MS_MOVE, "")?;
+            std::os::unix::fs::chroot(".")?;
+            std::env::set_current_dir("/")
+        }
+    }
 }

@@ -15,6 +15,7 @@ use ground::ground;
 async fn conforms() {
     let Some(ground) = ground("conform") else { return };
     conformance::all(&ground.0).await;
+    conformance::whole(&ground.0).await;
     // The hierarchy of memory on v1, the only one on v2.
     let name = ground.0.cgroup_root.trim_start_matches('/');
     let left = Path::new("/sys/fs/cgroup/memory").join(name);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use joey_sandbox::conformance::{Bench, running};
-use joey_sandbox::{AgentClient, RuncConfig, runc};
+use joey_sandbox::{AgentClient, Layer, Network, RuncConfig, runc};
 
 const AGENTS: u64 = 20;
 
@@ -28,12 +28,24 @@ async fn start_and_memory() {
     let agent_binary = std::env::var_os("JOEY_AGENT").map_or(env!("CARGO_BIN_EXE_joey-agent").into(), PathBuf::from);
     let cgroup_root = format!("/{unique}");
     let class = runc(RuncConfig { agent_binary, cgroup_root: cgroup_root.clone() });
-    let bench = Bench { class, dir: dir.clone(), layers: vec![layer], cgroup_root: cgroup_root.clone() };
+    let bench = Bench {
+        class,
+        dir: dir.clone(),
+        layers: vec![Layer { image: layer.clone(), path: layer }],
+        further: Vec::new(),
+        cgroup_root: cgroup_root.clone(),
+    };
     let (mut made, mut began, mut requests, mut sandboxes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for number in 0..AGENTS {
         let mut request = bench.request(number, "exec sleep 1000");
         // A namespace that is there already; which one does not matter here.
-        request.netns = Some(PathBuf::from("/proc/self/ns/net"));
+        request.network = Some(Network {
+            netns: PathBuf::from("/proc/self/ns/net"),
+            address: std::net::Ipv4Addr::LOCALHOST,
+            mac: [0; 6],
+            gateway: std::net::Ipv4Addr::LOCALHOST,
+            gateway_mac: [0; 6],
+        });
         let (at, clock) = (Timestamp::now(), Instant::now());
         let sandbox = bench.create(&request).await;
         made.push(clock.elapsed());

@@ -290,7 +290,7 @@ async fn memory_and_images_as_volumes() {
         std::fs::create_dir_all(place.parent().unwrap()).unwrap();
         std::fs::write(place, text).unwrap();
     }
-    std::fs::copy(bench.layers[0].join("bin/busybox"), lower.join("data/busybox")).unwrap();
+    std::fs::copy(bench.layers[0].path.join("bin/busybox"), lower.join("data/busybox")).unwrap();
     let layers = [&upper, &lower].map(|layer| layer.display().to_string()).to_vec();
     let volumes = vec![
         AgentVolume { memory: true, size_limit_bytes: Some(1 << 20), ..empty("m") },

@@ -574,6 +574,12 @@ pub struct Host {
     pub kernel: String,
     pub architecture: String,
     pub classes: Vec<String>,
+    /// Classes that it does not have, and why.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub classes_missing: BTreeMap<String, String>,
+    /// What executes virtual machines: program, whether by KVM or emulated, and their kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machines: Option<String>,
     pub instances: usize,
     /// Bits per second, CPU and memory are summed over instances.
     pub address_range: String,

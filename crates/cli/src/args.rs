@@ -8,8 +8,10 @@ use joey_pool::PoolClient;
 use crate::output::Format;
 
 mod diagnosis;
+mod guest;
 
 pub use diagnosis::{Core, Diagnose, Tcpdump};
+pub use guest::{Guest, GuestBuild};
 
 /// Elastic container instances and serverless Kubernetes on one machine.
 #[derive(Debug, Parser)]
@@ -51,6 +53,7 @@ Instances:
 
 Images:
   image       List, pull, import and remove images of this host
+  guest       Make what virtual machines boot, list and remove it
 
 Hosts and clusters:
   host        List the hosts of the pool
@@ -123,6 +126,9 @@ pub enum Command {
     /// Images on this host
     #[command(subcommand)]
     Image(Image),
+    /// What virtual machines boot
+    #[command(subcommand)]
+    Guest(Guest),
     /// Hosts of the pool
     #[command(subcommand)]
     Host(Host),

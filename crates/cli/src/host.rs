@@ -30,6 +30,8 @@ pub struct LocalHost {
     pub sizes: Sizes,
     /// Crashes of this host come to joey.
     pub core_dumps: bool,
+    /// What executes virtual machines.
+    pub machines: Option<String>,
 }
 
 impl LocalHost {
@@ -154,6 +156,8 @@ impl Host for LocalHost {
                 other => other.to_owned(),
             },
             classes: self.engine.classes().into_iter().map(str::to_owned).collect(),
+            classes_missing: self.engine.classes_missing(),
+            machines: self.machines.clone(),
             instances: self.engine.len(),
             address_range: self.network.range().to_string(),
             addresses_free: self.network.free(),

@@ -302,7 +302,7 @@ fn since(text: &str) -> Result<Timestamp, Failure> {
 pub async fn hosts(service: &PoolClient, format: Format) -> Result<ExitCode, Failure> {
     let hosts = service.hosts().await?;
     output::print(format, &hosts, |wide| {
-        let mut heads = vec!["NAME", "READY", "CPU", "MEMORY", "INSTANCES", "CLASSES"];
+        let mut heads = vec!["NAME", "READY", "CPU", "MEMORY", "INSTANCES", "CLASSES", "MACHINES"];
         heads.extend(wide.then_some(["ADDRESSES", "FREE", "KERNEL", "ARCHITECTURE"]).into_iter().flatten());
         let mut rows = vec![heads.into_iter().map(str::to_owned).collect::<Vec<_>>()];
         for host in &hosts {
@@ -313,6 +313,7 @@ pub async fn hosts(service: &PoolClient, format: Format) -> Result<ExitCode, Fai
                 human_bytes(host.memory_bytes),
                 host.instances.to_string(),
                 host.classes.join(","),
+                host.machines.clone().unwrap_or_default(),
             ];
             if wide {
                 row.extend([host.address_range.clone(), host.addresses_free.to_string()]);

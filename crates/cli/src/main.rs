@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod classes;
 mod configuration;
 mod copy;
 mod debug;
@@ -13,6 +14,7 @@ mod down;
 mod exec;
 mod failure;
 mod forward;
+mod guest;
 mod host;
 mod images;
 mod instances;
@@ -100,6 +102,7 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         }
         Command::Attach(attach) => exec::attach(&service, attach).await,
         Command::Image(image) => images::image(&service, image).await,
+        Command::Guest(guest) => guest::guest(&arguments.data_dir, guest).await,
         Command::Host(args::Host::Ls(output)) => instances::hosts(&service, output.format()).await,
         Command::Version(version) => output::version(version.format()),
         Command::Completion { shell } => {

@@ -12,12 +12,12 @@ use joey_instance::Engine;
 use joey_model::Fault;
 use joey_network::Networks;
 use joey_pool::Pool;
-use joey_sandbox::RuncConfig;
 use joey_store::Store;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::classes::Classes;
 use crate::failure::Failure;
 use crate::host::LocalHost;
 use crate::settings::{HostSettings, Place};
@@ -80,6 +80,8 @@ pub struct HostRole {
     pub engine: Engine,
     pub images: Images,
     pub network: Arc<Networks>,
+    /// What executes virtual machines, where there are any.
+    pub machines: Option<String>,
 }
 
 impl HostRole {
@@ -100,17 +102,16 @@ impl HostRole {
         let (images, network) = tokio::join!(Images::open(config), network);
         let images = images.map_err(Fault::from)?;
         let network = Arc::new(network.map_err(Fault::from)?);
-        let runc =
-            joey_sandbox::runc(RuncConfig { agent_binary: settings.agent.clone(), cgroup_root: place.cgroup_root() });
+        let classes = Classes::open(settings).await?;
         let config = joey_instance::Config::new(place.file("instances"), &settings.host_name, place.cgroup_root());
         let carrier = Carrier::open(settings.configuration.logs.clone()).map_err(|error| {
             Failure::new(format!("logs cannot be carried: {error}")).with_hint("see what --config says of sinks")
         })?;
-        let engine = Engine::open(config, images.clone(), network.clone(), vec![runc], carrier)?;
+        let engine = Engine::open(config, images.clone(), network.clone(), classes.all.clone(), carrier)?;
         crashes(settings)?;
         let recovered = engine.recover().await?;
         tracing::info!(?recovered, "host is open");
-        Ok(Self { engine, images, network })
+        Ok(Self { engine, images, network, machines: classes.machines })
     }
 
     /// The pool over this host.
@@ -122,6 +123,7 @@ impl HostRole {
             name: settings.host_name.clone(),
             sizes: settings.configuration.sizes.clone(),
             core_dumps: settings.core_dumps.is_some(),
+            machines: self.machines.clone(),
         };
         Ok(Pool::open(store, Arc::new(host)).await?)
     }

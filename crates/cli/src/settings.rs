@@ -184,7 +184,7 @@ fn host(flags: &HostFlags, place: Place, faults: &mut Faults) -> Option<HostSett
 }
 
 /// The agent's program: the one named, or the one beside this program.
-fn agent(named: Option<&Path>) -> Result<PathBuf, String> {
+pub fn agent(named: Option<&Path>) -> Result<PathBuf, String> {
     let path = match named {
         Some(path) => path.to_owned(),
         None => std::env::current_exe().map_err(|error| error.to_string())?.with_file_name("joey-agent"),

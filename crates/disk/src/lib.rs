@@ -6,6 +6,7 @@
 //! disk/      the ext4 in it, mounted; without a journal, because it ends with the instance
 //! ```
 
+mod copy;
 mod loop_device;
 
 use std::ffi::OsString;
@@ -19,6 +20,7 @@ use std::process::{Command, Stdio};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
 
+pub use copy::copy;
 pub use loop_device::{Access, attach};
 
 const BLOCK: u64 = 4096;
@@ -110,7 +112,8 @@ pub fn size(dir: &Path) -> io::Result<u64> {
     Ok(found.blocks().saturating_mul(found.fragment_size()).min(MOST / 2))
 }
 
-fn format(file: &Path, bytes: u64) -> io::Result<()> {
+/// Makes a file that is an empty disk for so many bytes.
+pub fn format(file: &Path, bytes: u64) -> io::Result<()> {
     File::options().write(true).create_new(true).mode(0o600).open(file)?.set_len(length(bytes))?;
     let made = Command::new("mkfs.ext4")
         .args(["-q", "-F", "-b", &BLOCK.to_string(), "-i", &PER_INODE.to_string(), "-I", &INODE.to_string()])

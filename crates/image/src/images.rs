@@ -128,6 +128,16 @@ impl Drop for Pins {
     }
 }
 
+/// A layer that is mounted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    pub name: Digest,
+    /// Where it is mounted.
+    pub folder: PathBuf,
+    /// The EROFS image that is mounted there.
+    pub file: PathBuf,
+}
+
 impl Images {
     /// Opens the store and recovers: half-written files go, downloads that broke off stay for resumption, mounts of
     /// an earlier process are found again.
@@ -214,7 +224,7 @@ impl Images {
 
     /// Makes the image's layers available as folders, topmost first, each mounted once per host; idempotent. When all
     /// are mounted this looks into memory only.
-    pub async fn mount(&self, image: &Image) -> Result<Vec<PathBuf>, ImageError> {
+    pub async fn mount(&self, image: &Image) -> Result<Vec<Layer>, ImageError> {
         let inner = &self.inner;
         let layers = image.layers.iter().map(|layer| (layer.clone(), inner.folders.layer(layer))).collect();
         let mounted = inner.mounts.mount(layers).await;
@@ -224,7 +234,9 @@ impl Images {
         if !inner.knows(&image.id) {
             inner.collect().await;
         }
-        supplements.map_err(|problem| problem.of(&image.reference))
+        let stack = supplements.map_err(|problem| problem.of(&image.reference))?;
+        let layer = |(name, folder): (Digest, PathBuf)| Layer { file: inner.folders.layer(&name), name, folder };
+        Ok(stack.into_iter().map(layer).collect())
     }
 
     /// Takes every mount of layers away, in use or not; what stands on them keeps working until it ends.

@@ -29,5 +29,5 @@ mod tokens;
 mod tree;
 
 pub use error::{ImageError, Problem};
-pub use images::{Config, Image, Images};
+pub use images::{Config, Image, Images, Layer};
 pub use oci::ImageConfig;

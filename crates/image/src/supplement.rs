@@ -19,7 +19,7 @@ use crate::tree::OPAQUE;
 use crate::{cover, detour};
 
 /// Layers and where they are mounted, topmost first.
-type Stack = Vec<(Digest, PathBuf)>;
+pub(crate) type Stack = Vec<(Digest, PathBuf)>;
 
 #[derive(Clone, Copy)]
 enum Which {
@@ -49,8 +49,8 @@ pub(crate) fn size(folders: &Folders, layers: &[Digest]) -> u64 {
 }
 
 impl Inner {
-    /// The folders that make up an image whose layers are mounted, topmost first: the layers and their supplements.
-    pub(crate) async fn supplement(self: &Arc<Self>, layers: &[Digest]) -> Result<Vec<PathBuf>, Problem> {
+    /// What makes up an image whose layers are mounted, topmost first: the layers and their supplements.
+    pub(crate) async fn supplement(self: &Arc<Self>, layers: &[Digest]) -> Result<Stack, Problem> {
         let failed = |error| Problem::store("stack the layers", &error);
         let mut stack = Stack::new();
         for (at, layer) in layers.iter().enumerate() {
@@ -69,7 +69,7 @@ impl Inner {
         if let Some(name) = cover::name(&self.folders, layers) {
             stack.splice(0..0, self.made(Which::Cover, name, layers, &stack).await?);
         }
-        Ok(stack.into_iter().map(|(_, folder)| folder).collect())
+        Ok(stack)
     }
 
     /// A supplement for `stack`, made at first use and mounted; `None` where none is needed.

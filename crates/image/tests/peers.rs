@@ -172,7 +172,7 @@ async fn mounted_images_are_what_umoci_unpacks() {
     assert_eq!(images.pull(&exact, &[], |_| {}).await.unwrap().id, image.id);
 
     let mounts = images.mount(&image).await.unwrap();
-    let lower: Vec<&str> = mounts.iter().map(|mount| mount.to_str().unwrap()).collect();
+    let lower: Vec<&str> = mounts.iter().map(|mount| mount.folder.to_str().unwrap()).collect();
     std::fs::create_dir(at("merged")).unwrap();
     run("mount", &["-t", "overlay", "overlay", "-o", &format!("ro,lowerdir={}", lower.join(":")), &at("merged")]);
     let (ours, theirs) = (listing(Path::new(&at("merged"))), listing(Path::new(&at("bundle/rootfs"))));

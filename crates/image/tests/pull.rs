@@ -60,7 +60,7 @@ async fn a_layer_keeps_everything() {
         return eprintln!("SKIPPED: root is needed to mount");
     }
     let mounts = images.mount(&image).await.unwrap();
-    let root = &mounts[0];
+    let root = &mounts[0].folder;
     let stat = |path: &str| std::fs::symlink_metadata(root.join(path)).unwrap();
     assert_eq!(stat("bin/su").permissions().mode(), 0o104_755);
     assert_eq!((stat("data/big").uid(), stat("data/big").gid(), stat("data/big").nlink()), (1000, 4_000_000, 2));
@@ -94,7 +94,7 @@ async fn a_layer_keeps_everything() {
     let found = again.find(&reference(&registry, "1")).await.unwrap();
     assert_eq!(again.mount(&found).await.unwrap(), mounts);
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let point = mounts[0].to_str().unwrap();
+    let point = mounts[0].folder.to_str().unwrap();
     assert_eq!(table.lines().filter(|line| line.split(' ').nth(4) == Some(point)).count(), 1);
     let started = std::time::Instant::now();
     for _ in 0..1000 {
@@ -263,7 +263,7 @@ async fn directories_a_layer_does_not_list_stay_as_they_were() {
     assert_eq!(images.mount(&image).await.unwrap(), mounts);
     let merged = dir.path().join("merged");
     std::fs::create_dir(&merged).unwrap();
-    let lower: Vec<&str> = mounts.iter().map(|mount| mount.to_str().unwrap()).collect();
+    let lower: Vec<&str> = mounts.iter().map(|mount| mount.folder.to_str().unwrap()).collect();
     let options = format!("lowerdir={}", lower.join(":"));
     let flags = nix::mount::MsFlags::MS_RDONLY;
     nix::mount::mount(Some("overlay"), &merged, Some("overlay"), flags, Some(options.as_str())).unwrap();

@@ -148,7 +148,7 @@ async fn a_layer_may_hide_all_below_it() {
     let image = images.pull(&reference(&registry, "1"), &[], |_| {}).await.unwrap();
     let mounts = images.mount(&image).await.unwrap();
     assert_eq!(mounts.len(), 1, "{mounts:?}");
-    assert!(mounts[0].join("new").exists());
+    assert!(mounts[0].folder.join("new").exists());
     images.unmount_all().await.unwrap();
 }
 

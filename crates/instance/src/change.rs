@@ -9,7 +9,6 @@
 //! ```
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use joey_api::instance::{ContainerSpec, InstanceEvent, InstanceSpec};
 use joey_api::lifecycle::Role;
 use joey_image::Image;
 use joey_model::Fault;
-use joey_sandbox::{AgentClient, Sandbox};
+use joey_sandbox::{AgentClient, Layer, Sandbox};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -56,7 +55,7 @@ impl Drop for Changes {
 /// A container made from its image, and what is needed beside it.
 struct Made {
     container: AgentContainer,
-    layers: Vec<PathBuf>,
+    layers: Vec<Layer>,
     image: Arc<Image>,
 }
 
@@ -236,9 +235,8 @@ async fn prepare(shared: Arc<Shared>, spec: InstanceSpec, address: Option<IpAddr
         let made = async {
             let named = (container.image.as_str(), container.pull_policy);
             let image = pull::image(&shared, &spec.credentials, named, &mut say).await?;
-            let layers = shared.images.mount(&image).await?;
-            let named = layers.iter().map(|layer| layer.to_string_lossy().into_owned()).collect();
-            let around = Surroundings { hostname: &hostname, address, layers: named };
+            let layers = start::layers(&shared, &spec.class, &image).await?;
+            let around = Surroundings { hostname: &hostname, address, layers: start::named(&layers) };
             Ok::<_, Fault>(Made { container: merge::container(container, &image, around)?, layers, image })
         };
         match made.await {

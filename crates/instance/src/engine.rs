@@ -1,6 +1,6 @@
 //! The instances of a host: accepts, finds, forwards, recovers. Transitions of one instance are in [`crate::life`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -172,7 +172,10 @@ impl Engine {
     /// Accepts an instance; durable when it returns, running later. An id that is here already is left as it is.
     pub async fn create(&self, id: InstanceId, spec: InstanceSpec) -> Result<(), Fault> {
         joey_api::validate::instance(&spec)?;
-        self.shared.class(&spec.class)?;
+        if let Some(why) = self.shared.class(&spec.class)?.missing() {
+            let message = format!("this host makes no sandboxes of class \"{}\": {why}", spec.class);
+            return Err(Fault::new(ErrorKind::Invalid, "ClassMissing", message));
+        }
         if self.shared.instances().contains_key(&id) {
             return Ok(());
         }
@@ -253,8 +256,15 @@ impl Engine {
         self.shared.instances().values().flat_map(|handle| handle.images.clone()).collect()
     }
 
+    /// Classes that sandboxes can be made of.
     pub fn classes(&self) -> Vec<&'static str> {
-        self.shared.classes.iter().map(|class| class.name()).collect()
+        self.shared.classes.iter().filter(|class| class.missing().is_none()).map(|class| class.name()).collect()
+    }
+
+    /// Classes that this host does not have, and why.
+    pub fn classes_missing(&self) -> BTreeMap<String, String> {
+        let missing = self.shared.classes.iter().filter_map(|class| Some((class.name().to_owned(), class.missing()?)));
+        missing.collect()
     }
 
     /// Bytes of the file system that its instances are on; 0 where that cannot be found out.

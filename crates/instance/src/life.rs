@@ -402,9 +402,9 @@ impl Life {
             self.publish();
             return self.until_deleted().await;
         }
-        let message = format!("agent of instance {} was lost and its containers with it", self.id);
-        let fault = Fault::new(ErrorKind::Retryable, "AgentLost", message);
-        self.event(true, "AgentLost", fault.message.clone(), None);
+        let class = self.shared.class(&self.record.spec.class).ok();
+        let fault = status::fault_of(&self.id, class.and_then(|class| class.loss(&self.id, &self.dir)));
+        self.event(true, &fault.reason, fault.message.clone(), None);
         let policy: joey_model::RestartPolicy = self.record.spec.restart_policy.into();
         let again = policy.restarts(137);
         if !again && !self.record.lost {

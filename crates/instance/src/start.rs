@@ -5,7 +5,9 @@
 //!  (kept)    release    remove  remove files  destroy      undo, in the other order
 //! ```
 
+use std::collections::HashSet;
 use std::io::{self, ErrorKind as ErrorKindOfIo};
+use std::net::IpAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,8 +19,9 @@ use joey_api::lifecycle::storage_limit;
 use joey_image::Image;
 use joey_model::{ErrorKind, Fault, checkpoint};
 use joey_network::{Attachment, Bandwidth};
-use joey_sandbox::{CreateRequest, Sandbox};
+use joey_sandbox::{CreateRequest, Layer, Network, Sandbox};
 
+use crate::engine::Shared;
 use crate::life::Life;
 use crate::merge::{self, Surroundings};
 use crate::pull::{self, Images, started};
@@ -40,6 +43,8 @@ pub(crate) const DISK: &str = "disk";
 /// What the steps have made so far.
 struct Made {
     images: Images,
+    /// Of all images, each once.
+    layers: Vec<Layer>,
     attachment: Option<Attachment>,
     config: Option<AgentConfig>,
     sandbox: Option<Arc<dyn Sandbox>>,
@@ -50,7 +55,7 @@ pub(crate) async fn make(life: &mut Life, images: Images) -> Result<Arc<dyn Sand
     let starts = life.shared.starts.clone();
     // Closed never: the semaphore lives as long as the engine.
     let _turn = starts.acquire().await;
-    let mut made = Made { images, attachment: None, config: None, sandbox: None };
+    let mut made = Made { images, layers: Vec::new(), attachment: None, config: None, sandbox: None };
     for (done, step) in STEPS.into_iter().enumerate() {
         if let Err(fault) = perform(life, &mut made, step).await {
             tracing::warn!(instance = %life.id, ?step, %fault, "step of creation failed");
@@ -88,8 +93,8 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
             checkpoint::reached("instance-network");
         }
         Step::Disk => {
-            let each = started(&life.record.spec).map(|one| (one.role, one.resources.ephemeral_storage_bytes));
-            let (limit, dir) = (storage_limit(each), life.dir.clone());
+            let own_kernel = life.shared.class(&life.record.spec.class)?.mounts_itself().is_some();
+            let (limit, dir) = (disk_limit(&life.record.spec).filter(|_| !own_kernel), life.dir.clone());
             if limit.is_some() || joey_disk::is_there(&dir.join(DISK)) {
                 blocking("make its disk", move || disk(&dir, limit)).await?;
                 life.mark("disk");
@@ -107,18 +112,51 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
         }
         Step::Sandbox => {
             let class = life.shared.class(&life.record.spec.class)?;
-            let netns = made.attachment.as_ref().map(|attachment| attachment.netns.clone());
             let Some(config) = made.config.clone() else {
                 return Err(Fault::new(ErrorKind::Internal, "SandboxFailed", "instance has no configuration"));
             };
-            let request = CreateRequest { instance: life.id.clone(), dir: life.dir.clone(), netns, config };
-            made.sandbox = Some(class.create(request).await?);
+            let request = CreateRequest {
+                instance: life.id.clone(),
+                dir: life.dir.clone(),
+                network: made.attachment.as_ref().and_then(network),
+                layers: made.layers.clone(),
+                disk_bytes: disk_limit(&life.record.spec),
+                config,
+            };
+            let sandbox = class.create(request).await?;
+            for (name, micros) in sandbox.phases() {
+                life.status.timings.insert(format!("sandbox.{name}"), micros);
+            }
+            if let Some(remark) = sandbox.remark() {
+                life.event(true, "SandboxRemark", remark, None);
+            }
+            made.sandbox = Some(sandbox);
             life.shared.carry_logs(&life.id);
             life.mark("sandbox");
             checkpoint::reached("instance-sandbox");
         }
     }
     Ok(())
+}
+
+/// Bytes that the containers may write, where that is limited.
+fn disk_limit(spec: &InstanceSpec) -> Option<u64> {
+    storage_limit(started(spec).map(|one| (one.role, one.resources.ephemeral_storage_bytes)))
+}
+
+/// What a sandbox is told of its network, which is IPv4 only.
+fn network(attachment: &Attachment) -> Option<Network> {
+    let v4 = |address: IpAddr| match address {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
+    };
+    Some(Network {
+        netns: attachment.netns.clone(),
+        address: v4(attachment.address)?,
+        mac: attachment.mac,
+        gateway: v4(attachment.gateway)?,
+        gateway_mac: attachment.gateway_mac,
+    })
 }
 
 /// Where there is a limit, a disk of its own, on which lies what its containers write. It is larger than their limit by a twentieth,
@@ -197,7 +235,7 @@ async fn undo(life: &mut Life, step: Step) -> Result<(), Fault> {
     Ok(())
 }
 
-async fn config(life: &mut Life, made: &Made) -> Result<AgentConfig, Fault> {
+async fn config(life: &mut Life, made: &mut Made) -> Result<AgentConfig, Fault> {
     let (spec, shared) = (life.record.spec.clone(), life.shared.clone());
     let spec = &spec;
     let address = made.attachment.as_ref().map(|attachment| attachment.address);
@@ -208,7 +246,9 @@ async fn config(life: &mut Life, made: &Made) -> Result<AgentConfig, Fault> {
     for (container, image) in started(spec).zip(&made.images.containers) {
         let merged = match image {
             Some(image) => {
-                let around = Surroundings { hostname: &hostname, address, layers: layers(life, image).await? };
+                let layers = layers(&shared, &spec.class, image).await?;
+                let around = Surroundings { hostname: &hostname, address, layers: named(&layers) };
+                made.layers.extend(layers);
                 merge::container(container, image, around)
             }
             None => Ok(merge::held(container)),
@@ -224,7 +264,10 @@ async fn config(life: &mut Life, made: &Made) -> Result<AgentConfig, Fault> {
     {
         return Err(fault);
     }
-    let volumes = volumes(life, &made.images.volumes).await?;
+    let (volumes, of_volumes) = volumes(life, &made.images.volumes).await?;
+    let mut known = HashSet::new();
+    made.layers.extend(of_volumes);
+    made.layers.retain(|layer| known.insert(layer.clone()));
     Ok(AgentConfig {
         version: VERSION,
         instance: life.id.to_string(),
@@ -249,17 +292,27 @@ async fn config(life: &mut Life, made: &Made) -> Result<AgentConfig, Fault> {
     })
 }
 
-/// Mounted layers of an image, topmost first.
-async fn layers(life: &Life, image: &Image) -> Result<Vec<String>, Fault> {
-    let layers = life.shared.images.mount(image).await?;
-    Ok(layers.iter().map(|layer| layer.to_string_lossy().into_owned()).collect())
+/// The layers of an image, topmost first, as the class has them.
+pub(crate) async fn layers(shared: &Shared, class: &str, image: &Image) -> Result<Vec<Layer>, Fault> {
+    let class = shared.class(class)?;
+    let layers = shared.images.mount(image).await?;
+    let layer = |layer: joey_image::Layer| {
+        let path = class.mounts_itself().map(|place| Path::new(place).join(layer.name.hex()));
+        Layer { path: path.unwrap_or(layer.folder), image: layer.file }
+    };
+    Ok(layers.into_iter().map(layer).collect())
 }
 
-/// The volumes as the agent makes them; `images` are those of the volumes that show one.
-async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<Vec<AgentVolume>, Fault> {
+/// What the agent calls layers.
+pub(crate) fn named(layers: &[Layer]) -> Vec<String> {
+    layers.iter().map(|layer| layer.path.to_string_lossy().into_owned()).collect()
+}
+
+/// The volumes as the agent makes them, and the layers they show; `images` are those of the volumes that show one.
+async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<(Vec<AgentVolume>, Vec<Layer>), Fault> {
     let spec = &life.record.spec;
     let mut images = images.iter();
-    let mut made = Vec::new();
+    let (mut made, mut all) = (Vec::new(), Vec::new());
     for volume in &spec.volumes {
         let mut agents = AgentVolume { name: volume.name.clone(), ..AgentVolume::default() };
         match &volume.source {
@@ -272,12 +325,14 @@ async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<Vec<AgentVolume>,
             VolumeSource::Image { reference, .. } => {
                 let lost =
                     || Fault::new(ErrorKind::Retryable, "ErrImagePull", format!("image \"{reference}\" is not here"));
-                agents.layers = layers(life, images.next().ok_or_else(lost)?).await?;
+                let layers = layers(&life.shared, &spec.class, images.next().ok_or_else(lost)?).await?;
+                agents.layers = named(&layers);
+                all.extend(layers);
             }
         }
         made.push(agents);
     }
-    Ok(made)
+    Ok((made, all))
 }
 
 fn short_hostname(spec: &InstanceSpec) -> String {

@@ -8,7 +8,8 @@ use joey_api::instance::{
     ContainerSpec, ContainerState, ContainerStatus, InstanceEvent, InstanceSpec, InstanceStatus, Termination, WirePhase,
 };
 use joey_api::lifecycle::Role;
-use joey_model::{Fault, RestartPolicy};
+use joey_model::{ErrorKind, Fault, InstanceId, RestartPolicy};
+use joey_sandbox::Loss;
 
 use crate::persist::Record;
 
@@ -190,6 +191,20 @@ pub(crate) fn events(ours: &[InstanceEvent], agent: &[InstanceEvent]) -> Vec<Ins
     all.sort_by_key(|event| event.at);
     all.drain(..all.len().saturating_sub(EVENTS));
     all
+}
+
+/// Why a sandbox was lost.
+pub(crate) fn fault_of(id: &InstanceId, loss: Option<Loss>) -> Fault {
+    match loss {
+        Some(Loss { reason, message }) => {
+            let message = format!("the virtual machine of instance {id} {message}");
+            Fault::new(ErrorKind::Retryable, reason, message)
+        }
+        None => {
+            let message = format!("agent of instance {id} was lost and its containers with it");
+            Fault::new(ErrorKind::Retryable, "AgentLost", message)
+        }
+    }
 }
 
 #[cfg(test)]

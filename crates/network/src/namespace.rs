@@ -50,7 +50,8 @@ pub(crate) fn inside_mac(address: Ipv4Addr) -> [u8; 6] {
     [0x02, 0x6a, a, b, c, d]
 }
 
-fn outside_mac(address: Ipv4Addr) -> [u8; 6] {
+/// The hardware address of the host's end, which the gateway has inside.
+pub(crate) fn outside_mac(address: Ipv4Addr) -> [u8; 6] {
     let [a, b, c, d] = address.octets();
     [0x06, 0x6a, a, b, c, d]
 }

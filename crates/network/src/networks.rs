@@ -67,7 +67,10 @@ pub struct Attachment {
     /// File to hand to `setns`.
     pub netns: PathBuf,
     pub address: IpAddr,
+    /// The hardware address of the interface inside.
+    pub mac: [u8; 6],
     pub gateway: IpAddr,
+    pub gateway_mac: [u8; 6],
     /// The host's end of the pair.
     pub interface: String,
 }
@@ -331,7 +334,9 @@ impl Inner {
         Attachment {
             netns: self.place.netns(address),
             address: IpAddr::V4(address),
+            mac: namespace::inside_mac(address),
             gateway: IpAddr::V4(GATEWAY),
+            gateway_mac: namespace::outside_mac(address),
             interface: self.names.outside(address),
         }
     }

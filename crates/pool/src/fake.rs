@@ -183,6 +183,8 @@ impl Host for FakeHost {
             address_range: "10.0.0.0/24".to_owned(),
             storage_bytes: 0,
             addresses_free: 254,
+            classes_missing: Default::default(),
+            machines: None,
         }
     }
 

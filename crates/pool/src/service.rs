@@ -151,9 +151,15 @@ impl Pool {
             let message = format!("instance \"{}\": a client token has 1 to {LONGEST_TOKEN} bytes", spec.name);
             return Err(Fault::new(ErrorKind::Invalid, "InvalidInstance", message));
         }
-        let classes = self.host.describe().await.classes;
+        let host = self.host.describe().await;
+        let classes = &host.classes;
         if classes.contains(&spec.class) {
             return Ok(());
+        }
+        if let Some(why) = host.classes_missing.get(&spec.class) {
+            let (name, class) = (&spec.name, &spec.class);
+            let message = format!("instance \"{name}\": this host makes no sandboxes of class \"{class}\": {why}");
+            return Err(Fault::new(ErrorKind::Invalid, "ClassMissing", message));
         }
         let message = format!(
             "instance \"{}\": sandbox class \"{}\" is not known; classes here: {}",

@@ -7,6 +7,7 @@ pub mod answer;
 pub mod body;
 pub mod client;
 pub mod error;
+pub mod port;
 pub mod query;
 pub mod server;
 pub mod socket;

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use joey_hypervisor::HypervisorError;
 use joey_model::{ErrorKind, Fault, InstanceId};
 
 #[derive(Debug, thiserror::Error)]
@@ -12,6 +13,12 @@ pub enum SandboxError {
     /// The agent ended, or said why it cannot run, before it answered.
     #[error("agent of instance {instance} did not come up: {message}")]
     Agent { instance: InstanceId, message: String },
+    /// The machine could not be made or changed.
+    #[error("machine of instance {instance} cannot be used")]
+    Machine { instance: InstanceId, source: HypervisorError },
+    /// There is no place for the disks of so many layers.
+    #[error("instance {instance} has no place for {layers} further layers of images")]
+    Full { instance: InstanceId, layers: usize },
     /// A file or cgroup of the sandbox could not be read or changed.
     #[error("cannot {operation} of instance {instance}")]
     Host { instance: InstanceId, operation: &'static str, source: io::Error },
@@ -25,6 +32,8 @@ impl SandboxError {
         match self {
             Self::Spawn { .. } | Self::Unkillable { .. } => ErrorKind::Retryable,
             Self::Agent { .. } | Self::Host { .. } => ErrorKind::Internal,
+            Self::Machine { source, .. } => source.kind(),
+            Self::Full { .. } => ErrorKind::Exhausted,
         }
     }
 }

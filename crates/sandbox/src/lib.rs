@@ -7,7 +7,9 @@ pub mod conformance;
 mod error;
 pub mod fake;
 mod runc;
+mod rund;
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,6 +20,28 @@ use joey_model::InstanceId;
 pub use client::AgentClient;
 pub use error::SandboxError;
 pub use runc::{RuncConfig, runc};
+pub use rund::{RundConfig, rund};
+
+/// A layer of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Layer {
+    /// What the agent's configuration calls it: where it is mounted.
+    pub path: PathBuf,
+    /// Its EROFS image on this host.
+    pub image: PathBuf,
+}
+
+/// The network of an instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// A namespace that is set up already, with an interface `eth0`.
+    pub netns: PathBuf,
+    /// What that interface has, and what is at its other end.
+    pub address: Ipv4Addr,
+    pub mac: [u8; 6],
+    pub gateway: Ipv4Addr,
+    pub gateway_mac: [u8; 6],
+}
 
 /// What a class needs to make a sandbox.
 #[derive(Debug, Clone)]
@@ -25,10 +49,23 @@ pub struct CreateRequest {
     pub instance: InstanceId,
     /// The instance's directory, mode 0700, with `agent.json` in place. The caller makes and removes it.
     pub dir: PathBuf,
-    /// A network namespace that is set up already; without one the containers have loopback only.
-    pub netns: Option<PathBuf>,
+    /// Without one the containers have loopback only.
+    pub network: Option<Network>,
+    /// The layers that the configuration names.
+    pub layers: Vec<Layer>,
+    /// Bytes that the containers may write to the disk; as many as there are, where nothing is said.
+    pub disk_bytes: Option<u64>,
     /// What `agent.json` says.
     pub config: AgentConfig,
+}
+
+/// Why a sandbox ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loss {
+    /// `MachineHung MachineOutOfMemory MachineCrashed MachineKilled MachineLost`
+    pub reason: &'static str,
+    /// After "the virtual machine of instance I ".
+    pub message: String,
 }
 
 /// A way of isolating an instance.
@@ -43,11 +80,27 @@ pub trait SandboxClass: Send + Sync {
     /// The word users choose it by.
     fn name(&self) -> &'static str;
 
+    /// Why it makes no sandboxes on this host. Those of before it finds and ends all the same.
+    fn missing(&self) -> Option<String> {
+        None
+    }
+
+    /// Where a sandbox with a kernel of its own mounts layers, each by its name, and its disk. `None`: it runs on this host's kernel,
+    /// and the caller has mounted both.
+    fn mounts_itself(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Makes the sandbox; returns when its agent answers. The containers start by themselves. On an error nothing is left.
     async fn create(&self, request: CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError>;
 
     /// Takes over what an earlier daemon made. `None`: its agent is gone; `dir/state.json` holds the last truth.
     async fn adopt(&self, instance: &InstanceId, dir: &Path) -> Result<Option<Arc<dyn Sandbox>>, SandboxError>;
+
+    /// Why a sandbox whose agent is gone ended, as far as that can be seen before it is destroyed.
+    fn loss(&self, _instance: &InstanceId, _dir: &Path) -> Option<Loss> {
+        None
+    }
 
     /// Kills every process and takes away what the class made outside `dir`. Idempotent; also for half-made sandboxes.
     async fn destroy(&self, instance: &InstanceId, dir: &Path) -> Result<(), SandboxError>;
@@ -62,9 +115,19 @@ pub trait Sandbox: Send + Sync {
     /// Resolves when the agent is gone.
     async fn exited(&self);
 
-    /// Makes further layers, mounted on this host, known to the agent under the same paths. Those it knows already stay.
-    async fn provide(&self, _layers: Vec<PathBuf>) -> Result<(), SandboxError> {
+    /// Makes further layers known to the agent. Those it knows already stay.
+    async fn provide(&self, _layers: Vec<Layer>) -> Result<(), SandboxError> {
         Ok(())
+    }
+
+    /// What did not go as it should when it was made, for who looks at its events.
+    fn remark(&self) -> Option<String> {
+        None
+    }
+
+    /// What took how long when it was made, in microseconds, in the order of doing.
+    fn phases(&self) -> Vec<(String, u64)> {
+        Vec::new()
     }
 
     /// The agent's process on this host, where it has one.

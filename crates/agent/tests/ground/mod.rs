@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use joey_sandbox::conformance::Bench;
-use joey_sandbox::{RuncConfig, runc};
+use joey_sandbox::{Layer, RuncConfig, runc};
 
 /// A bench that removes its directory and cgroup root at the end.
 pub struct Ground(pub Bench);
@@ -47,7 +47,17 @@ fn end_all(place: &Path) -> bool {
     std::fs::remove_dir(place).is_ok()
 }
 
-pub fn ground(name: &str) -> Option<Ground> {
+/// What both kinds of ground are made of.
+pub struct Stuff {
+    pub dir: PathBuf,
+    /// A root, and another folder that is to come upon it.
+    pub layer: PathBuf,
+    pub further: PathBuf,
+    pub cgroup_root: String,
+    pub agent_binary: PathBuf,
+}
+
+pub fn stuff(name: &str) -> Option<Stuff> {
     // SAFETY: takes nothing and cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
     let Some(busybox) = ["/bin/busybox", "/usr/bin/busybox"].iter().find(|path| Path::new(path).exists()) else {
@@ -67,7 +77,7 @@ pub fn ground(name: &str) -> Option<Ground> {
     std::fs::copy(busybox, layer.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "sleep", "cat", "ls", "mount", "id", "hostname", "grep", "mknod", "seq", "stty", "ps", "dd", "chmod",
-        "touch", "readlink", "ln", "stat", "rm", "mkdir",
+        "touch", "readlink", "ln", "stat", "rm", "mkdir", "cmp", "tty", "nc", "uname", "md5sum", "date",
     ] {
         std::os::unix::fs::symlink("busybox", layer.join("bin").join(applet)).unwrap();
     }
@@ -77,8 +87,17 @@ pub fn ground(name: &str) -> Option<Ground> {
     std::fs::set_permissions(layer.join("bin/garbage"), std::fs::Permissions::from_mode(0o755)).unwrap();
     let cgroup_root = format!("/{unique}");
     let agent_binary = PathBuf::from(env!("CARGO_BIN_EXE_joey-agent"));
+    let further = dir.join("further");
+    std::fs::create_dir_all(&further).unwrap();
+    std::fs::write(further.join("further"), "further\n").unwrap();
+    Some(Stuff { dir, layer, further, cgroup_root, agent_binary })
+}
+
+pub fn ground(name: &str) -> Option<Ground> {
+    let Stuff { dir, layer, further, cgroup_root, agent_binary } = stuff(name)?;
     let class = runc(RuncConfig { agent_binary, cgroup_root: cgroup_root.clone() });
-    Some(Ground(Bench { class, dir, layers: vec![layer], cgroup_root }))
+    let folder = |folder: PathBuf| vec![Layer { image: folder.clone(), path: folder }];
+    Some(Ground(Bench { class, dir, layers: folder(layer), further: folder(further), cgroup_root }))
 }
 
 /// A debugger as the kernel sees one: it traces a process until it is dropped.

@@ -1,8 +1,6 @@
 //! Class `runc`: the agent is a process on the host, and containers are namespaces and cgroups below it.
 
-mod cgroup;
 mod layers;
-mod process;
 mod program;
 
 use std::fs::OpenOptions;
@@ -21,8 +19,8 @@ use joey_rpc::Client;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
-use crate::{AgentClient, CreateRequest, Sandbox, SandboxClass, SandboxError};
-use process::Process;
+use crate::{AgentClient, CreateRequest, Layer, Sandbox, SandboxClass, SandboxError};
+use joey_process::{Process, cgroup};
 
 /// How long an agent may take until it answers. It takes milliseconds; this bounds a host in trouble.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -69,11 +67,11 @@ impl Sandbox for RuncSandbox {
         let _ = self.gone.clone().wait_for(|gone| *gone).await;
     }
 
-    async fn provide(&self, layers: Vec<PathBuf>) -> Result<(), SandboxError> {
+    async fn provide(&self, layers: Vec<Layer>) -> Result<(), SandboxError> {
         let (pid, gone) = (self.pid, self.gone.clone());
         let shown = tokio::task::spawn_blocking(move || match *gone.borrow() {
             true => Err(io::ErrorKind::NotFound.into()),
-            false => layers::show(pid, layers),
+            false => layers::show(pid, layers.into_iter().map(|layer| layer.path).collect()),
         });
         let operation = "show further layers to the agent";
         let failed = |source| SandboxError::Host { instance: self.instance.clone(), operation, source };
@@ -187,8 +185,8 @@ impl Runc {
         let mut command = Command::new(self.program()?);
         command.arg0("joey-agent");
         command.arg("--dir").arg(&request.dir);
-        if let Some(netns) = &request.netns {
-            command.arg("--netns").arg(netns);
+        if let Some(network) = &request.network {
+            command.arg("--netns").arg(&network.netns);
         }
         if let Some(step) = checkpoint::armed_in_agents() {
             command.arg("--crash-at").arg(step);

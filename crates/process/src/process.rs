@@ -7,15 +7,24 @@ use std::path::Path;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this code.
+    Exited(i32),
+    /// By this signal.
+    Killed(i32),
+}
+
 /// A process that was alive when it was opened.
-pub(super) struct Process {
+pub struct Process {
     pid: u32,
     fd: AsyncFd<OwnedFd>,
 }
 
 impl Process {
     /// Opens the process that now has this pid.
-    pub(super) fn open(pid: u32) -> io::Result<Self> {
+    pub fn open(pid: u32) -> io::Result<Self> {
         let pid_argument = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
         // SAFETY: pidfd_open takes two integers and gives a new descriptor or -1.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid_argument, 0) };
@@ -30,7 +39,7 @@ impl Process {
     }
 
     /// The process recorded in the file as `PID START`; `None` when there is no record or the process is gone.
-    pub(super) fn recorded(path: &Path) -> io::Result<Option<Self>> {
+    pub fn recorded(path: &Path) -> io::Result<Option<Self>> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -49,12 +58,12 @@ impl Process {
         Ok(matches!(stat(pid), Some((now, state)) if now == start && state != 'Z').then_some(process))
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.pid
     }
 
     /// SIGKILL; a process that has ended already is no error.
-    pub(super) fn kill(&self) {
+    pub fn kill(&self) {
         // SAFETY: the descriptor is open; no siginfo is passed.
         unsafe {
             libc::syscall(
@@ -68,17 +77,24 @@ impl Process {
     }
 
     /// Takes the end of a process that has ended, where it is a child of this one; elsewhere somebody else does.
-    pub(super) fn reap(&self) {
+    pub fn reap(&self) -> Option<Ended> {
         // SAFETY: the descriptor is open, and the zeroed structure lives through the call, which fills it.
         unsafe {
             let mut end: libc::siginfo_t = std::mem::zeroed();
             let fd = self.fd.get_ref().as_raw_fd() as libc::id_t;
-            libc::waitid(libc::P_PIDFD, fd, &mut end, libc::WEXITED | libc::WNOHANG);
+            let taken = libc::waitid(libc::P_PIDFD, fd, &mut end, libc::WEXITED | libc::WNOHANG);
+            if taken != 0 || end.si_pid() == 0 {
+                return None;
+            }
+            match end.si_code {
+                libc::CLD_EXITED => Some(Ended::Exited(end.si_status())),
+                _ => Some(Ended::Killed(end.si_status())),
+            }
         }
     }
 
     /// Resolves when the process has ended (it may still be a zombie).
-    pub(super) async fn ended(&self) {
+    pub async fn ended(&self) {
         // An error would be the reactor's end, together with the runtime's.
         let _ = self.fd.readable().await;
     }

@@ -375,9 +375,9 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<RawFd>) -> io::Resu
     }
 }
 
-/// Receives a message of at most 4 KiB, with a descriptor where one came along. Nothing at the end.
-pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
-    let mut bytes = vec![0u8; 4096];
+/// Receives a message of at most `longest` bytes, with a descriptor where one came along. Nothing at the end.
+pub fn receive(socket: BorrowedFd<'_>, longest: usize) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
+    let mut bytes = vec![0u8; longest];
     let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let mut control = [0u64; 4];
     // SAFETY: all parts live through the call; a descriptor that arrives is new and belongs to nobody else.

@@ -5,12 +5,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::process::Process;
+use crate::process::Process;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// Kills every process in the cgroup and below until none is left. The caller sets the bound.
-pub(super) async fn kill_all(name: &str) -> io::Result<()> {
+pub async fn kill_all(name: &str) -> io::Result<()> {
     let places = places(name);
     for place in &places {
         // v2 kills a whole tree at once; elsewhere the file does not exist.
@@ -34,8 +34,17 @@ pub(super) async fn kill_all(name: &str) -> io::Result<()> {
     }
 }
 
+/// How many processes in the cgroup the kernel killed for want of memory.
+pub fn oom_kills(name: &str) -> u64 {
+    // Version 2 counts what is below too, and version 1 has another file.
+    let files = ["memory.events", "memory.oom_control"];
+    let count = |text: String| text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
+    let texts = places(name).into_iter().flat_map(|place| files.map(|file| std::fs::read_to_string(place.join(file))));
+    texts.flatten().filter_map(count).max().unwrap_or(0)
+}
+
 /// Removes the cgroup and everything below it from every hierarchy; a cgroup that is not there is no error.
-pub(super) async fn remove(name: &str) -> io::Result<()> {
+pub async fn remove(name: &str) -> io::Result<()> {
     for place in places(name) {
         let mut tries = 0;
         while let Err(error) = remove_tree(&place) {

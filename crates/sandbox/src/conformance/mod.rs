@@ -2,6 +2,8 @@
 //!
 //! Scripts are arguments of `sh -c` and use nothing but `echo`, `sleep` and `exit`, which the fake understands too.
 
+mod whole;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +15,9 @@ use joey_api::instance::{ContainerState, ExecRequest, LogOptions, Resources, Ter
 use joey_api::lifecycle::{LastWords, Lifecycle, RestartOnResize, Role};
 use joey_model::InstanceId;
 
-use crate::{AgentClient, CreateRequest, Sandbox, SandboxClass};
+use crate::{AgentClient, CreateRequest, Layer, Sandbox, SandboxClass};
+
+pub use whole::whole;
 
 /// What a class's test supplies.
 pub struct Bench {
@@ -21,7 +25,9 @@ pub struct Bench {
     /// An empty directory for instances' directories.
     pub dir: PathBuf,
     /// Layers with `/bin/sh`, topmost first.
-    pub layers: Vec<PathBuf>,
+    pub layers: Vec<Layer>,
+    /// A layer that is not among them, with a file `/further` that says `further`; none for a class without processes.
+    pub further: Vec<Layer>,
     pub cgroup_root: String,
 }
 
@@ -60,7 +66,7 @@ impl Bench {
             log_max_bytes: 1 << 20,
             log_max_files: 3,
         };
-        CreateRequest { instance, dir, netns: None, config }
+        CreateRequest { instance, dir, network: None, layers: self.layers.clone(), disk_bytes: None, config }
     }
 
     /// Writes `agent.json` and creates the sandbox.
@@ -86,7 +92,7 @@ impl Bench {
 }
 
 /// A container that runs a script with the default capabilities.
-pub fn container(name: &str, script: &str, layers: &[PathBuf]) -> AgentContainer {
+pub fn container(name: &str, script: &str, layers: &[Layer]) -> AgentContainer {
     let capabilities = [
         "CHOWN",
         "DAC_OVERRIDE",
@@ -113,7 +119,7 @@ pub fn container(name: &str, script: &str, layers: &[PathBuf]) -> AgentContainer
         last_words: LastWords::default(),
         image: "bench".to_owned(),
         image_id: String::new(),
-        layers: layers.iter().map(|layer| layer.display().to_string()).collect(),
+        layers: layers.iter().map(|layer| layer.path.display().to_string()).collect(),
         args: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(),
         env: vec!["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()],
         working_dir: "/".to_owned(),
@@ -261,8 +267,13 @@ mod tests {
     #[tokio::test]
     async fn the_fake_conforms() {
         let dir = std::env::temp_dir().join(format!("joey-fake-{}", std::process::id()));
-        let bench =
-            Bench { class: crate::fake::fake(), dir: dir.clone(), layers: Vec::new(), cgroup_root: "/none".into() };
+        let bench = Bench {
+            class: crate::fake::fake(),
+            dir: dir.clone(),
+            layers: Vec::new(),
+            further: Vec::new(),
+            cgroup_root: "/none".into(),
+        };
         all(&bench).await;
         std::fs::remove_dir_all(dir).unwrap();
     }

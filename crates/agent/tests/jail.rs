@@ -1,0 +1,129 @@
+//! How a monitor comes by its machine's interface: the real jail, with a shell in the place of the monitor.
+
+use std::fs::{self, DirBuilder};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use joey_api::instance::Resources;
+use joey_api::vmm::{Bind, Interface, Jail};
+use joey_hypervisor::{Jailer, Started, Starter};
+
+const USER: u32 = 0x6a00_1234;
+const MAC: [u8; 6] = [2, 0, 10, 88, 0, 9];
+/// What it sees, and whether it can open the device that interfaces are named by.
+const LOOK: &str = "{ ls /sys/class/net 2>&- || cut -d: -f1 -s /proc/net/dev; ls -l /proc/self/fd/10 2>&-; \
+                    (exec 3<>/dev/net/tun) 2>&- && echo opens; } > /run/seen.new; mv /run/seen.new /run/seen; \
+                    while :; do sleep 1000; done";
+
+/// A network namespace with an interface named as a Pod's, and a directory.
+struct Ground {
+    name: String,
+    dir: PathBuf,
+}
+
+impl Ground {
+    /// `None`: it cannot be had here.
+    fn new(name: &str) -> Option<Self> {
+        let name = format!("joey-jail-{}-{name}", std::process::id());
+        let ran = |words: &str| Command::new("ip").args(words.split(' ')).status().is_ok_and(|status| status.success());
+        // SAFETY: takes nothing and cannot fail.
+        let root = unsafe { libc::geteuid() } == 0;
+        let made = root && ran(&format!("netns add {name}"));
+        if !made || !ran(&format!("-n {name} link add eth0 type veth peer name outside")) {
+            let _ = made && ran(&format!("netns del {name}"));
+            eprintln!("SKIPPED: needs root, the command ip, and network namespaces");
+            return None;
+        }
+        let dir = std::env::temp_dir().join(&name);
+        DirBuilder::new().mode(0o755).create(&dir).unwrap();
+        fs::create_dir(dir.join("run")).unwrap();
+        chown(dir.join("run"), Some(USER), Some(USER)).unwrap();
+        Some(Self { name, dir })
+    }
+
+    /// Starts the shell, and reads what it saw.
+    async fn look(&self, interface: Interface, has_netns: bool) -> (Started, String) {
+        let _ = fs::remove_file(self.dir.join("run/seen"));
+        let jail = Jail {
+            title: "sh".to_owned(),
+            record: self.dir.join("pid"),
+            cgroup: format!("/{}", self.name),
+            limits: Resources::default(),
+            user: USER,
+            netns: has_netns.then(|| Path::new("/run/netns").join(&self.name)),
+            mac: has_netns.then_some(MAC),
+            interface,
+            files: vec![Bind { from: self.dir.join("run"), to: PathBuf::from("/run"), writable: true }],
+            kvm: false,
+            shared_memory: false,
+            longest_file: 1 << 20,
+            program: PathBuf::from("/bin/sh"),
+            args: vec!["-c".to_owned(), LOOK.to_owned()],
+        };
+        let jailer = Jailer { program: PathBuf::from(env!("CARGO_BIN_EXE_joey-agent")) };
+        let started = jailer.start(&jail, &[], &self.dir.join("errors")).await.unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Ok(seen) = fs::read_to_string(self.dir.join("run/seen")) {
+                return (started, seen);
+            }
+            let errors = fs::read_to_string(self.dir.join("errors")).unwrap_or_default();
+            assert!(Instant::now() < until, "it sees nothing: {errors}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+async fn end(ground: &Ground, started: &Started) {
+    let name = format!("/{}", ground.name);
+    started.process.kill();
+    tokio::time::timeout(Duration::from_secs(20), started.process.ended()).await.expect("it ends");
+    started.process.reap();
+    joey_process::cgroup::kill_all(&name).await.unwrap();
+    joey_process::cgroup::remove(&name).await.unwrap();
+}
+
+/// Names of interfaces among what was seen.
+fn interfaces(seen: &str) -> Vec<&str> {
+    let mut names: Vec<&str> =
+        seen.lines().map(str::trim).filter(|name| ["eth0", "joey", "tap"].contains(name)).collect();
+    names.sort_unstable();
+    names
+}
+
+#[tokio::test]
+async fn the_interface_is_a_descriptor_comes_back_or_has_a_name() {
+    let Some(ground) = Ground::new("interface") else { return };
+    let (started, seen) = ground.look(Interface::Descriptor, true).await;
+    assert!(seen.contains("/dev/net/tun") && started.tap.is_none(), "{seen}");
+    assert!(interfaces(&seen).is_empty() && !seen.contains("opens"), "{seen}");
+    end(&ground, &started).await;
+
+    let (started, seen) = ground.look(Interface::Returned, true).await;
+    let tap = started.tap.as_ref().expect("it came back");
+    let link = fs::read_link(format!("/proc/self/fd/{}", tap.as_raw_fd())).unwrap();
+    assert!(link.ends_with("net/tun") && !seen.contains("net/tun") && interfaces(&seen).is_empty(), "{seen}");
+    end(&ground, &started).await;
+    drop(started);
+
+    // Twice, as a machine that is booted after a copy of it failed.
+    for _ in 0..2 {
+        let (started, seen) = ground.look(Interface::Named, true).await;
+        assert!(interfaces(&seen) == ["eth0", "joey", "tap"] && seen.contains("opens"), "{seen}");
+        assert!(!seen.contains("/dev/net/tun") && started.tap.is_none(), "{seen}");
+        end(&ground, &started).await;
+    }
+    let (started, seen) = ground.look(Interface::Named, false).await;
+    assert!(interfaces(&seen) == ["tap"] && seen.contains("opens"), "{seen}");
+    end(&ground, &started).await;
+}

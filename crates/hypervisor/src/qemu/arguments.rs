@@ -1,0 +1,111 @@
+//! The command line of a machine's monitor: what is inside the jail under which name, and which devices there are.
+
+use joey_api::vmm::{SENT, TAP};
+use serde_json::json;
+
+use super::Qemu;
+use crate::{Acceleration, Machine};
+
+/// Changes with what is below, so that templates of another form are not taken.
+pub(super) const FORM: &str = "2";
+/// Places in the jail.
+pub(super) const KERNEL: &str = "/boot/kernel";
+pub(super) const INITRAMFS: &str = "/boot/initramfs";
+pub(super) const DISK: &str = "/disk";
+pub(super) const DESCRIPTOR: &str = "/layers/disk";
+/// Slots of a machine: its own disk, and three for layers.
+pub(super) const SLOTS: u32 = 4;
+/// Descriptors, in the order of their sending.
+const QMP: i32 = SENT;
+const PORT: i32 = SENT + 1;
+const MEMORY: i32 = SENT + 2;
+pub(super) const STATE: i32 = SENT + 3;
+/// MiB for translated instructions: what a Pod's programs are at one time, beside the kernel's.
+const TRANSLATED: u32 = 32;
+/// Bytes of the console that are kept for who looks for what went wrong.
+const CONSOLE: u32 = 16 << 10;
+
+/// The place of a layer.
+pub(super) fn layer(number: usize) -> String {
+    format!("/layers/{number}")
+}
+
+/// The monitor's arguments for a machine.
+pub(super) fn of(qemu: &Qemu, machine: &Machine) -> Vec<String> {
+    let mut args: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| args.extend(words.iter().map(|word| (*word).to_owned()));
+    let (size, copy) = (machine.shape.memory_bytes, machine.template.is_some());
+    add(&["-name", &machine.name, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
+    add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    add(&["-M", "microvm,memory-backend=memory,ioapic2=on,x-option-roms=off"]);
+    match qemu.acceleration {
+        Acceleration::Kvm => add(&["-accel", "kvm", "-cpu", "host,migratable=on,+invtsc"]),
+        Acceleration::Emulated => {
+            let threads = if machine.shape.cpus > 1 { "multi" } else { "single" };
+            // The level that distributions are built for (x86-64-v2), and a timer that does not end a sleep of the processor.
+            let cpu = "qemu64,+arat,+cx16,+lahf-lm,+popcnt,+sse4.1,+sse4.2,+ssse3";
+            add(&["-accel", &format!("tcg,thread={threads},tb-size={TRANSLATED}"), "-cpu", cpu]);
+        }
+    }
+    add(&["-smp", &machine.shape.cpus.to_string(), "-m", &format!("{}k", size >> 10)]);
+    // What one that is to be a template writes is what its copies begin with.
+    let share = if machine.disk.is_none() { "on" } else { "off" };
+    let memory = format!("memory-backend-file,id=memory,size={size},mem-path=/proc/self/fd/{MEMORY},share={share}");
+    add(&["-object", &memory]);
+    if copy {
+        add(&["-incoming", "defer"]);
+    } else {
+        add(&["-kernel", KERNEL, "-initrd", INITRAMFS, "-append", &command_line(qemu)]);
+    }
+    add(&["-chardev", &format!("socket,id=qmp,fd={QMP},server=on,wait=off"), "-mon", "chardev=qmp,mode=control"]);
+    add(&["-chardev", &format!("ringbuf,id=console,size={CONSOLE}"), "-serial", "chardev:console"]);
+    add(&["-device", "virtio-serial-device,max_ports=2"]);
+    add(&["-chardev", &format!("socket,id=port,fd={PORT},server=on,wait=off")]);
+    add(&["-device", &format!("virtserialport,nr=1,chardev=port,name={}", joey_api::guest::PORT)]);
+    for slot in 0..SLOTS {
+        for node in nodes(machine, slot) {
+            add(&["-blockdev", &node.to_string()]);
+        }
+        // What is given back to the file is nothing: it ends with the machine.
+        add(&["-device", &format!("virtio-blk-device,id=disk{slot},drive=slot{slot},discard=off,write-zeroes=off")]);
+    }
+    // The guest sets its own; copies have the template's until then.
+    let [a, b, c, d, e, f] = machine.network.as_ref().map_or([2, 0, 0, 0, 0, 1], |network| network.mac);
+    let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    add(&["-netdev", &format!("tap,id=net,fd={TAP}"), "-device", &format!("virtio-net-device,netdev=net,mac={mac}")]);
+    add(&["-device", "virtio-balloon-device,id=balloon,free-page-reporting=on,deflate-on-oom=on"]);
+    args
+}
+
+/// The nodes of a slot: what is in it, and on top the one that the device keeps.
+fn nodes(machine: &Machine, slot: u32) -> Vec<serde_json::Value> {
+    let below = format!("in{slot}");
+    let contents = match slot {
+        0 if machine.disk.is_some() => {
+            json!({ "driver": "file", "node-name": below, "filename": DISK, "discard": "ignore" })
+        }
+        1 if !machine.layers.is_empty() => {
+            let descriptor = json!({ "driver": "file", "filename": DESCRIPTOR, "read-only": true });
+            json!({ "driver": "vmdk", "node-name": below, "read-only": true, "file": descriptor })
+        }
+        _ => {
+            json!({ "driver": "null-co", "node-name": below, "size": 512, "read-zeroes": true, "read-only": slot > 0 })
+        }
+    };
+    vec![contents, slot_node(slot, &below)]
+}
+
+/// The node of a slot with this one below it.
+pub(super) fn slot_node(slot: u32, below: &str) -> serde_json::Value {
+    json!({ "driver": "raw", "node-name": format!("slot{slot}"), "read-only": slot > 0, "file": below })
+}
+
+/// The kernel's. What is said of the time is for machines that have no other clock to compare with; a machine that cannot go on ends.
+fn command_line(qemu: &Qemu) -> String {
+    let mut line =
+        "quiet console=ttyS0 rdinit=/init panic=-1 reboot=t random.trust_cpu=on cryptomgr.notests".to_owned();
+    if qemu.acceleration == Acceleration::Emulated {
+        line.push_str(&format!(" tsc_early_khz={} tsc=reliable no_timer_check", qemu.tsc_khz));
+    }
+    line
+}

@@ -1,0 +1,227 @@
+//! A machine of QEMU's that runs: its monitor's process, and the talk with it.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use joey_process::{Ended, Process};
+use joey_rpc::client::Io;
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, watch};
+
+use super::{LIMIT, arguments, port_of, qmp_of};
+use crate::jail::errors_of;
+use crate::qmp::Qmp;
+use crate::{HypervisorError, Vm, jail, layout};
+
+/// Between two looks at what takes milliseconds.
+const LOOK: Duration = Duration::from_millis(1);
+/// How long a monitor may take for an answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+pub(super) struct QemuVm {
+    name: String,
+    dir: PathBuf,
+    pid: u32,
+    process: std::sync::Arc<Process>,
+    gone: watch::Receiver<Option<Option<Ended>>>,
+    /// The talk with the monitor, begun when it is first needed and again when it broke off.
+    qmp: Mutex<Option<Qmp>>,
+    /// The memory of one that booted.
+    memory: Option<OwnedFd>,
+}
+
+impl QemuVm {
+    /// Watches the process until it has ended, and reaps it where it is this process's child.
+    pub(super) fn new(name: String, dir: PathBuf, process: Process, memory: Option<OwnedFd>) -> Self {
+        let (gone, seen) = watch::channel(None);
+        let process = std::sync::Arc::new(process);
+        let watched = process.clone();
+        tokio::spawn(async move {
+            watched.ended().await;
+            gone.send_replace(Some(watched.reap()));
+        });
+        Self { name, dir, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory }
+    }
+
+    fn failed(&self, operation: &'static str) -> impl Fn(io::Error) -> HypervisorError + '_ {
+        move |error| {
+            // Its own words say more than that it is gone.
+            let message = match self.gone.borrow().is_some() {
+                true => jail::last_words(&errors_of(&self.dir)),
+                false => error.to_string(),
+            };
+            HypervisorError::Monitor { machine: self.name.clone(), operation, message }
+        }
+    }
+
+    /// Asks the monitor; an answer that does not come is the monitor's failure.
+    async fn ask(&self, operation: &'static str, command: &str, arguments: Value) -> Result<Value, HypervisorError> {
+        self.ask_with(operation, command, arguments, None).await
+    }
+
+    async fn ask_with(
+        &self,
+        operation: &'static str,
+        command: &str,
+        arguments: Value,
+        descriptor: Option<&OwnedFd>,
+    ) -> Result<Value, HypervisorError> {
+        let mut slot = self.qmp.lock().await;
+        // Taken out: what is broken off in the middle is not gone on with.
+        let taken = slot.take();
+        let asked = async {
+            let mut qmp = match taken {
+                Some(qmp) => qmp,
+                None => Qmp::connect(&qmp_of(&self.dir)).await?,
+            };
+            let answer = qmp.ask_with(command, arguments, descriptor.map(AsFd::as_fd)).await;
+            Ok::<_, io::Error>((qmp, answer))
+        };
+        let mut gone = self.gone.clone();
+        let asked = tokio::select! {
+            asked = tokio::time::timeout(ANSWER, asked) => asked,
+            _ = gone.wait_for(Option::is_some) => Ok(Err(io::ErrorKind::BrokenPipe.into())),
+        };
+        match asked {
+            Ok(Ok((qmp, answer))) => {
+                *slot = Some(qmp);
+                answer.map_err(self.failed(operation))
+            }
+            Ok(Err(error)) => Err(self.failed(operation)(error)),
+            Err(_) => Err(HypervisorError::Silent { machine: self.name.clone() }),
+        }
+    }
+
+    /// Has a machine that was just started run.
+    pub(super) async fn begin(&self, copy: bool) -> Result<(), HypervisorError> {
+        if !copy {
+            return self.ask("start", "query-status", json!({})).await.map(drop);
+        }
+        self.share_memory().await?;
+        let uri = format!("fd:{}", arguments::STATE);
+        self.ask("copy the template", "migrate-incoming", json!({ "uri": uri })).await?;
+        let running = async {
+            loop {
+                let status = self.ask("copy the template", "query-status", json!({})).await?;
+                match status.get("status").and_then(Value::as_str) {
+                    Some("running") => return Ok(()),
+                    Some("inmigrate") => tokio::time::sleep(LOOK).await,
+                    // As the one that it is a copy of was when it was saved.
+                    Some("paused") => self.ask("copy the template", "cont", json!({})).await.map(drop)?,
+                    status => {
+                        let message = format!("the machine is {}", status.unwrap_or("in no state"));
+                        let (machine, operation) = (self.name.clone(), "copy the template");
+                        return Err(HypervisorError::Monitor { machine, operation, message });
+                    }
+                }
+            }
+        };
+        let silent = |_| HypervisorError::Silent { machine: self.name.clone() };
+        tokio::time::timeout(LIMIT, running).await.map_err(silent)?
+    }
+
+    /// The memory is not part of the state: it is there.
+    async fn share_memory(&self) -> Result<(), HypervisorError> {
+        let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+        self.ask("share the memory", "migrate-set-capabilities", capabilities).await.map(drop)
+    }
+
+    /// Gives the monitor a file that it cannot find by itself; what it is called there.
+    async fn give(&self, file: &Path) -> Result<String, HypervisorError> {
+        let operation = "insert a disk";
+        let host = |source| HypervisorError::Host { machine: self.name.clone(), operation, source };
+        let file = OwnedFd::from(File::open(file).map_err(host)?);
+        let answer = self.ask_with(operation, "add-fd", json!({}), Some(&file)).await?;
+        let number = answer.get("fdset-id").and_then(Value::as_i64).unwrap_or(-1);
+        Ok(format!("/dev/fdset/{number}"))
+    }
+
+    async fn state_into(&self, state: &OwnedFd) -> Result<(), HypervisorError> {
+        let operation = "save the template";
+        self.share_memory().await?;
+        self.ask(operation, "stop", json!({})).await?;
+        self.ask_with(operation, "getfd", json!({ "fdname": "state" }), Some(state)).await?;
+        self.ask(operation, "migrate", json!({ "uri": "fd:state" })).await?;
+        loop {
+            let told = self.ask(operation, "query-migrate", json!({})).await?;
+            match told.get("status").and_then(Value::as_str) {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => {
+                    let message = told.get("error-desc").and_then(Value::as_str).unwrap_or("it does not say why");
+                    let (machine, message) = (self.name.clone(), message.to_owned());
+                    return Err(HypervisorError::Monitor { machine, operation, message });
+                }
+                _ => tokio::time::sleep(LOOK).await,
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    async fn connect(&self) -> io::Result<Box<dyn Io>> {
+        let stream = joey_rpc::connect_unix(&port_of(&self.dir)).await?;
+        Ok(Box::new(joey_rpc::port::call(stream).await?))
+    }
+
+    async fn insert(&self, slot: u32, files: Vec<PathBuf>) -> Result<(), HypervisorError> {
+        let operation = "insert a disk";
+        let host = |source| HypervisorError::Host { machine: self.name.clone(), operation, source };
+        let parts = layout::parts(&files).map_err(host)?;
+        let mut names = Vec::new();
+        for file in &files {
+            names.push(self.give(file).await?);
+        }
+        let place = self.dir.join(format!("slot{slot}.vmdk"));
+        std::fs::write(&place, layout::descriptor(&parts, |number| names[number].clone())).map_err(host)?;
+        let descriptor = json!({ "driver": "file", "filename": self.give(&place).await?, "read-only": true });
+        let below = format!("layers{slot}");
+        let node = json!({ "driver": "vmdk", "node-name": below, "read-only": true, "file": descriptor });
+        self.ask(operation, "blockdev-add", node).await?;
+        let options = json!({ "options": [arguments::slot_node(slot, &below)] });
+        self.ask(operation, "blockdev-reopen", options).await.map(drop)
+    }
+
+    async fn answers(&self) -> Result<(), HypervisorError> {
+        self.ask("answer", "query-status", json!({})).await.map(drop)
+    }
+
+    async fn ended(&self) -> Option<Ended> {
+        // An error means that the watcher is gone, which it is only after it saw the end.
+        self.gone.clone().wait_for(Option::is_some).await.ok().and_then(|how| how.flatten())
+    }
+
+    fn kill(&self) {
+        self.process.kill();
+    }
+
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    async fn freeze(&self) -> Result<(OwnedFd, Vec<u8>), HypervisorError> {
+        let host =
+            |source| HypervisorError::Host { machine: self.name.clone(), operation: "save the template", source };
+        let memory = self.memory.as_ref().ok_or_else(|| host(io::Error::other("it is a copy itself")))?;
+        let memory = memory.try_clone().map_err(host)?;
+        let state = memory_file().map_err(host)?;
+        self.state_into(&state).await?;
+        let (mut file, mut bytes) = (File::from(state), Vec::new());
+        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(host)?;
+        Ok((memory, bytes))
+    }
+}
+
+fn memory_file() -> io::Result<OwnedFd> {
+    // SAFETY: a C string and flags; the descriptor is new and nobody else's.
+    unsafe {
+        match libc::memfd_create(c"joey-state".as_ptr(), libc::MFD_CLOEXEC) {
+            fd if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}

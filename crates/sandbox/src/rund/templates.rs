@@ -1,0 +1,160 @@
+//! Templates by the machines' shape: made in the background when a shape is asked for that has none, kept on the disk for the next
+//! daemon, and in memory for copies.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use joey_api::instance::Resources;
+use joey_hypervisor::{Boot, Hypervisor, Machine, Shape, Template};
+use joey_process::cgroup;
+
+use super::RundConfig;
+
+/// How long a machine may take to boot.
+const LIMIT: Duration = Duration::from_secs(60);
+
+pub(super) struct Templates {
+    hypervisor: Arc<dyn Hypervisor>,
+    cgroup_root: String,
+    dir: PathBuf,
+    known: Mutex<Known>,
+    /// Unfinished ones of an earlier daemon.
+    left: Mutex<Vec<String>>,
+    /// One is made at a time: it takes a processor.
+    making: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Known {
+    ready: HashMap<Shape, Arc<Template>>,
+    making: HashSet<Shape>,
+}
+
+impl Templates {
+    pub(super) fn open(config: &RundConfig) -> io::Result<Arc<Self>> {
+        let dir = config.dir.join("templates");
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        // What an earlier daemon was making when it ended.
+        let left = std::fs::read_dir(&dir)?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let left = left.filter(|name| name.starts_with(".template-")).collect();
+        Ok(Arc::new(Self {
+            left: Mutex::new(left),
+            hypervisor: config.hypervisor.clone(),
+            cgroup_root: config.cgroup_root.clone(),
+            dir,
+            known: Mutex::default(),
+            making: tokio::sync::Mutex::new(()),
+        }))
+    }
+
+    /// Ends what an earlier daemon was making.
+    pub(super) async fn clear_left(&self) -> Result<(), String> {
+        let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
+        for name in left {
+            let cgroup = format!("{}/{}", self.cgroup_root, name.trim_start_matches('.'));
+            self.clear(&self.dir.join(name), &cgroup).await?;
+        }
+        Ok(())
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The template of a shape; where there is none yet, one is on its way after this.
+    pub(super) fn get(self: &Arc<Self>, shape: Shape, boot: &Boot) -> Option<Arc<Template>> {
+        let mut known = self.known();
+        if let Some(template) = known.ready.get(&shape) {
+            return Some(template.clone());
+        }
+        if known.making.insert(shape) {
+            let (all, boot) = (self.clone(), boot.clone());
+            tokio::spawn(async move {
+                let made = all.find_or_make(shape, &boot).await;
+                let mut known = all.known();
+                known.making.remove(&shape);
+                match made {
+                    Ok(template) => {
+                        known.ready.insert(shape, Arc::new(template));
+                    }
+                    Err(error) => tracing::warn!(?shape, %error, "no template was made, machines are booted"),
+                }
+            });
+        }
+        None
+    }
+
+    /// Lets go of a template that no copy could be made of: another one is made when it is asked for.
+    pub(super) fn forget(&self, shape: Shape) {
+        self.known().ready.remove(&shape);
+        let _ = joey_hypervisor::remove_template(&self.place(shape));
+    }
+
+    fn place(&self, shape: Shape) -> PathBuf {
+        self.dir.join(format!("{}x{}M", shape.cpus, shape.memory_bytes >> 20))
+    }
+
+    async fn find_or_make(&self, shape: Shape, boot: &Boot) -> Result<Template, String> {
+        let _turn = self.making.lock().await;
+        let (place, key) = (self.place(shape), format!("{} {}", self.hypervisor.version(), boot.id));
+        let (stored, wanted) = (place.clone(), key.clone());
+        let found = tokio::task::spawn_blocking(move || Template::load(&stored, &wanted)).await;
+        if let Ok(Ok(Some(template))) = found {
+            return Ok(template);
+        }
+        let template = self.make(shape, boot).await?;
+        // What is not kept is made again by the next daemon.
+        let template = tokio::task::spawn_blocking(move || {
+            if let Err(error) = template.store(&place, &key) {
+                tracing::warn!(%error, "a template is not kept");
+                let _ = joey_hypervisor::remove_template(&place);
+            }
+            template
+        });
+        template.await.map_err(|error| error.to_string())
+    }
+
+    async fn make(&self, shape: Shape, boot: &Boot) -> Result<Template, String> {
+        let name = format!("template-{}x{}M", shape.cpus, shape.memory_bytes >> 20);
+        let dir = self.dir.join(format!(".{name}"));
+        let cgroup = format!("{}/{name}", self.cgroup_root);
+        self.clear(&dir, &cgroup).await?;
+        let made = async {
+            std::fs::DirBuilder::new().mode(0o700).create(&dir).map_err(|error| error.to_string())?;
+            let machine = Machine {
+                name: name.clone(),
+                dir: dir.clone(),
+                cgroup: cgroup.clone(),
+                limits: Resources::default(),
+                shape,
+                boot: boot.clone(),
+                template: None,
+                disk: None,
+                layers: BTreeMap::new(),
+                network: None,
+            };
+            let vm = self.hypervisor.start(machine).await.map_err(|error| error.to_string())?;
+            // It answers when it has booted; nobody is connected when it is saved.
+            match tokio::time::timeout(LIMIT, vm.connect()).await.map(|connected| connected.map(drop)) {
+                Ok(Ok(())) => self.hypervisor.save(vm).await.map_err(|error| error.to_string()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err("the machine does not boot".to_owned()),
+            }
+        };
+        let made = made.await;
+        self.clear(&dir, &cgroup).await?;
+        made
+    }
+
+    /// Ends what an attempt left.
+    async fn clear(&self, dir: &Path, cgroup: &str) -> Result<(), String> {
+        let failed = |error: io::Error| error.to_string();
+        cgroup::kill_all(cgroup).await.map_err(failed)?;
+        cgroup::remove(cgroup).await.map_err(failed)?;
+        joey_hypervisor::remove_template(dir).map_err(failed)
+    }
+}

@@ -17,9 +17,9 @@ impl Drop for Ground {
         let name = self.0.cgroup_root.trim_start_matches('/').to_owned();
         for controller in ["memory", "cpu", "cpuacct", "pids", ""] {
             let root = Path::new("/sys/fs/cgroup").join(controller).join(&name);
-            // Tests leave nothing, which they look at themselves; one that panics leaves all.
+            // Tests leave nothing, which they look at themselves; one that panics leaves all, and a template may be in the making.
             for _ in 0..200 {
-                if !std::thread::panicking() || end_all(&root) {
+                if end_all(&root) {
                     break;
                 }
                 std::thread::sleep(std::time::Duration::from_millis(5));

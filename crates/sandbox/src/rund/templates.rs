@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_api::instance::Resources;
-use joey_hypervisor::{Boot, Hypervisor, Machine, Shape, Template};
+use joey_hypervisor::{Boot, Hypervisor, Machine, Shape, Template, Vm};
 use joey_process::cgroup;
 
 use super::RundConfig;
@@ -26,6 +26,15 @@ pub(super) struct Templates {
     left: Mutex<Vec<String>>,
     /// One is made at a time: it takes a processor.
     making: tokio::sync::Mutex<()>,
+}
+
+/// Ends a machine that is given up, also when this process ends in the middle.
+struct Ends(Arc<dyn Vm>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.kill();
+    }
 }
 
 #[derive(Default)]
@@ -138,6 +147,7 @@ impl Templates {
                 network: None,
             };
             let vm = self.hypervisor.start(machine).await.map_err(|error| error.to_string())?;
+            let _ends = Ends(vm.clone());
             // It answers when it has booted; nobody is connected when it is saved.
             match tokio::time::timeout(LIMIT, vm.connect()).await.map(|connected| connected.map(drop)) {
                 Ok(Ok(())) => self.hypervisor.save(vm).await.map_err(|error| error.to_string()),

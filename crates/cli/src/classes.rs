@@ -79,13 +79,14 @@ async fn kvm(qemu: &Qemu, boot: &Boot, settings: &HostSettings) -> bool {
     if let Some(answer) = said.strip_prefix(&key) {
         return answer.trim() == "works";
     }
-    let probe = dir.join("probe");
+    let (probe, cgroup) = (dir.join("probe"), format!("{}/probe", settings.place.cgroup_root()));
+    // One that was cut off may have left its machine.
+    let _ = joey_process::cgroup::kill_all(&cgroup).await;
     let made = std::fs::remove_dir_all(&probe).or_else(absent).and_then(|()| std::fs::create_dir_all(&probe));
     if let Err(error) = made {
         tracing::warn!(%error, "KVM cannot be tried");
         return false;
     }
-    let cgroup = format!("{}/probe", settings.place.cgroup_root());
     let works = qemu::kvm_works(qemu, boot, &probe, &cgroup).await;
     let _ = joey_process::cgroup::remove(&cgroup).await;
     let _ = std::fs::remove_dir_all(&probe);

@@ -99,10 +99,10 @@ impl HostRole {
             prepared: settings.prepared,
             run_dir: place.run_dir(),
         });
-        let (images, network) = tokio::join!(Images::open(config), network);
+        let (images, network, classes) = tokio::join!(Images::open(config), network, Classes::open(settings));
         let images = images.map_err(Fault::from)?;
         let network = Arc::new(network.map_err(Fault::from)?);
-        let classes = Classes::open(settings).await?;
+        let classes = classes?;
         let config = joey_instance::Config::new(place.file("instances"), &settings.host_name, place.cgroup_root());
         let carrier = Carrier::open(settings.configuration.logs.clone()).map_err(|error| {
             Failure::new(format!("logs cannot be carried: {error}")).with_hint("see what --config says of sinks")

@@ -53,12 +53,13 @@ impl Qemu {
     pub async fn open(program: PathBuf, starter: PathBuf, acceleration: Acceleration) -> io::Result<Self> {
         let mut command = tokio::process::Command::new(&program);
         command.arg("--version").env_clear().stdin(std::process::Stdio::null()).kill_on_drop(true);
-        let told = tokio::time::timeout(LIMIT, command.output()).await??;
+        let (told, tsc_khz) = tokio::join!(tokio::time::timeout(LIMIT, command.output()), clock::tsc_khz());
+        let told = told??;
         let version = String::from_utf8_lossy(&told.stdout).lines().next().unwrap_or_default().to_owned();
         if !told.status.success() || !version.starts_with("QEMU emulator version ") {
             return Err(io::Error::other(format!("{} is no QEMU: it says \"{version}\"", program.display())));
         }
-        Ok(Self { program, starter, acceleration, version, tsc_khz: clock::tsc_khz().await })
+        Ok(Self { program, starter, acceleration, version, tsc_khz })
     }
 
     /// One that starts nothing, for a host that has none: machines of before are found and ended all the same.

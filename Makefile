@@ -7,7 +7,7 @@ RELEASE  := target/release
 PACKAGES := mold gcc libc6-dev binutils nftables iproute2 e2fsprogs skopeo umoci curl ca-certificates
 export DATA
 
-.PHONY: help run down test bench crash test-kubernetes check build packages clean
+.PHONY: help run down test bench bench-classes crash test-kubernetes check build packages clean
 
 help: ## What can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,6 +26,9 @@ test-kubernetes: build ## Joey's virtual node on a real Kubernetes control plane
 
 bench: build ## Start times and memory, beside containerd with runc; results go to benches/results/
 	@scripts/bench.sh
+
+bench-classes: build ## Start times, first answers and memory of each sandbox class; results go to benches/results/
+	@scripts/bench-classes.sh
 
 crash: build ## Random rounds of killing joey and agents while Pods come and go: ROUNDS of them, 500 unless said
 	@scripts/crash.sh

@@ -11,7 +11,7 @@ skip() {
     exit 0
 }
 [ "$(uname -m)" = x86_64 ] || skip "class rund is for x86_64 so far"
-scripts/packages.sh qemu-system-x86 >&2 || skip "class rund needs QEMU, which cannot be installed"
+scripts/packages.sh qemu-system-x86 qemu-utils >&2 || skip "class rund needs QEMU, which cannot be installed"
 data=$PWD/.tools/machines
 mkdir -p "$data"
 package=$(find "$data/guests/packages" -name '*.deb' 2>/dev/null | sort | tail -n 1 || true)

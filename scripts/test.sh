@@ -7,7 +7,9 @@ export PATH="$PATH:$HOME/.cargo/bin"
 [ "$(id -u)" -eq 0 ] || { echo "error: the whole-system tests make sandboxes and so need root" >&2; exit 1; }
 scripts/packages.sh bsdutils procps openssl gdb tcpdump tshark busybox-static erofs-utils
 # For class rund; its tests say loudly that they were skipped where there is none.
-scripts/packages.sh qemu-system-x86 || true
+scripts/packages.sh qemu-system-x86 qemu-utils || true
+# The same for class gvisor.
+scripts/packages.sh runsc || true
 scripts/check.sh
 scripts/kubectl.sh >/dev/null
 scripts/debian-files.sh .tools/docker-registry docker-registry

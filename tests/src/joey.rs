@@ -194,6 +194,14 @@ impl Joey {
         run(&mut self.joey_command(arguments))
     }
 
+    /// Asks for another sandbox in the place of a Pod's; whether that was heard is seen by what follows.
+    pub fn renew(&self, pod: &str) {
+        let call = format!("http://localhost/v1/instances/{pod}.default/renew");
+        let socket = self.data().join("joey.sock");
+        let mut command = Command::new("curl");
+        run(command.args(["-s", "--max-time", "5", "-X", "POST", "--unix-socket"]).arg(socket).arg(call));
+    }
+
     /// The same with standard input.
     #[track_caller]
     pub fn joey_with_input(&self, arguments: &[&str], input: &[u8]) -> Outcome {

@@ -3,6 +3,7 @@
 //!
 //! Every fixture ends what it started, by process id, also when a test fails.
 
+pub mod arena;
 pub mod guest;
 pub mod host;
 pub mod image;
@@ -10,6 +11,7 @@ pub mod intake;
 pub mod joey;
 pub mod kafka;
 pub mod kubernetes;
+pub mod nfs;
 pub mod program;
 pub mod registry;
 pub mod served;

@@ -2,7 +2,8 @@
 
 use std::process::Command;
 
-use joey_tests::{Joey, Program, Registry, holds, programs, run, seconds, wait_until};
+use joey_tests::{Joey, Program, Registry, Settings, holds, programs, run, seconds, wait_until};
+use serde_json::{Value, json};
 
 fn joey(arguments: &[&str]) -> joey_tests::Outcome {
     run(Command::new(programs().join("joey")).args(arguments).env("NO_COLOR", "1"))
@@ -41,10 +42,35 @@ fn help_names_every_verb_and_every_verb_has_help() {
         assert!(help.contains(verb), "{verb} in {help}");
         assert!(joey(&[verb, "--help"]).ok().contains("Usage"), "{verb} --help");
     }
-    assert!(joey(&["version"]).ok().contains(env!("CARGO_PKG_VERSION")));
     for shell in ["bash", "zsh", "fish"] {
         assert!(joey(&["completion", shell]).ok().contains("joey"), "{shell}");
     }
+}
+
+#[test]
+fn the_version_tells_what_executes_machines() {
+    // Without a daemon it is told all the same, and machines are not guessed at.
+    let away = joey(&["version", "--data-dir", "/nonexistent/joey"]).ok();
+    assert!(away.contains(env!("CARGO_PKG_VERSION")), "{away}");
+    assert!(away.contains("virtual machines: not known: no joey answers at /nonexistent/joey"), "{away}");
+    let away: Value = joey(&["version", "--data-dir", "/nonexistent/joey", "-o", "json"]).json();
+    assert_eq!((&away["machines"]["known"], &away["version"]), (&json!(false), &json!(env!("CARGO_PKG_VERSION"))));
+    assert!(away["machines"]["emulated"].is_null() && away["machines"]["by"].is_null(), "{away}");
+    // One that has no guest says why it has no machines.
+    let running = Joey::start();
+    let told = running.joey(&["version"]).ok();
+    assert!(told.contains("virtual machines: none: ") && told.contains("joey guest build"), "{told}");
+    let told: Value = running.joey(&["version", "-o", "json"]).json();
+    assert!(told["machines"]["known"] == true && told["machines"]["by"].is_null(), "{told}");
+    drop(running);
+    // What has them says the same as the list of hosts, and loudly where nothing but software executes them.
+    let Some(running) = Joey::start_with_machines(Settings::default()) else { return };
+    let hosts: Value = running.joey(&["host", "ls", "-o", "json"]).json();
+    let told: Value = running.joey(&["version", "-o", "json"]).json();
+    assert_eq!(told["machines"]["by"], hosts[0]["machines"]);
+    let emulated = hosts[0]["machines"].as_str().expect("it has machines").contains("emulated");
+    assert_eq!(told["machines"]["emulated"], emulated, "{told}");
+    assert_eq!(running.joey(&["version"]).ok().contains("EMULATED"), emulated);
 }
 
 #[test]

@@ -145,7 +145,7 @@ fn libraries_do_not_read_flags_or_environment() {
 }
 
 /// What each crate may depend on, of ours. Dependencies point down only.
-const MAY_USE: [(&str, &[&str]); 29] = [
+const MAY_USE: [(&str, &[&str]); 31] = [
     ("model", &[]),
     ("api", &["model"]),
     ("rpc", &["model", "api"]),
@@ -158,14 +158,32 @@ const MAY_USE: [(&str, &[&str]); 29] = [
     ("network", &["model", "api"]),
     ("process", &[]),
     ("hypervisor", &["model", "api", "rpc", "disk", "process"]),
-    ("sandbox", &["model", "api", "rpc", "disk", "process", "hypervisor"]),
+    ("sandbox", &["model", "api", "rpc", "collect", "disk", "process", "hypervisor", "gvisor"]),
     ("collect", &["api"]),
     ("health", &["api"]),
     ("seccomp", &[]),
     ("kernel", &["api"]),
     ("jail", &["api", "kernel"]),
+    ("gvisor", &["api", "kernel"]),
+    ("archive", &[]),
     ("machine", &["api", "kernel"]),
-    ("agent", &["model", "api", "rpc", "collect", "diagnosis", "health", "jail", "kernel", "machine", "seccomp"]),
+    (
+        "agent",
+        &[
+            "model",
+            "api",
+            "rpc",
+            "archive",
+            "collect",
+            "diagnosis",
+            "gvisor",
+            "health",
+            "jail",
+            "kernel",
+            "machine",
+            "seccomp",
+        ],
+    ),
     ("hidecar", &["api", "collect"]),
     ("instance", &["model", "api", "rpc", "image", "network", "sandbox", "collect", "disk", "hidecar"]),
     ("pool", &["model", "api", "rpc", "store"]),

@@ -4,8 +4,10 @@
 use std::time::Instant;
 
 use joey_tests::host::{process_runs, process_start};
+use joey_tests::intake::Intake;
 use joey_tests::joey::{Settings, pod};
-use joey_tests::{Joey, Registry, holds, seconds, wait_until};
+use joey_tests::nfs::NfsServer;
+use joey_tests::{Joey, Registry, holds, run, seconds, wait_until};
 use serde_json::{Value, json};
 
 /// A Pod in a machine.
@@ -162,6 +164,127 @@ fn machines_outlive_the_daemon_and_are_adopted() {
 }
 
 #[test]
+fn logs_of_machines_reach_their_sink_and_crashes_leave_cores() {
+    let intake = Intake::start();
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let file = dir.path().join("joey.yaml");
+    let sinks = json!({"logs": {"default": "web"}, "sinks": {"web": {"http": {"url": intake.url()}}}});
+    std::fs::write(&file, sinks.to_string()).expect("a fresh folder is writable");
+    let arguments = ["--config", &file.display().to_string(), "--core-dumps", "8Mi"].map(str::to_owned).to_vec();
+    let registry = Registry::with_demo_image();
+    let Some(mut joey) = Joey::start_with_machines(Settings { arguments, ..Settings::default() }) else { return };
+    let script = "mkdir /log; i=0; while [ $i -lt 300 ]; do echo out $i; echo file $i >>/log/a; i=$((i+1)); sleep 0.02; done; \
+                  sleep 1000";
+    let mut object = machine("logs", &registry.demo(), &["sh", "-c", script]);
+    object["spec"]["containers"][0]["env"] =
+        json!([{"name": "aliyun_logs_out", "value": "stdout"}, {"name": "aliyun_logs_app", "value": "/log/*"}]);
+    joey.apply(&object);
+    joey.wait_for("logs", "Ready", seconds(90));
+    wait_until("the first lines come", seconds(30), || holds(intake.of("app").len() > 5, intake.records().len()));
+    joey.kill();
+    joey.up();
+    wait_until("all of it is written", seconds(60), || {
+        let log = joey.kubectl(&["logs", "logs", "--tail", "1"]).stdout;
+        holds(log.trim() == "out 299", log)
+    });
+    // A crash is seen by the machine's own kernel.
+    joey.joey(&["diagnose", "core", "enable", "logs.default"]).ok();
+    assert_ne!(joey.kubectl(&["exec", "logs", "--", "sh", "-c", "kill -SEGV $$"]).code, 0);
+    let core = run(joey.joey_command(&["diagnose", "core", "get", "logs.default"]).current_dir(joey.scratch())).ok();
+    assert!(core.starts_with("main.sh.") && core.contains(".SIGSEGV."), "{core}");
+    let bytes = std::fs::read(joey.scratch().join(core.trim())).expect("it was fetched");
+    assert!(bytes.starts_with(b"\x7fELF") && bytes[16..18] == [4, 0], "it is a core");
+    // The last words come, though the machine is gone a moment later.
+    joey.kubectl(&["exec", "logs", "--", "sh", "-c", "echo file 300 >>/log/a"]).ok();
+    joey.delete_pod("logs");
+    for (source, count) in [("app", 301), ("out", 300)] {
+        let number = |record: &Value| record["message"].as_str()?.rsplit(' ').next()?.parse::<u64>().ok();
+        let seen = || intake.of(source).iter().filter_map(number).collect::<Vec<_>>();
+        wait_until("the last line comes", seconds(30), || holds(seen().contains(&(count - 1)), seen().last().copied()));
+        let mut next = 0;
+        for number in seen() {
+            assert!(number <= next, "{source}: {number} came before {next}");
+            next = next.max(number + 1);
+        }
+        assert_eq!(next, count, "{source}");
+    }
+}
+
+/// A Pod in a machine with a volume of a server's.
+fn with_nfs(name: &str, image: &str, server: &str, path: &str, command: &[&str]) -> Value {
+    let mut object = machine(name, image, command);
+    object["spec"]["volumes"] = json!([{"name": "far", "nfs": {"server": server, "path": path}}]);
+    object["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "far", "mountPath": "/far"}]);
+    object
+}
+
+#[test]
+fn what_a_server_of_nfs_has_is_mounted_by_the_machine() {
+    let Some(mut server) = NfsServer::start() else { return };
+    let Some((registry, joey)) = start() else { return };
+    let (image, address) = (registry.demo(), server.address.to_string());
+    let told = |name: &str, words: &str| {
+        wait_until("it is told why", seconds(60), || {
+            let events = events(&joey, name);
+            holds(
+                events.contains("FailedMount") && events.contains("MountVolume.SetUp failed") && events.contains(words),
+                events,
+            )
+        });
+    };
+    std::fs::write(server.export().join("greeting"), "from far\n").expect("it is the test's");
+    let mut object = with_nfs("far", &image, &address, "/export", &["sh", "-c", "cat /far/greeting; sleep 1000"]);
+    let volumes = object["spec"]["volumes"].as_array_mut().expect("volumes");
+    volumes.push(json!({"name": "closed", "nfs": {"server": address, "path": "/export", "readOnly": true}}));
+    object["spec"]["containers"][0]["volumeMounts"].as_array_mut().expect("mounts").extend([
+        json!({"name": "closed", "mountPath": "/closed"}),
+        json!({"name": "far", "mountPath": "/part", "subPath": "made/part"}),
+    ]);
+    joey.apply(&object);
+    joey.wait_for("far", "Ready", seconds(90));
+    wait_until("it is read", seconds(20), || {
+        let log = joey.kubectl(&["logs", "far"]).ok();
+        holds(log == "from far\n", log)
+    });
+    let inside = |script: &str| joey.kubectl(&["exec", "far", "--", "sh", "-c", script]);
+    inside("echo back > /far/answer; echo part > /part/file").ok();
+    assert_eq!(std::fs::read_to_string(server.export().join("answer")).expect("it was written"), "back\n");
+    assert_eq!(std::fs::read_to_string(server.export().join("made/part/file")).expect("it was written"), "part\n");
+    assert_ne!(inside("echo more > /closed/more").code, 0, "it can only be read");
+    assert!(inside("grep /far /proc/mounts").ok().contains("vers=4.1"));
+    // What was written last reaches the server, and nothing of the machine stays there.
+    inside("dd if=/dev/zero of=/far/large bs=1M count=8").ok();
+    joey.delete_pod("far");
+    assert_eq!(std::fs::metadata(server.export().join("large")).expect("it was written").len(), 8 << 20);
+    wait_until("the server is let go of", seconds(10), || holds(server.connections() == 0, server.connections()));
+
+    // What is not there is told and tried again.
+    joey.apply(&with_nfs("later", &image, &address, "/export/later", &["sleep", "1000"]));
+    told("later", "the server has nothing of that name");
+    std::fs::create_dir(server.export().join("later")).expect("it is the test's");
+    joey.wait_for("later", "Ready", seconds(60));
+    joey.delete_pod("later");
+    server.end();
+    joey.apply(&with_nfs("gone", &image, &address, "/export", &["sleep", "1000"]));
+    told("gone", "refused");
+    joey.apply(&with_nfs("unknown", &image, "no-such-server.invalid", "/export", &["sleep", "1000"]));
+    told("unknown", "has no address");
+    // Whoever waits for a server can be deleted.
+    let begin = Instant::now();
+    ["gone", "unknown"].iter().for_each(|name| joey.delete_pod(name));
+    assert!(begin.elapsed() < seconds(20), "{:?}", begin.elapsed());
+
+    let mut object = with_nfs("shared", &image, &address, "/export", &["sleep", "1000"]);
+    object["spec"]["runtimeClassName"] = Value::Null;
+    joey.apply(&object);
+    wait_until("it is refused", seconds(20), || {
+        let status = joey.get("pod", "shared")["status"].clone();
+        let said = status["message"].as_str().is_some_and(|message| message.contains("runtimeClassName: rund"));
+        holds(status["phase"] == "Failed" && said, status)
+    });
+}
+
+#[test]
 fn what_runs_machines_is_told() {
     let Some((_registry, joey)) = start() else { return };
     let hosts: Value = joey.joey(&["host", "ls", "-o", "json"]).json();
@@ -172,4 +295,60 @@ fn what_runs_machines_is_told() {
     let joey = Joey::start();
     let refused = joey.joey(&["run", "--class", "rund", "--name", "none", "registry.example/none:1"]);
     assert!(refused.clone().fails(1).contains("joey guest build"), "{refused:?}");
+}
+
+/// Another agent for guests: the same with a byte more, which no loader looks at.
+fn other_agent(joey: &Joey) -> String {
+    let own = joey_tests::programs().join("joey-agent");
+    let place = joey.scratch().join("joey-agent");
+    let mut bytes = std::fs::read(own).expect("the agent");
+    bytes.push(0);
+    std::fs::write(&place, bytes).expect("another agent");
+    place.display().to_string()
+}
+
+#[test]
+fn a_new_guest_is_taken_up_pod_by_pod() {
+    let Some((registry, mut joey)) = start() else { return };
+    let serve = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
+    for (name, policy) in [("first", "Always"), ("second", "Always"), ("once", "OnFailure")] {
+        let mut object = machine(name, &registry.demo(), &serve);
+        object["spec"]["restartPolicy"] = json!(policy);
+        joey.apply(&object);
+    }
+    for name in ["first", "second", "once"] {
+        joey.wait_for(name, "Ready", seconds(90));
+    }
+    let guest = |joey: &Joey, name: &str| joey.instance_of(name)["status"]["guest"].clone();
+    let before = guest(&joey, "first");
+    assert!(before.is_string(), "{before}");
+    let package = std::fs::read_dir(joey.data().join("guests/packages")).expect("packages").flatten().next();
+    let package = package.expect("the kernel's package").path().display().to_string();
+    let agent = other_agent(&joey);
+    let upgrade = ["guest", "upgrade", "--package", &package, "--agent", &agent, "-o", "json"];
+    let none = joey.joey(&["guest", "upgrade", "--dry-run"]).ok();
+    assert!(none.contains("0 instances would begin anew"), "{none}");
+    let told: Value = joey.joey(&upgrade).json();
+    let (after, renewed) = (told["guest"]["id"].clone(), told["renewed"].as_array().expect("a list").clone());
+    assert_ne!(after, before);
+    assert_eq!((renewed.len(), told["left"][0]["name"].as_str()), (2, Some("once.default")), "{told}");
+    for (name, expected, restarts) in [("first", &after, 1), ("second", &after, 1), ("once", &before, 0)] {
+        assert_eq!(guest(&joey, name), *expected, "{name}");
+        let pod = joey.wait_for(name, "Ready", seconds(60));
+        assert_eq!(pod["status"]["containerStatuses"][0]["restartCount"], restarts, "{name}");
+    }
+    let again: Value = joey.joey(&upgrade).json();
+    assert_eq!(again["renewed"], json!([]), "it is done");
+    // A daemon that is killed in the middle goes on where it was.
+    joey.kill();
+    joey.crash_at(Some("instance-renewing"));
+    joey.up();
+    joey.renew("first");
+    wait_until("the daemon ends in the middle", seconds(20), || holds(joey.program().ended().is_some(), "it runs"));
+    joey.crash_at(None);
+    joey.up();
+    wait_until("the Pod runs anew", seconds(60), || {
+        let status = joey.get("pod", "first")["status"]["containerStatuses"][0].clone();
+        holds(status["restartCount"] == 2 && status["state"]["running"].is_object(), status)
+    });
 }

@@ -146,6 +146,7 @@ fn provoke(joey: &mut Joey, name: &str, object: &str) -> Option<String> {
                 holds(seen == value || joey.program().ended().is_some(), seen)
             });
         }
+        joey.renew(name);
         if joey.program().ended().is_none() {
             acknowledged = None;
             leaving = joey.kubectl(&["delete", &pod, "--grace-period=1", "--timeout=10s"]).code != 0;

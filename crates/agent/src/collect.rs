@@ -1,17 +1,22 @@
-//! The looking at a container's files while it runs, once in [`PAUSE`], and once more after its end. What may be looked at, and what
-//! becomes of it, is in `joey_collect`.
+//! The looking at a container's files while it runs, once in [`PAUSE`], and once more after its end; and what is collected, for a host that
+//! does not see it on its own disk. What may be looked at, and what becomes of it, is in `joey_collect`.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use joey_collect::Files;
+use http::Response;
+use joey_api::agent::{CollectedStream, Place};
+use joey_collect::{Files, Position, Segments};
+use joey_model::{ErrorKind, Fault};
+use joey_rpc::{Body, json_answer, parse_query, stream_answer};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::life::Life;
-use crate::supervisor::lock;
+use crate::supervisor::{Agent, lock};
 
 /// Between two looks: nothing that a container writes makes the agent work more often.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -94,4 +99,34 @@ impl Following {
             eprintln!("cannot collect what a container wrote last into its files: {error}");
         }
     }
+}
+
+/// Answers `GET /v1/collected`, or with a container and a source of its what follows a place.
+pub fn answer(agent: &Agent, stream: &[&str], query: &str) -> Result<Response<Body>, Fault> {
+    let failed = |error: io::Error| Fault::new(ErrorKind::Internal, "NotCollected", format!("segments: {error}"));
+    let containers: Vec<_> = agent.lives().iter().map(|life| life.container()).collect();
+    let streams = containers.iter().flat_map(|one| one.collected.streams().map(|source| (one.name.as_str(), source)));
+    match stream {
+        [] => Ok(json_answer(&ends(&agent.dir, streams).map_err(failed)?)),
+        [container, source] if streams.into_iter().any(|known| known == (*container, *source)) => {
+            let Place { bytes, lines } = parse_query(query)?;
+            let segments = Segments::of(&agent.dir, container, source);
+            segments.remove_before(bytes).map_err(failed)?;
+            let part = joey_collect::read(segments.dir(), Position { bytes, lines }).map_err(failed)?;
+            let begin = format!("{:x}.{:x}\n", part.begin.bytes, part.begin.lines);
+            Ok(stream_answer(futures::stream::iter([Ok(begin.into()), Ok(part.bytes.into())])))
+        }
+        _ => Err(Fault::new(ErrorKind::NotFound, "NotFound", "nothing of that name is collected")),
+    }
+}
+
+fn ends<'a>(dir: &Path, streams: impl Iterator<Item = (&'a str, &'a str)>) -> io::Result<Vec<CollectedStream>> {
+    let mut all = Vec::new();
+    for (container, source) in streams {
+        let newest = Segments::of(dir, container, source).all()?.pop();
+        let end = newest.map(|newest| Ok::<_, io::Error>(newest.bytes + newest.path.metadata()?.len())).transpose()?;
+        let (container, source) = (container.to_owned(), source.to_owned());
+        all.push(CollectedStream { container, source, bytes: end.unwrap_or(0) });
+    }
+    Ok(all)
 }

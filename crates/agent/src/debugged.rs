@@ -8,9 +8,13 @@ use crate::supervisor::Agent;
 
 /// What holds the container, in words; `None`: nothing.
 pub fn held(agent: &Agent, life: &Life) -> Option<String> {
+    if agent.apart.is_some() {
+        // What runs apart may be traced by who runs it, and its connections are not on this kernel.
+        return None;
+    }
     let container = life.container();
     let container = &*container;
-    let traced = agent.cgroup.child(&container.name).processes().into_iter().find(|pid| is_traced(*pid));
+    let traced = agent.cgroup_of(&container.name).processes().into_iter().find(|pid| is_traced(*pid));
     if let Some(pid) = traced {
         return Some(format!("process {pid} is traced"));
     }

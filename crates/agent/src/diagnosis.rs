@@ -20,10 +20,11 @@ use joey_api::agent::AgentConfig;
 use joey_api::diagnosis::{CaptureRequest, CoreDump, CoreSettings, CoreWritten, Cores, Crash, check_core_pattern};
 use joey_diagnosis::capture::Capture;
 use joey_diagnosis::core_handler::UNFINISHED;
+use joey_diagnosis::core_pattern;
 use joey_model::{ErrorKind, Fault};
 use joey_rpc::{Body, empty_answer, into_stream, json_answer, parse_query, read_json, stream_answer};
 
-use crate::server::{BODY, answers};
+use crate::server::{self, BODY, answers};
 use crate::supervisor::{Agent, lock};
 
 /// Cores that are kept; a further one takes the place of the oldest.
@@ -84,6 +85,16 @@ pub async fn answer(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Re
         (&Method::GET, ["cores", name]) => read(&agent.dir, name),
         _ => Err(Fault::new(ErrorKind::NotFound, "NotFound", format!("no such call: {}", head.uri.path()))),
     }
+}
+
+/// In a machine: has its kernel bring crashes to this program, and listens to what that tells.
+pub fn take_crashes(agent: &Arc<Agent>, most: u64) -> io::Result<()> {
+    let listener = joey_rpc::listen_unix(&agent.dir.join("agent.sock"))?;
+    core_pattern::take_in_guest(most)?;
+    let agent = agent.clone();
+    let service = tower::service_fn(move |request| server::answer(agent.clone(), request));
+    tokio::spawn(joey_rpc::serve_unix(listener, service, std::future::pending()));
+    Ok(())
 }
 
 fn failed(error: io::Error) -> Fault {

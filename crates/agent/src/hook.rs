@@ -28,8 +28,8 @@ use crate::launch::{self, Failure, Program, Started};
 use crate::life::Life;
 use crate::output::Sink;
 use crate::probe::Health;
+use crate::signal;
 use crate::supervisor::{Agent, lock, waiting};
-use crate::{signal, sys};
 
 const BEFORE_START: &str = "[preStart] ";
 const BEFORE_READY: &str = "[preOnline] ";
@@ -111,7 +111,7 @@ impl Agent {
             let by = *end.borrow_and_update();
             if by.is_some() && !told {
                 (told, why) = (true, Some("the container was ended meanwhile".to_owned()));
-                let _ = sys::kill(pid, signal::number(&container.stop_signal));
+                self.ender().signal(pid, signal::number(&container.stop_signal));
             }
             tokio::select! {
                 end = &mut ended => break end,
@@ -124,10 +124,10 @@ impl Agent {
                 }
             }
             // All that it started goes with it.
-            let _ = sys::kill(pid, libc::SIGKILL);
+            self.ender().signal(pid, libc::SIGKILL);
             break ended.await;
         };
-        if container.target.is_some() || self.shared.is_some() {
+        if (container.target.is_some() || self.shared.is_some()) && self.apart.is_none() {
             // No namespace ends with it, and what it left running holds its streams open.
             cgroup.end_all().await;
         }
@@ -162,20 +162,20 @@ impl Agent {
     async fn once_before_ready(&self, container: &AgentContainer, life: &Arc<Life>, hook: &Hook) -> Result<(), String> {
         let program = Program { container, args: &hook.command, stdin: false, tty: false };
         let init = life.running().ok_or_else(|| "the container is not running".to_owned())?;
-        let cgroup = self.cgroup.child(&container.name);
         let limit = Duration::from_secs(hook.timeout_seconds.into());
         let by = Instant::now() + limit;
         let late = || format!("it did not end within {} s", limit.as_secs());
-        let started = tokio::time::timeout_at(by, launch::further(&program, init, &cgroup)).await;
+        let started = tokio::time::timeout_at(by, self.further(&program, init)).await;
         let started = started.map_err(|_| late())?.map_err(|failure| failure.message().to_owned())?;
         let sink = Sink { life: life.clone(), log: lock(&life.log).writer(), mark: BEFORE_READY };
         // A task of its own: also when nobody waits any more, the process is ended in time and reaped.
+        let ender = self.ender();
         let done = tokio::spawn(async move {
             let Started { pid, pidfd, streams, inside: _ } = started;
             let mut carried = tokio::spawn(sink.carry(streams));
             let in_time = tokio::time::timeout_at(by, launch::ended(&pidfd, pid)).await;
             if in_time.is_err() {
-                let _ = sys::kill_group(pid, libc::SIGKILL);
+                ender.kill_command(pid);
                 launch::ended(&pidfd, pid).await;
             }
             if tokio::time::timeout(STREAMS, &mut carried).await.is_err() {

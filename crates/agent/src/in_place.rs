@@ -79,16 +79,17 @@ fn become_anew(agent: &Agent, life: &Life, container: AgentContainer) -> Result<
 /// Sets the limits of a container; its processes go on, unless it wants to be started again for that.
 pub fn limit(agent: &Agent, life: &Life, resources: &Resources) -> Result<(), Fault> {
     let before = life.container();
-    let cgroup = agent.cgroup.child(&before.name);
+    let cgroup = agent.cgroup_of(&before.name);
+    let limits = agent.limits_with(&before.name, resources);
     let runs = life.running().is_some();
     let restarts = runs
         && matches!(before.role, Role::Main | Role::Sidecar)
         && before.restart_on_resize.holds(&before.resources, resources);
     if restarts || !runs {
         // The next run sets what there is to set.
-        cgroup.lift(resources);
+        cgroup.lift(&limits);
     } else {
-        cgroup.resize(resources).map_err(|error| {
+        cgroup.resize(&limits).map_err(|error| {
             let message = format!("limits of container \"{}\" cannot be set: {error}", before.name);
             refused(ErrorKind::Conflict, "ResizeFailed", message)
                 .with_hint("a memory limit below what is in use waits until less is used")

@@ -16,6 +16,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::Cgroup;
 use crate::collect::Inside;
+use crate::identity::Identity;
 use crate::{identity, root, sys};
 
 /// Exit codes of a program that is not there and of one that cannot be executed (POSIX, 2.8.2: Exit Status for Commands).
@@ -98,7 +99,7 @@ pub struct Streams {
     pub terminal: Option<OwnedFd>,
 }
 
-struct Ends {
+pub struct Ends {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
@@ -122,11 +123,9 @@ pub async fn container(
 ) -> Result<Started, Failure> {
     let entrance = entrance(cgroup)?;
     let flags = (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64;
-    let how = Clone { flags, into: entrance.as_ref().map(File::as_fd) };
-    start(program, &how, &mut || Ok(()), &[], || {
-        enter(config, program, dir, upper, how.into.is_none().then_some(cgroup))
-    })
-    .await
+    let how = Clone { flags, into: entrance.as_ref().map(File::as_fd), root: Path::new("/") };
+    let entered = || enter(config, program, dir, upper, how.into.is_none().then_some(cgroup));
+    start(program, &how, &mut || Ok(()), &[], entered, run).await
 }
 
 /// What the first process of a container does before its program; into the cgroup where it did not begin there.
@@ -159,12 +158,13 @@ pub async fn beside(
     let pids = File::open(format!("/proc/{init}/ns/pid")).map_err(gone)?;
     let own = File::open("/proc/self/ns/pid").map_err(|error| error.to_string())?;
     let entrance = entrance(cgroup)?;
-    let how = Clone { flags: libc::CLONE_NEWNS as u64, into: entrance.as_ref().map(File::as_fd) };
+    let into = entrance.as_ref().map(File::as_fd);
+    let how = Clone { flags: libc::CLONE_NEWNS as u64, into, root: Path::new("/") };
     // As for a further process: the agent is there for the moment of one clone.
     sys::setns(pids.as_fd(), libc::CLONE_NEWPID).map_err(gone)?;
     let mut back = || sys::setns(own.as_fd(), libc::CLONE_NEWPID).map_err(|error| error.to_string());
-    start(program, &how, &mut back, &[], || enter(config, program, dir, upper, how.into.is_none().then_some(cgroup)))
-        .await
+    let entered = || enter(config, program, dir, upper, how.into.is_none().then_some(cgroup));
+    start(program, &how, &mut back, &[], entered, run).await
 }
 
 /// Starts a further process in the container whose first process is `init`.
@@ -173,13 +173,13 @@ pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Resul
         |kind: &str| File::open(format!("/proc/{init}/ns/{kind}")).map_err(|_| "container is not running".to_owned());
     let (pids, mounts, cgroups) = (open("pid")?, open("mnt")?, open("cgroup")?);
     let entrance = entrance(cgroup)?;
-    let how = Clone { flags: 0, into: entrance.as_ref().map(File::as_fd) };
+    let how = Clone { flags: 0, into: entrance.as_ref().map(File::as_fd), root: Path::new("/") };
     let own = File::open("/proc/self/ns/pid").map_err(|error| error.to_string())?;
     // Only children are affected by the pid namespace: the agent steps into it for the moment of one clone.
     sys::setns(pids.as_fd(), libc::CLONE_NEWPID).map_err(|_| "container is not running".to_owned())?;
     let mut back = || sys::setns(own.as_fd(), libc::CLONE_NEWPID).map_err(|error| error.to_string());
     let kept = [mounts.as_raw_fd(), cgroups.as_raw_fd()];
-    start(program, &how, &mut back, &kept, || {
+    let entered = || {
         let enter = || -> io::Result<()> {
             if how.into.is_none() {
                 cgroup.join()?;
@@ -189,24 +189,26 @@ pub async fn further(program: &Program<'_>, init: u32, cgroup: &Cgroup) -> Resul
             sys::setns(mounts.as_fd(), libc::CLONE_NEWNS)
         };
         enter().map_err(|error| Failure::Start(format!("cannot enter the container: {error}")))
-    })
-    .await
+    };
+    start(program, &how, &mut back, &kept, entered, run).await
 }
 
 /// Kills a container without a memory limit before any other process, and one with a limit after them: as the kubelet ranks
 /// them, without its middle class.
-fn oom_score(container: &AgentContainer) -> i32 {
+pub fn oom_score(container: &AgentContainer) -> i32 {
     if container.resources.memory_bytes.is_some() { -997 } else { 1000 }
 }
 
 /// How a child begins.
-struct Clone<'a> {
-    flags: u64,
+pub struct Clone<'a> {
+    pub flags: u64,
     /// The v2 cgroup it is in from the start.
-    into: Option<BorrowedFd<'a>>,
+    pub into: Option<BorrowedFd<'a>>,
+    /// Where the container's root is for it once it has entered.
+    pub root: &'a Path,
 }
 
-fn entrance(cgroup: &Cgroup) -> Result<Option<File>, Failure> {
+pub fn entrance(cgroup: &Cgroup) -> Result<Option<File>, Failure> {
     cgroup.entrance().map_err(|error| Failure::Create(format!("cannot open the cgroup: {error}")))
 }
 
@@ -234,12 +236,13 @@ impl Drop for Underway {
 }
 
 /// Clones; in the child closes every descriptor but `kept`, enters the container and becomes the program.
-async fn start(
+pub async fn start(
     program: &Program<'_>,
     how: &Clone<'_>,
     cloned_once: &mut (dyn FnMut() -> Result<(), String> + Send),
     kept: &[RawFd],
     enter: impl FnOnce() -> Result<(), Failure>,
+    become_it: impl FnOnce(&Program<'_>, Ends, &OwnedFd) -> Result<Never, Failure>,
 ) -> Result<Started, Failure> {
     let prepared = sys::socketpair().and_then(|sockets| Ok((sockets, pipes(program)?)));
     let cloned = prepared.and_then(|prepared| sys::clone(how.flags, how.into).map(|cloned| (prepared, cloned)));
@@ -256,10 +259,10 @@ async fn start(
             let entered = closed.map_err(Failure::Start).and_then(|()| enter()).and_then(|()| {
                 // Only of a container's first process, which has a mount namespace of its own.
                 let shown = how.flags & libc::CLONE_NEWNS as u64 != 0 && !program.container.collected.files.is_empty();
-                if shown { show(&far) } else { Ok(()) }
+                if shown { show(&far, how.root) } else { Ok(()) }
             });
             let failure = match entered {
-                Ok(()) => match run(program, ends, &far) {
+                Ok(()) => match become_it(program, ends, &far) {
                     Ok(never) => match never {},
                     Err(failure) => failure,
                 },
@@ -315,8 +318,8 @@ const ROOT: &[u8] = b"root";
 const MOUNTS: &[u8] = b"mounts";
 
 /// The child shows the agent its files before it becomes a program that may end at any moment.
-fn show(status: &OwnedFd) -> Result<(), Failure> {
-    let shown = [(ROOT, "/"), (MOUNTS, "/proc/self/ns/mnt")].into_iter().try_for_each(|(word, path)| {
+fn show(status: &OwnedFd, root: &Path) -> Result<(), Failure> {
+    let shown = [(ROOT, root), (MOUNTS, Path::new("/proc/self/ns/mnt"))].into_iter().try_for_each(|(word, path)| {
         let fd = File::open(path)?;
         sys::send(status.as_fd(), word, Some(fd.as_raw_fd()))
     });
@@ -358,7 +361,7 @@ fn pipes(program: &Program<'_>) -> io::Result<(Streams, Ends)> {
     Ok((streams, ends))
 }
 
-enum Never {}
+pub enum Never {}
 
 /// The child, inside the container: gives everything up and becomes the program.
 fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Failure> {
@@ -367,19 +370,9 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Fai
     // SAFETY: umask takes an integer and cannot fail.
     unsafe { libc::umask(0o022) };
     sys::setsid().map_err(said("make a session"))?;
-    let (groups, strict) = (&container.supplemental_groups, container.strict_groups);
-    let identity = identity::resolve(&container.user, groups, strict).map_err(Failure::Create)?;
-    if container.run_as_non_root && identity.uid == 0 {
-        return Err(Failure::Config("container has runAsNonRoot and image will run as root".to_owned()));
-    }
+    let identity = resolve(container)?;
     stdio(program, ends, status, identity.uid).map_err(said("set up the streams"))?;
-    let working_dir = if container.working_dir.is_empty() { "/" } else { &container.working_dir };
-    std::fs::create_dir_all(working_dir)
-        .and_then(|()| std::env::set_current_dir(working_dir))
-        .map_err(|error| format!("cannot change to working directory {working_dir}: {error}"))?;
-    if !std::env::current_dir().is_ok_and(|dir| dir.is_absolute()) {
-        return Err(Failure::Start(format!("working directory {working_dir} is outside of the root")));
-    }
+    settle(container)?;
     let env = environment(container, &identity, program.tty);
     let candidates = candidates(&program.args[0], &env);
     let strings = |list: &[String]| list.iter().map(sys::c).collect::<io::Result<Vec<CString>>>();
@@ -407,7 +400,29 @@ fn run(program: &Program<'_>, ends: Ends, status: &OwnedFd) -> Result<Never, Fai
     Err(not_executed(&program.args[0], &failure))
 }
 
-fn not_executed(name: &str, failure: &io::Error) -> Failure {
+/// Who a container's process is, from within its root.
+pub fn resolve(container: &AgentContainer) -> Result<Identity, Failure> {
+    let (groups, strict) = (&container.supplemental_groups, container.strict_groups);
+    let identity = identity::resolve(&container.user, groups, strict).map_err(Failure::Create)?;
+    match container.run_as_non_root && identity.uid == 0 {
+        true => Err(Failure::Config("container has runAsNonRoot and image will run as root".to_owned())),
+        false => Ok(identity),
+    }
+}
+
+/// Goes to the working directory, which is made where it is missing, from within the root.
+pub fn settle(container: &AgentContainer) -> Result<(), Failure> {
+    let working_dir = if container.working_dir.is_empty() { "/" } else { &container.working_dir };
+    std::fs::create_dir_all(working_dir)
+        .and_then(|()| std::env::set_current_dir(working_dir))
+        .map_err(|error| format!("cannot change to working directory {working_dir}: {error}"))?;
+    match std::env::current_dir().is_ok_and(|dir| dir.is_absolute()) {
+        true => Ok(()),
+        false => Err(Failure::Start(format!("working directory {working_dir} is outside of the root"))),
+    }
+}
+
+pub fn not_executed(name: &str, failure: &io::Error) -> Failure {
     let message = match failure.raw_os_error() {
         Some(libc::ENOENT) if name.contains('/') => format!("exec: \"{name}\": no such file or directory: not found"),
         Some(libc::ENOENT) => format!("exec: \"{name}\": executable file not found in $PATH: not found"),
@@ -419,7 +434,7 @@ fn not_executed(name: &str, failure: &io::Error) -> Failure {
     Failure::Program { exit_code, message }
 }
 
-fn stdio(program: &Program<'_>, ends: Ends, status: &OwnedFd, uid: u32) -> io::Result<()> {
+pub fn stdio(program: &Program<'_>, ends: Ends, status: &OwnedFd, uid: u32) -> io::Result<()> {
     if program.tty {
         let (master, slave) = sys::open_terminal()?;
         std::os::unix::fs::fchown(&slave, Some(uid), None)?;
@@ -440,7 +455,7 @@ fn stdio(program: &Program<'_>, ends: Ends, status: &OwnedFd, uid: u32) -> io::R
     Ok(())
 }
 
-fn environment(container: &AgentContainer, identity: &identity::Identity, tty: bool) -> Vec<String> {
+pub fn environment(container: &AgentContainer, identity: &Identity, tty: bool) -> Vec<String> {
     let mut env = container.env.clone();
     let mut default = |name: &str, value: &str| {
         if !env.iter().any(|line| line.split('=').next() == Some(name)) {
@@ -455,7 +470,7 @@ fn environment(container: &AgentContainer, identity: &identity::Identity, tty: b
     env
 }
 
-fn candidates(name: &str, env: &[String]) -> Vec<PathBuf> {
+pub fn candidates(name: &str, env: &[String]) -> Vec<PathBuf> {
     if name.contains('/') {
         return vec![PathBuf::from(name)];
     }

@@ -38,7 +38,7 @@ use crate::output::{RunLog, Sink};
 use crate::probe::{self, Health, Verdict};
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock, waiting};
-use crate::{last_words, signal, sys};
+use crate::{last_words, signal};
 
 /// How long a dead container's streams may take to end.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -278,7 +278,7 @@ impl Agent {
     async fn run_once(&self, container: &AgentContainer, life: &Arc<Life>) -> Outcome {
         let run = life.run.load(Ordering::Relaxed);
         let upper = self.dir.join("upper").join(&container.name).join(run.to_string());
-        let cgroup = self.cgroup.child(&container.name);
+        let cgroup = self.cgroup_of(&container.name);
         let kills = cgroup.oom_kills();
         let launched = match self.prepare(container, &upper, &cgroup) {
             Err(failure) => Err(Refused::NotMade(failure)),
@@ -341,7 +341,7 @@ impl Agent {
             ["data", "work", "root"].iter().try_for_each(|name| std::fs::create_dir_all(upper.join(name)))?;
             last_words::prepare(upper)?;
             cgroup.make()?;
-            cgroup.limit(&container.resources)
+            cgroup.limit(&self.limits_with(&container.name, &container.resources))
         };
         prepared().map_err(|error| Failure::Create(format!("cannot prepare the container: {error}")))?;
         checkpoint::reached("agent.container-prepared");
@@ -360,6 +360,9 @@ impl Agent {
         upper: &Path,
         cgroup: &Cgroup,
     ) -> Result<Started, Failure> {
+        if let Some(apart) = &self.apart {
+            return apart.container(&self.config, program, &self.dir, upper).await;
+        }
         let init = match (self.shared, &program.container.target) {
             (None, None) => return launch::container(&self.config, program, &self.dir, upper, cgroup).await,
             (Some(first), _) => first,
@@ -492,18 +495,18 @@ impl Agent {
                 () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                     if told {
                         // The first process of a pid namespace takes all others with it.
-                        let _ = sys::kill(pid, libc::SIGKILL);
+                        self.ender().signal(pid, libc::SIGKILL);
                         break ended.await;
                     }
                     self.event(true, "FailedPreStopHook", "PreStopHook did not end within the grace period".to_owned(), container);
-                    let _ = sys::kill(pid, signal::number(&container.stop_signal));
+                    self.ender().signal(pid, signal::number(&container.stop_signal));
                     (told, deadline) = (true, Some(Instant::now() + AFTER_HOOK));
                 }
             }
         };
         // It is reaped: from now on the number may be another process's, also while the rest is ended.
         life.pid.store(0, Ordering::Relaxed);
-        if container.target.is_some() || self.shared.is_some() {
+        if (container.target.is_some() || self.shared.is_some()) && self.apart.is_none() {
             // No namespace ends with it, so that what it started would stay with the others.
             self.cgroup.child(&container.name).end_all().await;
         }
@@ -557,7 +560,7 @@ impl Agent {
         {
             self.event(true, "FailedPreStopHook", format!("PreStopHook failed: {why}"), container);
         }
-        let _ = sys::kill(pid, signal::number(&container.stop_signal));
+        self.ender().signal(pid, signal::number(&container.stop_signal));
     }
 }
 

@@ -3,9 +3,12 @@
 //!
 //! As the first process of a virtual machine it is told the same things over the machine's port ([`guest`]).
 //!
-//! Called as `joey-agent vmm` it starts a machine's monitor (`joey_jail`).
+//! Called as `joey-agent vmm` it starts a machine's monitor, called as `joey-agent give` it gives one what an instance has (`joey_jail`).
 //!
-//! Called as `joey-agent core …` by the kernel it is the handler of crashes (`joey_diagnosis::core_handler`), on its own.
+//! Called as `joey-agent inside` it is the first process of a sandbox of gVisor's ([`inside`]).
+//!
+//! Called as `joey-agent core …` by the kernel, or `guest-core …` by a machine's, it is the handler of crashes
+//! (`joey_diagnosis::core_handler`), on its own.
 
 mod check;
 mod collect;
@@ -16,6 +19,7 @@ mod forward;
 mod guest;
 mod hook;
 mod in_place;
+mod inside;
 mod last_words;
 mod launch;
 mod life;
@@ -24,21 +28,23 @@ mod log_write;
 mod output;
 mod probe;
 mod processes;
+mod rehearsal;
+mod remote;
 mod root;
+mod sandboxed;
 mod server;
 mod setup;
-mod signal;
 mod storage;
 mod stream;
 mod supervisor;
 mod telling;
-mod view;
 mod volumes;
 mod waits;
 
 use std::process::ExitCode;
 
-use joey_kernel::{cgroup, identity, sys};
+use joey_diagnosis::core_handler;
+use joey_kernel::{cgroup, identity, signal, sys, view};
 
 fn main() -> ExitCode {
     if guest::is_first_process() {
@@ -46,19 +52,34 @@ fn main() -> ExitCode {
     }
     let mut words = std::env::args_os().skip(1).peekable();
     if words.next_if(|word| word == "core").is_some() {
-        return match joey_diagnosis::core_handler::run(words) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(message) => {
-                eprintln!("{message}");
-                ExitCode::FAILURE
-            }
-        };
+        return ended(core_handler::run(words));
+    }
+    if words.next_if(|word| word == "guest-core").is_some() {
+        return ended(core_handler::run_in_guest(words));
     }
     if words.next_if(|word| word == "vmm").is_some() {
         let message = joey_jail::run();
         eprintln!("{message}");
         println!("{message}");
         return ExitCode::FAILURE;
+    }
+    if words.next_if(|word| word == "give").is_some() {
+        return match joey_jail::give() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(message) => {
+                println!("{message}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if words.next_if(|word| word == "inside").is_some() {
+        return match inside::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(message) => {
+                eprintln!("{message}");
+                ExitCode::FAILURE
+            }
+        };
     }
     let options = match setup::Options::parse(words) {
         Ok(options) => options,
@@ -73,6 +94,16 @@ fn main() -> ExitCode {
             eprintln!("{message}");
             // The daemon reads the reason from standard output, where `ready` would be.
             println!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn ended(done: Result<(), String>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
             ExitCode::FAILURE
         }
     }

@@ -48,18 +48,33 @@ fn told<T>(what: &str, result: io::Result<T>) -> Result<T, String> {
 }
 
 /// Mounts everything and makes it this process's root. `upper` holds `data`, `work` and `root`.
+pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper: &Path) -> Result<(), Failure> {
+    let root = build(config, container, dir, upper, true)?;
+    told("enter the root", sys::fchdir(root.as_fd()))?;
+    Ok(told("enter the root", sys::pivot_to_working_dir())?)
+}
+
+/// Mounts everything at `upper/root`; what the kernel supplies where it is `of_kernel`.
 ///
 /// What the kernel and the agent supply is in place and closed before anything is mounted that a container can write to,
 /// so that no container of the Pod can lead these mounts elsewhere.
-pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper: &Path) -> Result<(), Failure> {
+pub fn build(
+    config: &AgentConfig,
+    container: &AgentContainer,
+    dir: &Path,
+    upper: &Path,
+    of_kernel: bool,
+) -> Result<OwnedFd, Failure> {
     told("detach the mounts", sys::mount("none", "/", "", MS_REC | MS_PRIVATE, ""))?;
     let base = upper.join("root");
     told("mount the root", overlay(container, upper, &base))?;
-    let root: OwnedFd = told("open the root", File::open(&base))?.into();
-    let root = root.as_fd();
-    kernel_mounts(root)?;
-    devices(root)?;
-    mask(root)?;
+    let made: OwnedFd = told("open the root", File::open(&base))?.into();
+    let root = made.as_fd();
+    if of_kernel {
+        kernel_mounts(root)?;
+        devices(root)?;
+        mask(root)?;
+    }
     volumes(config, container, dir, root)?;
     for file in ["hosts", "resolv.conf", "hostname"] {
         let mounted = target(root, &Path::new("/etc").join(file), true, IN_ROOT)
@@ -73,8 +88,18 @@ pub fn enter(config: &AgentConfig, container: &AgentContainer, dir: &Path, upper
     if container.read_only_root {
         told("make the root read-only", sys::close_mount(root, RDONLY, false))?;
     }
-    told("enter the root", sys::fchdir(root))?;
-    Ok(told("enter the root", sys::pivot_to_working_dir())?)
+    Ok(made)
+}
+
+/// Shows what is at `path` of a root, with what is mounted in it, at `place` as well: a path on which no link lies that is not ours.
+/// `follow`: links within the root lead to it.
+pub fn show_aside(root: BorrowedFd<'_>, path: &Path, follow: bool, place: &Path) -> io::Result<()> {
+    let seen = sys::openat2(root, path, libc::O_PATH, if follow { IN_ROOT } else { IN_ROOT | NO_SYMLINKS })?;
+    let made = match std::fs::metadata(format!("/proc/self/fd/{}", seen.as_raw_fd()))?.is_dir() {
+        true => std::fs::create_dir(place).and_then(|()| File::open(place))?,
+        false => File::create(place)?,
+    };
+    sys::attach_mount(sys::clone_mount(seen.as_fd(), Path::new(""), true)?.as_fd(), made.as_fd())
 }
 
 /// The layers with a fresh writable one on top. It ends with the container, so nothing of it needs to reach the disk:

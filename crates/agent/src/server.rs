@@ -26,7 +26,7 @@ use crate::life::Life;
 use crate::output::LOG_ENDED;
 use crate::stream::Pipe;
 use crate::supervisor::{Agent, lock};
-use crate::{diagnosis, files, forward, in_place, log_read, sys, volumes};
+use crate::{collect, diagnosis, files, forward, in_place, inside, log_read, sys, volumes};
 
 /// How long the streams of a command that has ended may say nothing until they count as ended.
 const QUIET: Duration = Duration::from_millis(250);
@@ -50,8 +50,8 @@ pub const BODY: usize = 4 << 20;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct PortQuery {
-    port: u16,
+pub struct PortQuery {
+    pub port: u16,
 }
 
 #[derive(Default, Deserialize)]
@@ -78,8 +78,13 @@ async fn route(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Response
             Ok(empty_answer(StatusCode::ACCEPTED))
         }
         (&Method::POST, ["v1", "forward"]) => {
-            forward::forward(parse_query::<PortQuery>(&query)?.port, request.into_body()).await
+            let PortQuery { port } = parse_query(&query)?;
+            match agent.inside().await.map_err(cannot_be_reached)? {
+                Some(inside) => inside::connect(&inside, port, request.into_body()).await,
+                None => forward::forward(port, request.into_body()).await,
+            }
         }
+        (&Method::GET, ["v1", "collected", stream @ ..]) => collect::answer(&agent, stream, &query),
         (_, ["v1", "capture" | "cores", ..]) => diagnosis::answer(&agent, request).await,
         (&Method::PUT, ["v1", "deadline"]) => {
             in_place::deadline(&agent, read_json(request.into_body(), BODY).await?);
@@ -159,6 +164,10 @@ fn container(
     }
 }
 
+fn cannot_be_reached(failure: launch::Failure) -> Fault {
+    Fault::new(ErrorKind::Conflict, "SandboxGone", failure.message().to_owned())
+}
+
 fn running(life: &Life) -> Result<u32, Fault> {
     match life.pid.load(Ordering::Relaxed) {
         0 => Err(Fault::new(ErrorKind::Conflict, "ContainerNotRunning", "container is not running")),
@@ -195,7 +204,7 @@ fn usage(agent: &Agent) -> Usage {
     };
     for life in agent.lives().iter().filter(|life| life.running().is_some()) {
         let name = life.container().name.clone();
-        let cgroup = agent.cgroup.child(&name);
+        let cgroup = agent.cgroup_of(&name);
         let (cpu_nanoseconds, memory_working_set_bytes) = (cgroup.cpu_nanoseconds(), cgroup.working_set());
         usage.containers.push(ContainerUsage { name, cpu_nanoseconds, memory_working_set_bytes });
     }
@@ -236,10 +245,9 @@ fn logs(agent: &Agent, life: &Life, options: LogOptions) -> Result<Response<Body
 async fn run_exec(agent: Arc<Agent>, life: Arc<Life>, exec: ExecRequest, body: Incoming, to: Answers) {
     let container = life.container();
     let container = &*container;
-    let cgroup = agent.cgroup.child(&container.name);
     let program = Program { container, args: &exec.command, stdin: exec.stdin, tty: exec.tty };
     let started = match running(&life) {
-        Ok(init) => launch::further(&program, init, &cgroup).await,
+        Ok(init) => agent.further(&program, init).await,
         Err(fault) => Err(launch::Failure::Start(fault.message)),
     };
     let started = match started {

@@ -14,13 +14,15 @@ use joey_api::agent::{AgentConfig, VERSION};
 use joey_api::guest::{CGROUP, INSTANCE};
 use joey_api::instance::Limits;
 use joey_api::validate::SYSCTLS;
+use joey_gvisor::Runtime;
 use joey_model::checkpoint;
 use tokio::task::JoinHandle;
 
 use crate::cgroup::{Cgroup, UNSAID};
+use crate::sandboxed::Sandbox;
 use crate::supervisor::Agent;
 use crate::view::View;
-use crate::{diagnosis, processes, server, sys, view, volumes};
+use crate::{diagnosis, processes, remote, sandboxed, server, sys, view, volumes};
 
 /// How long killed containers may take to end at a shutdown.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -28,25 +30,36 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 pub struct Options {
     dir: PathBuf,
     netns: Option<PathBuf>,
+    /// What runs the containers, where it is not the agent itself.
+    runtime: Option<Runtime>,
     /// A durable step at which the agent ends, for tests of recovery.
     crash_at: Option<String>,
 }
 
 impl Options {
-    /// `--dir DIR [--netns PATH]`.
+    /// `--dir DIR [--netns PATH] [--runsc PROGRAM --platform NAME --inside AGENT]`.
     pub fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Self, String> {
-        let usage = "usage: joey-agent --dir DIR [--netns PATH]";
+        let usage = "usage: joey-agent --dir DIR [--netns PATH] [--runsc PROGRAM --platform NAME --inside AGENT]";
         let (mut dir, mut netns, mut crash_at) = (None, None, None);
+        let (mut runsc, mut platform, mut inside) = (None, None, None);
         while let Some(word) = words.next() {
             let value = words.next().map(PathBuf::from).ok_or(usage)?;
             match word.to_str() {
                 Some("--dir") => dir = Some(value),
                 Some("--netns") => netns = Some(value),
+                Some("--runsc") => runsc = Some(value),
+                Some("--platform") => platform = value.into_os_string().into_string().ok(),
+                Some("--inside") => inside = Some(value),
                 Some("--crash-at") => crash_at = value.into_os_string().into_string().ok(),
                 _ => return Err(usage.to_owned()),
             }
         }
-        Ok(Self { dir: dir.ok_or(usage)?, netns, crash_at })
+        let runtime = match (runsc, platform, inside) {
+            (Some(program), Some(platform), Some(inside)) => Some(Runtime { program, platform, inside }),
+            (None, None, None) => None,
+            _ => return Err(usage.to_owned()),
+        };
+        Ok(Self { dir: dir.ok_or(usage)?, netns, runtime, crash_at })
     }
 }
 
@@ -63,9 +76,12 @@ pub fn run(options: &Options) -> Result<(), String> {
     tune(&config)?;
     prepare(&dir, &mut config).map_err(|error| format!("cannot prepare the directory: {error}"))?;
     checkpoint::reached("agent.recorded");
-    let shared = config.share_processes.then(processes::share).transpose();
+    let apart = options.runtime.clone().map(|runtime| Arc::new(Sandbox::new(runtime, &config, &dir)));
+    let shared = (config.share_processes && apart.is_none()).then(processes::share).transpose();
     let shared = shared.map_err(|error| format!("cannot share the processes: {error}"))?;
-    runtime()?.block_on(serve(dir, config, shared, socket))
+    let mut agent = Agent::new(config, dir, shared);
+    agent.apart = apart;
+    runtime()?.block_on(serve(Arc::new(agent), socket))
 }
 
 /// Keeps an idle agent's memory small, before it has any.
@@ -106,7 +122,7 @@ pub fn settle() -> io::Result<()> {
     own.join()?;
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
     std::fs::DirBuilder::new().mode(0o700).create(INSTANCE)?;
-    view::narrow(Path::new(INSTANCE), BTreeSet::new(), View::Guest)
+    view::narrow(Path::new(INSTANCE), BTreeSet::new(), &[], View::Guest)
 }
 
 fn configuration(dir: &Path) -> Result<AgentConfig, String> {
@@ -175,7 +191,8 @@ fn isolate(options: &Options, dir: &Path, config: &AgentConfig) -> io::Result<()
         }
     }
     sys::unshare(libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNS)?;
-    view::narrow(dir, view::layers(config), View::Beside)?;
+    let files = options.runtime.as_ref().map(sandboxed::files).unwrap_or_default();
+    view::narrow(dir, view::layers(config), &files, View::Beside)?;
     sys::sethostname(&config.hostname)
 }
 
@@ -228,14 +245,8 @@ fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
     std::fs::rename(temporary, dir.join("agent.pid"))
 }
 
-async fn serve(
-    dir: PathBuf,
-    config: AgentConfig,
-    shared: Option<u32>,
-    socket: std::os::unix::net::UnixListener,
-) -> Result<(), String> {
+async fn serve(agent: Arc<Agent>, socket: std::os::unix::net::UnixListener) -> Result<(), String> {
     let listener = tokio::net::UnixListener::from_std(socket).map_err(|error| format!("cannot listen: {error}"))?;
-    let agent = Arc::new(Agent::new(config, dir, shared));
     let containers = tokio::spawn(agent.clone().run());
     tokio::task::yield_now().await;
     say_ready().map_err(|error| format!("cannot say that the agent is ready: {error}"))?;
@@ -251,6 +262,7 @@ pub async fn until_shutdown(agent: &Agent, containers: JoinHandle<()>) {
     agent.shutdown.notified().await;
     agent.stop(Duration::ZERO);
     let _ = tokio::time::timeout(SHUTDOWN_LIMIT, containers).await;
+    remote::unmount(agent).await;
     agent.over.send_replace(true);
 }
 

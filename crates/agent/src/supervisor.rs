@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentContainer, AgentContainerState, AgentState, Failed, VERSION};
-use joey_api::instance::{ContainerState, InstanceEvent};
+use joey_api::instance::{ContainerState, InstanceEvent, Resources};
 use joey_api::lifecycle::Role;
 use joey_model::checkpoint;
 use tokio::sync::{Notify, mpsc, watch};
@@ -22,9 +22,11 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use crate::cgroup::Cgroup;
+use crate::launch::{self, Failure, Program, Started};
 use crate::life::Life;
-use crate::storage;
+use crate::sandboxed::Sandbox;
 use crate::telling::{self, Allowance};
+use crate::{remote, storage, sys};
 
 const EVENTS: usize = 32;
 /// What a sidecar has to end in, however late the main containers ended: the kubelet's least grace.
@@ -36,6 +38,8 @@ pub struct Agent {
     pub cgroup: Cgroup,
     /// The first process of the namespace of processes that all containers share.
     pub shared: Option<u32>,
+    /// Who runs the containers, where it is not the agent itself.
+    pub apart: Option<Arc<Sandbox>>,
     pub state: watch::Sender<AgentState>,
     pub shutdown: Notify,
     /// True once nothing more will happen.
@@ -72,6 +76,7 @@ impl Agent {
         Self {
             cgroup: Cgroup::of_containers(&config),
             shared,
+            apart: None,
             deadline: watch::Sender::new(config.deadline),
             config,
             dir,
@@ -120,6 +125,42 @@ impl Agent {
             container: Some(container.name.clone()),
         };
         self.change(|state| state.events.push(event));
+    }
+
+    /// The cgroup of a container's processes.
+    pub fn cgroup_of(&self, name: &str) -> Cgroup {
+        self.apart.as_ref().map_or_else(|| self.cgroup.child(name), |apart| apart.cgroup.clone())
+    }
+
+    /// The limits of that cgroup, when the container's are these.
+    pub fn limits_with(&self, name: &str, resources: &Resources) -> Resources {
+        if self.apart.is_none() {
+            return *resources;
+        }
+        let all = self.lives().into_iter().map(|life| life.container());
+        let others = all.filter(|container| container.name != name && container.role != Role::Init);
+        let others: Vec<_> = others.map(|container| container.resources).collect();
+        Sandbox::limits(others.iter().chain([resources]))
+    }
+
+    /// Starts a further process in the container whose first process is `init`.
+    pub async fn further(&self, program: &Program<'_>, init: u32) -> Result<Started, Failure> {
+        match &self.apart {
+            Some(apart) => apart.further(program, init).await,
+            None => launch::further(program, init, &self.cgroup_of(&program.container.name)).await,
+        }
+    }
+
+    /// The way to what only can be reached inside; `None`: the agent reaches it itself.
+    pub async fn inside(&self) -> Result<Option<joey_rpc::Client>, Failure> {
+        match &self.apart {
+            Some(apart) => apart.inside(&self.config.hostname).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    pub fn ender(&self) -> Ender {
+        Ender(self.apart.clone())
     }
 
     pub fn life(&self, at: usize) -> Arc<Life> {
@@ -244,6 +285,10 @@ impl Agent {
     /// From the first init container to the end of the last sidecar.
     async fn pass(self: Arc<Self>, again: &mut mpsc::UnboundedReceiver<usize>) {
         let mut sidecars = Vec::new();
+        tokio::select! {
+            () = remote::mount(&self) => {}
+            () = self.stopped() => {}
+        }
         if self.clone().initialise(&mut sidecars).await {
             self.clone().mains(again).await;
         }
@@ -314,6 +359,28 @@ impl Agent {
 
     fn may_run_again(&self, at: usize) -> bool {
         self.config.containers[at].role == Role::Main && self.life(at).has_settled() && !self.stopping()
+    }
+}
+
+/// Signals what runs in containers.
+#[derive(Clone)]
+pub struct Ender(Option<Arc<Sandbox>>);
+
+impl Ender {
+    /// To a container's first process. The end of that is the end of all others.
+    pub fn signal(&self, pid: u32, signal: i32) {
+        match &self.0 {
+            Some(apart) => apart.signal(pid, signal),
+            None => drop(sys::kill(pid, signal)),
+        }
+    }
+
+    /// Kills a further process, with its group.
+    pub fn kill_command(&self, pid: u32) {
+        match &self.0 {
+            Some(apart) => apart.signal(pid, libc::SIGKILL),
+            None => drop(sys::kill_group(pid, libc::SIGKILL)),
+        }
     }
 }
 

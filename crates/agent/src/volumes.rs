@@ -72,15 +72,15 @@ fn behind(dir: &Path, volume: &AgentVolume) -> PathBuf {
 
 /// Whether containers can only read it, whatever they ask for.
 pub fn is_read_only(volume: &AgentVolume) -> bool {
-    volume.files.is_some() || !volume.layers.is_empty()
+    volume.files.is_some() || !volume.layers.is_empty() || volume.nfs.as_ref().is_some_and(|nfs| nfs.read_only)
 }
 
 /// Whether it is an empty directory on the disk.
 pub fn is_on_disk(volume: &AgentVolume) -> bool {
-    !volume.memory && !is_read_only(volume)
+    !volume.memory && volume.nfs.is_none() && !is_read_only(volume)
 }
 
-/// The place of what is in an empty directory on the disk.
+/// The place of what is in an empty directory on the disk, or of what a server has.
 pub fn on_disk(dir: &Path, volume: &AgentVolume) -> PathBuf {
     place(dir, volume)
 }
@@ -100,6 +100,8 @@ pub fn prepare(dir: &Path, config: &mut AgentConfig) -> io::Result<()> {
             Some(files) => make_dir(&place, 0o755, group.map(|group| (group, GROUP_ENTERS)))
                 .and_then(|()| renew(&place, &files, group).map(drop)),
             None if !volume.layers.is_empty() => stack(&place, &volume.layers),
+            // What a server has is mounted later, and is nobody's to change but the server's.
+            None if volume.nfs.is_some() => make_dir(&place, 0o755, None),
             None if volume.memory => in_memory(&place, volume.size_limit_bytes, group),
             // Every user of the containers may write, as into the kubelet's.
             None => make_dir(&place, 0o777, group.map(|group| (group, GROUP_WRITES)))

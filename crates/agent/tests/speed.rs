@@ -33,6 +33,7 @@ async fn start_and_memory() {
         dir: dir.clone(),
         layers: vec![Layer { image: layer.clone(), path: layer }],
         further: Vec::new(),
+        on_linux: true,
         cgroup_root: cgroup_root.clone(),
     };
     let (mut made, mut began, mut requests, mut sandboxes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());

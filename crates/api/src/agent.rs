@@ -21,6 +21,8 @@
 //! | `GET /v1/cores`, `PUT /v1/cores` | nothing, [`CoreSettings`] | [`Cores`] |
 //! | `POST /v1/cores` | query [`Crash`], [`CoreWritten`] when it is done | 204; from the kernel's handler of crashes |
 //! | `GET /v1/cores/NAME` | | the core's bytes |
+//! | `GET /v1/collected` | | [`CollectedStream`]s: how far those go that are kept for a host that does not see them |
+//! | `GET /v1/collected/C/S` | query [`Place`] | `BYTES.LINES` in hexadecimal digits, a line feed, and whole records that begin there; what is before the place asked for is the host's, and let go of |
 //! | `PUT /v1/deadline` | [`Deadline`] | 204; when everything is ended from now on |
 //! | `PUT /v1/volumes/V` | [`VolumeFiles`] | [`VolumeUpdated`]; one atomic change for all who look, nothing when they are the same |
 //!
@@ -161,7 +163,30 @@ pub struct Collected {
     pub files: BTreeMap<String, String>,
 }
 
+/// A stream of segments, and how many bytes of it there are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CollectedStream {
+    pub container: String,
+    /// [`OUTPUT`], or the name of a source of files.
+    pub source: String,
+    pub bytes: u64,
+}
+
+/// The bytes and the records of a stream before a place in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Place {
+    pub bytes: u64,
+    pub lines: u64,
+}
+
 impl Collected {
+    /// The names of its streams.
+    pub fn streams(&self) -> impl Iterator<Item = &str> {
+        self.output.then_some(OUTPUT).into_iter().chain(self.files.keys().map(String::as_str))
+    }
+
     pub fn is_nothing(&self) -> bool {
         !self.output && self.files.is_empty()
     }
@@ -194,6 +219,20 @@ pub struct AgentVolume {
     /// An image's mounted layers, topmost first, which containers can read only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<String>,
+    /// What a server has, mounted by the sandbox's own kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nfs: Option<AgentNfs>,
+}
+
+/// A path of a server of NFS.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentNfs {
+    /// As the user calls it, and where it is.
+    pub server: String,
+    pub address: std::net::Ipv4Addr,
+    pub path: String,
+    pub read_only: bool,
 }
 
 /// New contents of a volume of files.

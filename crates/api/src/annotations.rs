@@ -1,6 +1,6 @@
 //! Annotations of Pods that Joey reads, by key. They are read when the Pod's instance is made and fixed from then on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::hooks;
 
@@ -9,6 +9,8 @@ use crate::hooks;
 pub const USE_SPECS: &str = "k8s.aliyun.com/eci-use-specs";
 /// Of the same origin: where cores of processes that crash are written, inside the container.
 pub const CORE_PATTERN: &str = "k8s.aliyun.com/eci-core-pattern";
+/// Of the same origin: `{"encrypted": "true"}` encrypts the disk that the Pod writes.
+pub const STORAGE_OPTIONS: &str = "k8s.aliyun.com/eci-ephemeral-storage-options";
 /// Limits of the Pod as a whole; rates are for each way on its own.
 pub const PIDS: &str = "joey.dev/pids";
 pub const DISK_BYTES: &str = "joey.dev/disk-bytes-per-second";
@@ -29,8 +31,21 @@ pub const FIXED: &str =
 
 /// Whether Joey reads an annotation, so that it may not change.
 pub fn is_fixed(key: &str) -> bool {
-    let single = [USE_SPECS, CORE_PATTERN, PIDS, DISK_BYTES, DISK_OPERATIONS, DEBUG_PORTS, LOGS, LOG_SINK];
+    let single =
+        [USE_SPECS, CORE_PATTERN, STORAGE_OPTIONS, PIDS, DISK_BYTES, DISK_OPERATIONS, DEBUG_PORTS, LOGS, LOG_SINK];
     single.contains(&key) || PACKETS.contains(&key) || BANDWIDTH.contains(&key) || hooks::is_hook(key)
+}
+
+/// Whether annotations ask for an encrypted disk; or what is wrong with how they do.
+pub fn encrypts_disk(annotations: &BTreeMap<String, String>) -> Result<bool, String> {
+    let Some(text) = annotations.get(STORAGE_OPTIONS) else { return Ok(false) };
+    let options: BTreeMap<String, String> =
+        serde_json::from_str(text).map_err(|error| format!("annotation {STORAGE_OPTIONS}: {error}"))?;
+    match options.get("encrypted").map(String::as_str) {
+        Some("true") => Ok(true),
+        Some("false") | None => Ok(false),
+        Some(other) => Err(format!("annotation {STORAGE_OPTIONS}: encrypted is true or false, not \"{other}\"")),
+    }
 }
 
 /// The keys of fixed annotations that came, went or have another value, in order.
@@ -47,6 +62,17 @@ pub fn changed<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_is_encrypted_when_it_is_asked_for() {
+        let asked = |text: &str| encrypts_disk(&[(STORAGE_OPTIONS.to_owned(), text.to_owned())].into());
+        assert_eq!(asked(r#"{"encrypted": "true"}"#), Ok(true));
+        assert_eq!((asked("{}"), asked(r#"{"encrypted": "false"}"#)), (Ok(false), Ok(false)));
+        assert_eq!(encrypts_disk(&BTreeMap::new()), Ok(false));
+        for wrong in ["", "true", r#"{"encrypted": "yes"}"#] {
+            assert!(asked(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn what_came_went_or_changed() {

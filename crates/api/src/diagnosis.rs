@@ -138,6 +138,25 @@ pub struct CoreDump {
     pub at: Timestamp,
 }
 
+impl Cores {
+    /// Without what no agent says that is in its right mind: names and patterns are for files and terminals.
+    pub fn plausible(mut self) -> Self {
+        self.settings.pattern = self.settings.pattern.filter(|pattern| check_core_pattern(pattern).is_ok());
+        self.dumps.retain(|dump| is_core_name(&dump.name));
+        self.dumps.truncate(MOST_CORES);
+        self
+    }
+}
+
+/// So many cores are never kept.
+const MOST_CORES: usize = 64;
+
+fn is_core_name(name: &str) -> bool {
+    let whole = name.strip_suffix(".cut").unwrap_or(name);
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_+.".contains(&byte);
+    whole.ends_with(".core") && !name.starts_with('.') && name.len() <= 255 && name.bytes().all(plain)
+}
+
 /// A crash, as the kernel's handler tells the agent: query of its `POST /v1/cores`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -197,5 +216,19 @@ mod tests {
         for wrong in ["", "|/bin/sh", "@/sock", "/data/", "a\nb", &"x".repeat(128)] {
             assert!(check_core_pattern(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_an_agent_tells_of_cores_is_fit_to_be_shown() {
+        let dump = |name: &str| CoreDump { name: name.to_owned(), bytes: 1, at: Timestamp::UNIX_EPOCH };
+        let good = ["web.sh.7.SIGSEGV.0.core", "web.a_b+c-d.7.signal40.0.core.cut"];
+        let bad = ["", ".core", "../core.core", "a\u{1b}[2J.core", "web.core.exe", "ä.core", &"x".repeat(300)];
+        let dumps = good.iter().chain(&bad).map(|name| dump(name)).collect();
+        let settings = CoreSettings { enabled: true, pattern: Some("/a\nb".to_owned()) };
+        let told = Cores { settings, dumps }.plausible();
+        assert_eq!(told.dumps.iter().map(|dump| dump.name.as_str()).collect::<Vec<_>>(), good);
+        assert_eq!(told.settings.pattern, None);
+        let many = Cores { dumps: vec![dump(good[0]); 10_000], ..Cores::default() };
+        assert_eq!(many.plausible().dumps.len(), MOST_CORES);
     }
 }

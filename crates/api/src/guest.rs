@@ -4,6 +4,7 @@
 //! | call | body | answer |
 //! | --- | --- | --- |
 //! | `PUT /v1/sandbox` | [`Sandbox`] | [`Begun`]; the guest is this instance's from now on and starts its containers. Once only |
+//! | `PUT /v1/rehearsal` | nothing | 204; it has run a container of nothing on the disk in slot 0 and let go of that: the next one begins faster. Before there is an instance |
 //! | `PUT /v1/layers` | [`LayerDisk`] | 204; further layers, on a disk that was put into a slot. Those it has stay |
 //!
 //! A slot is a disk of the machine, counted in the order of its devices. Their contents are not looked at before a call names them.
@@ -46,6 +47,12 @@ pub struct Sandbox {
     pub network: Option<Interface>,
     /// Each in a slot of its own.
     pub layers: Vec<LayerDisk>,
+    /// Modules that the kernel needs for what the configuration asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules: Option<ModuleDisk>,
+    /// Most bytes of a core; without it there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub core_bytes: Option<u64>,
     pub config: AgentConfig,
 }
 
@@ -73,6 +80,22 @@ pub struct Interface {
 pub struct LayerDisk {
     pub slot: u32,
     pub layers: Vec<Layer>,
+}
+
+/// Files of modules on one disk, behind the layers that may be there too, in the order in which they are loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModuleDisk {
+    pub slot: u32,
+    pub modules: Vec<Extent>,
+}
+
+/// Bytes of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Extent {
+    pub offset: u64,
+    pub length: u64,
 }
 
 /// An EROFS image among them.

@@ -309,6 +309,14 @@ pub enum VolumeSource {
         #[serde(default)]
         pull_policy: PullPolicy,
     },
+    /// What a server of NFS, version 4, has at a path. The sandbox's own kernel mounts it, so the class must have one.
+    #[serde(rename_all = "camelCase")]
+    Nfs {
+        server: String,
+        path: String,
+        #[serde(default)]
+        read_only: bool,
+    },
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
@@ -410,6 +418,9 @@ pub struct InstanceStatus {
     pub address: Option<IpAddr>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
+    /// What its virtual machine booted, where it is in one: an id of `joey guest ls`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<String>,
     #[serde(default)]
     pub containers: Vec<ContainerStatus>,
     /// What happened on the way, oldest first, at most 32.

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use joey_model::id::{check_label, check_subdomain};
 use joey_model::{ErrorKind, Fault, ImageRef};
 
+use crate::annotations::encrypts_disk;
 use crate::diagnosis::check_core_pattern;
 use crate::instance::{ContainerSpec, InstanceSpec, Limits, Mount, Volume, VolumeSource};
 use crate::lifecycle::{Action, HttpGet, Lifecycle, Role};
@@ -84,6 +85,7 @@ pub fn instance(spec: &InstanceSpec) -> Result<(), Fault> {
         note(Err(sysctl_refusal(name)));
     }
     check_limits(&spec.limits, &mut note);
+    note(encrypts_disk(&spec.annotations).map(drop));
     note(spec.core_pattern.as_deref().map_or(Ok(()), check_core_pattern));
     if !spec.containers.iter().any(|container| container.role == Role::Main) {
         note(Err("it has no container".to_owned()));
@@ -142,6 +144,9 @@ fn check_volume(volume: &Volume) -> Result<(), String> {
     let files = match &volume.source {
         VolumeSource::Files(files) => files,
         VolumeSource::EmptyDir { .. } => return Ok(()),
+        VolumeSource::Nfs { server, path, .. } => {
+            return check_nfs(server, path).map_err(|why| format!("volume \"{name}\": nfs: {why}"));
+        }
         VolumeSource::Image { reference, .. } => {
             return ImageRef::parse(reference).map(drop).map_err(|error| format!("volume \"{name}\": {error}"));
         }
@@ -159,6 +164,17 @@ fn check_volume(volume: &Volume) -> Result<(), String> {
         )),
         None => Ok(()),
     }
+}
+
+/// Longest path on a server.
+const LONGEST_PATH: usize = 1024;
+
+fn check_nfs(server: &str, path: &str) -> Result<(), String> {
+    if joey_model::id::check_subdomain("server", &server.to_ascii_lowercase()).is_err() {
+        return Err(format!("server \"{server}\" is neither a host's name nor an IPv4 address"));
+    }
+    let plain = path.starts_with('/') && path.len() <= LONGEST_PATH && !path.contains(|c: char| c.is_control());
+    if plain { Ok(()) } else { Err(format!("path \"{}\" is not absolute", path.escape_debug())) }
 }
 
 fn check_mount(container: &str, mount: &Mount, volumes: &HashSet<&str>) -> Result<(), String> {

@@ -47,6 +47,22 @@ pub struct Jail {
     pub args: Vec<String>,
 }
 
+/// What the program is told that gives a machine which runs already what an instance has (`joey-agent give`): a message on its standard
+/// input, after one with the descriptor of the monitor's network namespace. What goes wrong it says on its standard output.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Giving {
+    /// The monitor, which the caller keeps from being another process by then.
+    pub pid: u32,
+    /// Where it is, and its limits from now on.
+    pub cgroup: String,
+    pub limits: Resources,
+    /// Bytes of the longest file that it may write from now on.
+    pub longest_file: u64,
+    /// The namespace whose interface `eth0` is joined with the machine's, which moves there, and the hardware address of that.
+    pub network: Option<(PathBuf, [u8; 6])>,
+}
+
 /// How the monitor comes by the host's side of the machine's interface.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

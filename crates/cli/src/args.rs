@@ -11,7 +11,7 @@ mod diagnosis;
 mod guest;
 
 pub use diagnosis::{Core, Diagnose, Tcpdump};
-pub use guest::{Guest, GuestBuild};
+pub use guest::{Guest, GuestBuild, GuestUpgrade};
 
 /// Elastic container instances and serverless Kubernetes on one machine.
 #[derive(Debug, Parser)]
@@ -53,14 +53,14 @@ Instances:
 
 Images:
   image       List, pull, import and remove images of this host
-  guest       Make what virtual machines boot, list and remove it
+  guest       Make what virtual machines boot, have it taken up, list and remove it
 
 Hosts and clusters:
   host        List the hosts of the pool
 
 Other:
   bench       Measure how fast Pods start and what each costs
-  version     Show the version
+  version     Show the version, and what executes virtual machines
   completion  Write a shell's completion script
   help        Explain a command
 
@@ -135,7 +135,7 @@ pub enum Command {
     /// Measure this installation
     #[command(subcommand)]
     Bench(Bench),
-    /// Show the version
+    /// Show the version, and what executes virtual machines
     Version(Output),
     /// Write a shell's completion script
     Completion {
@@ -559,6 +559,12 @@ pub struct BenchStart {
     /// Pods on their way at a time, each until its process runs
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     pub parallel: u32,
+    /// Rest before each Pod but the first
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub pause: u32,
+    /// Port that the Pods are asked on over HTTP until they answer
+    #[arg(long, value_name = "PORT")]
+    pub http: Option<u16>,
     /// Sandbox class
     #[arg(long, default_value = "runc")]
     pub class: String,

@@ -4,13 +4,17 @@
 //! was started, as the instance service tells it to the microsecond (the same machine, the same clock); it is *ready* when a
 //! watch of Pods in this process has shown the condition. `parallel` Pods are on their way at a time: a Pod takes its place
 //! with its create call and gives it back when the service has shown that it runs. Pods a minute are the Pods divided by the
-//! time from the first create call to the start of the last process. Memory for each Pod is the proportional memory of its
-//! agent's processes and its share of what `joey up` has grown by. What probes cost is measured in [`probes`].
+//! time from the first create call to the start of the last process. It has *answered* ([`answers`]) when it did so over HTTP. Memory
+//! for each Pod is the proportional memory of its sandbox and its share of what `joey up` has grown by: of the agent where the
+//! containers' processes are this kernel's, and else of all that makes the sandbox, the containers in it. What probes cost is
+//! measured in [`probes`].
 
+mod answers;
 pub mod probes;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -30,6 +34,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 
+use answers::Answers;
+
 use crate::args::BenchStart;
 use crate::failure::Failure;
 use crate::measure;
@@ -43,6 +49,8 @@ const IDLE: Duration = Duration::from_secs(5);
 const STALL: Duration = Duration::from_secs(60);
 /// Longest time for everything to be gone again.
 const CLEAR: Duration = Duration::from_secs(120);
+/// The class whose containers' processes are this kernel's.
+const RUNC: &str = "runc";
 /// More Pods than a node may have cannot all be there at once.
 const MOST: u32 = 5000;
 
@@ -50,6 +58,8 @@ const MOST: u32 = 5000;
 pub struct Round {
     count: u32,
     parallel: u32,
+    pause: Duration,
+    http: Option<u16>,
     class: String,
     image: String,
     /// Fields of the Pods' container beyond the usual ones.
@@ -80,6 +90,8 @@ impl BenchStart {
         Ok(Round {
             count: self.count,
             parallel: self.parallel,
+            pause: Duration::from_secs(self.pause.into()),
+            http: self.http,
             class: self.class,
             image: self.image,
             more: json!({}),
@@ -97,6 +109,8 @@ struct Figures {
     parallel: u32,
     running_ms: Percentiles,
     ready_ms: Percentiles,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    http_ms: Option<Percentiles>,
     pods_per_minute: f64,
     memory_per_pod_kib: f64,
     idle_memory_kib: u64,
@@ -153,12 +167,13 @@ pub async fn start(service: &PoolClient, round: Round) -> Result<ExitCode, Failu
         parallel: round.parallel,
         running_ms: Percentiles::of(measured.running),
         ready_ms: Percentiles::of(measured.ready),
+        http_ms: round.http.map(|_| Percentiles::of(measured.answered)),
         pods_per_minute: rounded(f64::from(round.count) * 60e6 / measured.whole.max(1) as f64),
-        memory_per_pod_kib: rounded((measured.agents_kib + grown) as f64 / f64::from(round.count)),
+        memory_per_pod_kib: rounded((measured.sandboxes_kib + grown) as f64 / f64::from(round.count)),
         idle_memory_kib: idle.memory_kib,
         idle_cpu_percent: rounded(idle.cpu_percent),
     };
-    tell(&figures, measured.agents_kib, grown, deletion, round.format)
+    tell(&figures, measured.sandboxes_kib, grown, deletion, round.format)
 }
 
 /// A tenth is as fine as memory and rates can be told apart.
@@ -221,18 +236,20 @@ async fn idle(pid: i32) -> Result<Idle, Failure> {
 
 /// A step of a Pod, seen on one of the watches.
 enum Step {
-    Running { pod: String, instance: String, at: Timestamp },
+    Running { pod: String, instance: String, address: Option<IpAddr>, at: Timestamp },
     Ready { pod: String, at: Timestamp },
+    Answered { pod: String, at: Timestamp },
     Stuck { pod: String, why: String },
 }
 
-/// What a round's Pods took, in microseconds, and the memory of their agents.
+/// What a round's Pods took, in microseconds, and the memory of their sandboxes.
 struct Measured {
     running: Vec<i64>,
     ready: Vec<i64>,
+    answered: Vec<i64>,
     whole: i64,
     agents: Vec<i32>,
-    agents_kib: u64,
+    sandboxes_kib: u64,
 }
 
 async fn measure(
@@ -261,6 +278,9 @@ async fn measure(
             async move {
                 // Given back by the step that shows the Pod running.
                 places.acquire().await.map_err(|_| Failure::new("the round has ended"))?.forget();
+                if number > 0 {
+                    tokio::time::sleep(round.pause).await;
+                }
                 let pod = pod(number, round)?;
                 sent.borrow_mut().insert(format!("bench-{number}"), Timestamp::now());
                 pods.create(&PostParams::default(), &pod)
@@ -272,7 +292,7 @@ async fn measure(
         .await
     };
     let marks = async {
-        let marks = follow(steps, round.count, &places, bar);
+        let marks = follow(steps, round, &places, bar);
         tokio::pin!(marks);
         tokio::select! {
             done = async { tokio::try_join!(creations, &mut marks) } => done.map(|((), marks)| marks),
@@ -284,23 +304,35 @@ async fn measure(
     };
     let marks = marks.await?;
     let sent = sent.into_inner();
-    summed(&marks, &sent)
+    summed(&marks, &sent, round)
 }
 
-fn summed(marks: &Marks, sent: &HashMap<String, Timestamp>) -> Result<Measured, Failure> {
+fn summed(marks: &Marks, sent: &HashMap<String, Timestamp>, round: &Round) -> Result<Measured, Failure> {
     let since = |times: &HashMap<String, Timestamp>| -> Vec<i64> {
         times.iter().filter_map(|(pod, at)| Some(micros(*sent.get(pod)?, *at))).collect()
     };
     let (first, last) = (sent.values().min(), marks.running.values().max());
     let (first, last) = first.zip(last).ok_or_else(|| Failure::new("no Pod was started"))?;
-    let agents = measure::processes("joey-agent", |name| marks.instances.contains(name));
+    let cgroups: HashSet<String> = marks.instances.iter().map(|id| cgroup(&round.place, id)).collect();
+    let agents = measure::processes("joey-agent", |name| cgroups.contains(name));
+    let sandboxes = match round.class == RUNC {
+        true => agents.clone(),
+        false => measure::all_processes(|name| cgroups.contains(name)),
+    };
     Ok(Measured {
         running: since(&marks.running),
         ready: since(&marks.ready),
+        answered: since(&marks.answered),
         whole: micros(*first, *last),
-        agents_kib: agents.iter().filter_map(|agent| measure::memory_kib(*agent)).sum(),
+        sandboxes_kib: sandboxes.iter().filter_map(|process| measure::memory_kib(*process)).sum(),
         agents,
     })
+}
+
+/// The last part of the name of an instance's cgroup: its id, but where its machine was made before it.
+fn cgroup(place: &Place, id: &str) -> String {
+    let told = std::fs::read_to_string(place.file("instances").join(id).join("vm/cgroup")).unwrap_or_default();
+    told.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(id).to_owned()
 }
 
 fn micros(from: Timestamp, to: Timestamp) -> i64 {
@@ -324,7 +356,7 @@ async fn open_namespace(client: &kube::Client, name: &str) -> Result<(), Failure
 }
 
 fn pod(number: u32, round: &Round) -> Result<Pod, Failure> {
-    let class = (round.class != "runc").then_some(&round.class);
+    let class = (round.class != RUNC).then_some(&round.class);
     let mut container = json!({ "name": "main", "image": round.image, "imagePullPolicy": "IfNotPresent" });
     for (name, value) in round.more.as_object().into_iter().flatten() {
         container[name] = value.clone();
@@ -364,7 +396,8 @@ async fn watch_instances(service: &PoolClient, namespace: &str, steps: mpsc::Sen
 fn step_of(pod: &str, instance: &Instance) -> Option<Step> {
     instance.status.containers.iter().find_map(|container| match &container.state {
         ContainerState::Running { started_at, .. } => {
-            Some(Step::Running { pod: pod.to_owned(), instance: instance.id.clone(), at: *started_at })
+            let (pod, id, address) = (pod.to_owned(), instance.id.clone(), instance.status.address);
+            Some(Step::Running { pod, instance: id, address, at: *started_at })
         }
         ContainerState::Waiting { reason, .. } if reason == "ContainerCreating" => None,
         ContainerState::Waiting { reason, message } => {
@@ -401,19 +434,30 @@ async fn watch_pods(pods: Api<Pod>, steps: mpsc::Sender<Step>) -> Result<(), Fai
 struct Marks {
     running: HashMap<String, Timestamp>,
     ready: HashMap<String, Timestamp>,
-    instances: std::collections::HashSet<String>,
+    answered: HashMap<String, Timestamp>,
+    instances: HashSet<String>,
 }
 
-/// Collects steps until every Pod has run and been ready.
+/// Collects steps until every Pod has run, been ready and answered, where it is asked.
 async fn follow(
     mut steps: mpsc::Receiver<Step>,
-    count: u32,
+    round: &Round,
     places: &Semaphore,
     bar: &ProgressBar,
 ) -> Result<Marks, Failure> {
-    let mut marks = Marks::default();
-    while marks.running.len() < count as usize || marks.ready.len() < count as usize {
-        let step = tokio::time::timeout(STALL, steps.recv()).await.map_err(|_| {
+    let (mut marks, mut answers, count) = (Marks::default(), Answers::default(), round.count as usize);
+    let left = |marks: &Marks| {
+        let unasked = round.http.is_some() && marks.answered.len() < count;
+        marks.running.len() < count || marks.ready.len() < count || unasked
+    };
+    while left(&marks) {
+        let next = async {
+            tokio::select! {
+                step = steps.recv() => step,
+                (pod, at) = answers.next() => Some(Step::Answered { pod, at }),
+            }
+        };
+        let step = tokio::time::timeout(STALL, next).await.map_err(|_| {
             Failure::new(format!(
                 "nothing went on for {} s: of {count} Pods {} run and {} are ready",
                 STALL.as_secs(),
@@ -422,12 +466,16 @@ async fn follow(
             ))
         })?;
         match step {
-            Some(Step::Running { pod, instance, at }) => {
-                if marks.running.insert(pod, at).is_none() {
+            Some(Step::Running { pod, instance, address, at }) => {
+                if marks.running.insert(pod.clone(), at).is_none() {
                     marks.instances.insert(instance);
                     places.add_permits(1);
+                    if let (Some(address), Some(port)) = (address, round.http) {
+                        answers.ask(pod, address, port);
+                    }
                 }
             }
+            Some(Step::Answered { pod, at }) => drop(marks.answered.insert(pod, at)),
             Some(Step::Ready { pod, at }) => {
                 marks.ready.entry(pod).or_insert(at);
                 bar.set_position(marks.ready.len() as u64);
@@ -468,7 +516,7 @@ async fn clear(service: &PoolClient, client: &kube::Client, namespace: &str) -> 
 
 fn tell(
     figures: &Figures,
-    agents_kib: u64,
+    sandboxes_kib: u64,
     grown_kib: u64,
     deletion: Duration,
     format: Format,
@@ -484,18 +532,20 @@ fn tell(
         let value = |name: &str, value: String| vec![name.to_owned(), value];
         let each = f64::from(figures.count);
         let head = format!("{} PODS, {} AT A TIME ({})", figures.count, figures.parallel, figures.class);
-        vec![
+        let answers = figures.http_ms.iter().map(|answered| times("create call to first HTTP answer, ms", answered));
+        let rows = vec![
             row([head, "P50".to_owned(), "P90".to_owned(), "P99".to_owned()]),
             times("create call to process running, ms", &figures.running_ms),
             times("create call to Ready, ms", &figures.ready_ms),
             value("Pods a minute, first create to last running", format!("{:.0}", figures.pods_per_minute)),
             value("memory added for each Pod, KiB", format!("{:.0}", figures.memory_per_pod_kib)),
-            value("  of it the Pod's agent", format!("{:.0}", agents_kib as f64 / each)),
+            value("  of it the Pod's sandbox", format!("{:.0}", sandboxes_kib as f64 / each)),
             value("  of it growth of joey up", format!("{:.0}", grown_kib as f64 / each)),
             value("joey up idle: memory, KiB", figures.idle_memory_kib.to_string()),
             value("joey up idle: CPU, % of a core", format!("{:.1}", figures.idle_cpu_percent)),
             value("deletion of all, s", format!("{:.1}", deletion.as_secs_f64())),
-        ]
+        ];
+        rows.into_iter().chain(answers).collect()
     })
 }
 
@@ -519,6 +569,8 @@ mod tests {
         let wrong = BenchStart {
             count: 0,
             parallel: 0,
+            pause: 0,
+            http: None,
             class: "No".to_owned(),
             image: "A B".to_owned(),
             output: crate::args::Output { output: None },

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use joey_guest::{Guest, Guests};
 use joey_hypervisor::qemu::{self, Qemu};
 use joey_hypervisor::{Acceleration, Boot};
-use joey_sandbox::{RuncConfig, RundConfig, SandboxClass};
+use joey_sandbox::{RuncConfig, RundConfig, Runtime, SandboxClass};
 
 use crate::failure::Failure;
 use crate::settings::HostSettings;
@@ -17,30 +17,76 @@ const PROGRAMS: [&str; 4] = ["/usr/bin", "/usr/local/bin", "/bin", "/usr/libexec
 /// What this host can do.
 pub struct Classes {
     pub all: Vec<Arc<dyn SandboxClass>>,
-    /// What executes virtual machines, where there are any.
-    pub machines: Option<String>,
+    pub machines: Machines,
 }
+
+/// Tells what executes virtual machines now, where there are any.
+pub type Machines = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 
 impl Classes {
     pub async fn open(settings: &HostSettings) -> Result<Self, Failure> {
         let cgroup_root = settings.place.cgroup_root();
         let runc = joey_sandbox::runc(RuncConfig { agent_binary: settings.agent.clone(), cgroup_root });
-        let (hypervisor, boot, machines) = match hypervisor(settings).await {
-            Ok((qemu, guest)) => {
-                let machines = format!("{} ({}), Linux {}", qemu.told_version(), qemu.acceleration, guest.release);
-                (qemu, Ok(boot(&guest)), Some(machines))
+        let guests = Guests::open(settings.place.file("guests"));
+        let guests = guests.map_err(|error| Failure::caused("guests cannot be looked after", &error))?;
+        let found = hypervisor(settings, &guests).await;
+        let hypervisor = found.as_ref().map_or_else(|_| Qemu::absent(settings.agent.clone()), Clone::clone);
+        // Asked again for each machine: a guest that is made while this runs is taken up at once.
+        let current = move || found.as_ref().map_err(Clone::clone).and_then(|_| current(&guests));
+        let (boots, told) = (Arc::new(current), hypervisor.clone());
+        let machines = {
+            let boots = boots.clone();
+            move || {
+                let guest = boots().ok()?;
+                Some(format!("{} ({}), Linux {}", told.told_version(), told.acceleration, guest.release))
             }
-            Err(why) => (Qemu::absent(settings.agent.clone()), Err(why), None),
         };
         let rund = joey_sandbox::rund(RundConfig {
             hypervisor: Arc::new(hypervisor),
-            boot,
+            guest: Arc::new(move || {
+                let guest = boots()?;
+                let nfs_modules = guest.extra.get("nfs").cloned().unwrap_or_default();
+                Ok(joey_sandbox::Guest { boot: boot(&guest), nfs_modules })
+            }),
             cgroup_root: settings.place.cgroup_root(),
             dir: settings.place.file("machines"),
+            core_bytes: settings.core_dumps,
         });
-        let rund = rund.await.map_err(|error| Failure::caused("class rund", &error))?;
-        Ok(Self { all: vec![runc, rund], machines })
+        let (rund, runtime) = tokio::join!(rund, runtime(settings));
+        let rund = rund.map_err(|error| Failure::caused("class rund", &error))?;
+        let gvisor = joey_sandbox::gvisor(
+            RuncConfig { agent_binary: settings.agent.clone(), cgroup_root: settings.place.cgroup_root() },
+            runtime,
+        );
+        Ok(Self { all: vec![runc, rund, gvisor], machines: Arc::new(machines) })
     }
+}
+
+/// What runs containers of class gvisor here, with the platform that works; or why nothing does.
+async fn runtime(settings: &HostSettings) -> Result<Runtime, String> {
+    let runsc = program("runsc").ok_or("runsc is missing (Debian's package runsc)")?;
+    let inside = settings.agent.clone();
+    let dir = settings.place.file("gvisor");
+    std::fs::create_dir_all(&dir).map_err(|error| format!("its platforms cannot be tried: {error}"))?;
+    let made = std::fs::metadata(&runsc).and_then(|meta| meta.modified()).map(jiff::Timestamp::try_from);
+    let made = made.ok().and_then(Result::ok).map(|at| at.to_string()).unwrap_or_default();
+    let key = format!("{} {} {made}", since_boot(), inside.display());
+    let known = dir.join("platform");
+    let said = std::fs::read_to_string(&known).unwrap_or_default();
+    if let Some(platform) = said.strip_prefix(&key) {
+        return Ok(Runtime { program: runsc, platform: platform.trim().to_owned(), inside });
+    }
+    let (tried, seen) = (runsc.clone(), inside.clone());
+    let choice = tokio::task::spawn_blocking(move || joey_sandbox::choose(&tried, &seen, &dir.join("probe"))).await;
+    let choice = choice.map_err(|error| error.to_string()).flatten();
+    let platform = choice.map_err(|why| format!("no platform of runsc works: {why}"))?;
+    let _ = std::fs::write(known, format!("{key} {platform}\n"));
+    Ok(Runtime { program: runsc, platform, inside })
+}
+
+/// What is another one after each boot of the host.
+fn since_boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 /// The kernel and what it boots, of a guest.
@@ -48,20 +94,25 @@ fn boot(guest: &Guest) -> Boot {
     Boot { id: guest.id.clone(), kernel: guest.kernel.clone(), initramfs: guest.initramfs.clone() }
 }
 
-/// What runs machines here, and what they boot; or why there is none.
-async fn hypervisor(settings: &HostSettings) -> Result<(Qemu, Guest), String> {
-    let guests = Guests::open(settings.place.file("guests")).map_err(|error| error.to_string())?;
+/// What machines boot now.
+fn current(guests: &Guests) -> Result<Guest, String> {
     let guest = guests.current().map_err(|error| error.to_string())?;
-    let guest = guest.ok_or("it has no guest to boot: make one with joey guest build")?;
+    guest.ok_or_else(|| "it has no guest to boot: make one with joey guest build".to_owned())
+}
+
+/// What runs machines here; or why there is none.
+async fn hypervisor(settings: &HostSettings, guests: &Guests) -> Result<Qemu, String> {
     let program =
         program("qemu-system-x86_64").ok_or("qemu-system-x86_64 is missing (Debian's package qemu-system-x86)")?;
     let qemu = Qemu::open(program, settings.agent.clone(), Acceleration::Emulated).await;
     let qemu = qemu.map_err(|error| error.to_string())?;
+    // Where there is no guest yet, there is nothing to try it with.
+    let guest = current(guests).map_err(|why| format!("{why}, and start joey again"))?;
     if kvm(&qemu, &boot(&guest), settings).await {
-        return Ok((qemu.accelerated(Acceleration::Kvm), guest));
+        return Ok(qemu.accelerated(Acceleration::Kvm));
     }
     tracing::warn!("virtual machines are emulated, ten times slower and more: KVM does not work on this host");
-    Ok((qemu, guest))
+    Ok(qemu)
 }
 
 /// A program of this host.
@@ -72,8 +123,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
 /// Whether KVM works, found out once until the host boots again or anything changes that it depends on.
 async fn kvm(qemu: &Qemu, boot: &Boot, settings: &HostSettings) -> bool {
     let dir = settings.place.file("machines");
-    let since = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let key = format!("{} {} {}", since.trim(), boot.id, qemu.told_version());
+    let key = format!("{} {} {}", since_boot(), boot.id, qemu.told_version());
     let known = dir.join("kvm");
     let said = std::fs::read_to_string(&known).unwrap_or_default();
     if let Some(answer) = said.strip_prefix(&key) {

@@ -3,36 +3,66 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use joey_guest::{Guest, GuestError, Guests, Kernel, Request};
+use joey_guest::{Built, Guest, GuestError, Guests, Kernel, Request};
 use joey_model::quantity::human_bytes;
+use joey_pool::PoolClient;
 
 use crate::args;
 use crate::failure::Failure;
 use crate::output::{self, Format};
 use crate::settings::{self, Place};
+use crate::upgrade;
 
-pub async fn guest(data_dir: &Path, command: args::Guest) -> Result<ExitCode, Failure> {
+pub async fn guest(service: &PoolClient, data_dir: &Path, command: args::Guest) -> Result<ExitCode, Failure> {
     let place = Place::of(data_dir)?;
-    let blocking = move || match command {
-        args::Guest::Build(build) => self::build(&place, &build),
-        args::Guest::Ls(output) => list(&place, output.format()),
-        args::Guest::Rm { guests } => remove(&place, &guests),
-    };
-    tokio::task::spawn_blocking(blocking).await.unwrap_or_else(|error| Err(Failure::new(error.to_string())))
+    match command {
+        args::Guest::Build(build) => blocking(move || self::build(&place, &build)).await,
+        args::Guest::Upgrade(upgrade) => upgrade::upgrade(service, place, upgrade).await,
+        args::Guest::Ls(output) => blocking(move || list(&place, output.format())).await,
+        args::Guest::Rm { guests } => blocking(move || remove(&place, &guests)).await,
+    }
 }
 
-fn failed(what: &'static str) -> impl Fn(GuestError) -> Failure {
+/// Does what takes a while beside the runtime.
+pub async fn blocking<T: Send + 'static>(
+    what: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(what).await.unwrap_or_else(|error| Err(Failure::new(error.to_string())))
+}
+
+pub fn failed(what: &'static str) -> impl Fn(GuestError) -> Failure {
     move |error| match error.hint() {
         Some(hint) => Failure::caused(what, &error).with_hint(hint),
         None => Failure::caused(what, &error),
     }
 }
 
-fn guests(place: &Place) -> Result<Guests, Failure> {
+pub fn guests(place: &Place) -> Result<Guests, Failure> {
     Guests::open(place.file("guests")).map_err(failed("guests cannot be looked after"))
 }
 
 fn build(place: &Place, asked: &args::GuestBuild) -> Result<ExitCode, Failure> {
+    let built = make(place, asked)?;
+    let format = asked.output.format();
+    if matches!(format, Format::Table | Format::Wide) {
+        tell(&built)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    output::print(format, &told(&built.guest, true), |_| Vec::new())
+}
+
+/// Tells people what was made.
+pub fn tell(built: &Built) -> Result<(), Failure> {
+    let guest = &built.guest;
+    let word = if built.fresh { "made" } else { "there already" };
+    let sizes =
+        format!("kernel {}, first files {}", human_bytes(guest.kernel_bytes), human_bytes(guest.initramfs_bytes));
+    output::write(format!("guest {} {word}: Linux {}, {sizes}\n", guest.id, guest.release).as_bytes())?;
+    Ok(())
+}
+
+/// Makes the guest that is asked for, and makes it the current one.
+pub fn make(place: &Place, asked: &args::GuestBuild) -> Result<Built, Failure> {
     let failed = failed("no guest was made");
     let guests = guests(place)?;
     let agent = settings::agent(asked.agent.as_deref()).map_err(|why| Failure::usage(format!("--agent: {why}")))?;
@@ -45,20 +75,10 @@ fn build(place: &Place, asked: &args::GuestBuild) -> Result<ExitCode, Failure> {
             Kernel::Package(joey_guest::fetch_package(&into, None).map_err(&failed)?)
         }
     };
-    let built = guests.build(&Request { kernel, agent }).map_err(&failed)?;
-    let format = asked.output.format();
-    if matches!(format, Format::Table | Format::Wide) {
-        let guest = &built.guest;
-        let word = if built.fresh { "made" } else { "there already" };
-        let sizes =
-            format!("kernel {}, first files {}", human_bytes(guest.kernel_bytes), human_bytes(guest.initramfs_bytes));
-        output::write(format!("guest {} {word}: Linux {}, {sizes}\n", guest.id, guest.release).as_bytes())?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    output::print(format, &told(&built.guest, true), |_| Vec::new())
+    guests.build(&Request { kernel, agent }).map_err(failed)
 }
 
-fn told(guest: &Guest, current: bool) -> serde_json::Value {
+pub fn told(guest: &Guest, current: bool) -> serde_json::Value {
     serde_json::json!({
         "id": guest.id,
         "current": current,

@@ -17,6 +17,8 @@ use joey_pool::{ByteStream, Frames, Host, HostEvents};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
+use crate::classes::Machines;
+
 /// Steps of a pull that a reader may be behind; more are dropped, the last never is.
 const PROGRESS: usize = 256;
 
@@ -30,8 +32,7 @@ pub struct LocalHost {
     pub sizes: Sizes,
     /// Crashes of this host come to joey.
     pub core_dumps: bool,
-    /// What executes virtual machines.
-    pub machines: Option<String>,
+    pub machines: Machines,
 }
 
 impl LocalHost {
@@ -75,6 +76,10 @@ impl Host for LocalHost {
 
     async fn restart(&self, id: &InstanceId) -> Result<(), Fault> {
         self.engine.restart(id)
+    }
+
+    async fn renew(&self, id: &InstanceId) -> Result<(), Fault> {
+        self.engine.renew(id)
     }
 
     fn watch(&self) -> (Vec<(InstanceId, InstanceStatus)>, HostEvents) {
@@ -157,7 +162,7 @@ impl Host for LocalHost {
             },
             classes: self.engine.classes().into_iter().map(str::to_owned).collect(),
             classes_missing: self.engine.classes_missing(),
-            machines: self.machines.clone(),
+            machines: (self.machines)(),
             instances: self.engine.len(),
             address_range: self.network.range().to_string(),
             addresses_free: self.network.free(),

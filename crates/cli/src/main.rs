@@ -27,6 +27,8 @@ mod settings;
 mod sinks;
 mod top;
 mod up;
+mod upgrade;
+mod version;
 mod vnode;
 
 use std::process::ExitCode;
@@ -102,9 +104,9 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         }
         Command::Attach(attach) => exec::attach(&service, attach).await,
         Command::Image(image) => images::image(&service, image).await,
-        Command::Guest(guest) => guest::guest(&arguments.data_dir, guest).await,
+        Command::Guest(guest) => guest::guest(&service, &arguments.data_dir, guest).await,
         Command::Host(args::Host::Ls(output)) => instances::hosts(&service, output.format()).await,
-        Command::Version(version) => output::version(version.format()),
+        Command::Version(version) => version::version(&service, version.format()).await,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "joey", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

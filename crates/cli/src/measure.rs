@@ -31,11 +31,21 @@ pub fn cpu_time_of_one_thread(pid: i32) -> Option<Duration> {
     exact().or_else(|| cpu_time(pid))
 }
 
+/// Every process in a cgroup below one whose name `chosen` accepts.
+pub fn all_processes(chosen: impl Fn(&str) -> bool) -> Vec<i32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| is_inside(*pid, &chosen)).collect()
+}
+
+fn is_inside(pid: i32, chosen: impl Fn(&str) -> bool) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    text.lines().any(|line| line.split('/').skip(1).any(&chosen))
+}
+
 /// Every process that runs `program` in a cgroup below one whose name `chosen` accepts; not those that one of them has made and that
 /// are on their way to be another program.
 pub fn processes(program: &str, chosen: impl Fn(&str) -> bool) -> Vec<i32> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let runs = |pid: &i32| {
         let link = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
         // A program replaced on disk since is told with " (deleted)" behind its name, as is one that was sealed in memory.
@@ -43,11 +53,7 @@ pub fn processes(program: &str, chosen: impl Fn(&str) -> bool) -> Vec<i32> {
         let name = name.strip_suffix(" (deleted)").unwrap_or(name);
         name.strip_prefix("memfd:").unwrap_or(name) == program
     };
-    let inside = |pid: &i32| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        text.lines().any(|line| line.split('/').skip(1).any(&chosen))
-    };
-    let found: Vec<i32> = pids.filter(runs).filter(inside).collect();
+    let found: Vec<i32> = all_processes(chosen).into_iter().filter(runs).collect();
     let parent = |pid: &i32| {
         let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         text.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse::<i32>().ok()

@@ -77,15 +77,3 @@ pub fn age(at: Timestamp) -> String {
         _ => format!("{}d", seconds / 86_400),
     }
 }
-
-/// The version of this program.
-pub fn version(format: Format) -> Result<ExitCode, Failure> {
-    let version = env!("CARGO_PKG_VERSION");
-    match format {
-        Format::Table | Format::Wide => {
-            write(format!("joey {version}\n").as_bytes())?;
-            Ok(ExitCode::SUCCESS)
-        }
-        other => print(other, &serde_json::json!({ "version": version }), |_| Vec::new()),
-    }
-}

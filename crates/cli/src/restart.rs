@@ -12,7 +12,7 @@ use crate::args::Anew;
 use crate::failure::Failure;
 
 /// How long containers may take to run again once their grace is over.
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 pub async fn restart(service: &PoolClient, asked: &Anew) -> Result<ExitCode, Failure> {
     let before = service.get(&asked.name).await?;
@@ -28,7 +28,7 @@ pub async fn restart(service: &PoolClient, asked: &Anew) -> Result<ExitCode, Fai
     Ok(ExitCode::SUCCESS)
 }
 
-async fn until_restarted(service: &PoolClient, before: &Instance) -> Result<(), Failure> {
+pub async fn until_restarted(service: &PoolClient, before: &Instance) -> Result<(), Failure> {
     loop {
         let mut changes = service.watch().await?;
         while let Some(change) = changes.next().await {

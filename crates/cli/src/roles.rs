@@ -17,7 +17,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::classes::Classes;
+use crate::classes::{Classes, Machines};
 use crate::failure::Failure;
 use crate::host::LocalHost;
 use crate::settings::{HostSettings, Place};
@@ -80,8 +80,7 @@ pub struct HostRole {
     pub engine: Engine,
     pub images: Images,
     pub network: Arc<Networks>,
-    /// What executes virtual machines, where there are any.
-    pub machines: Option<String>,
+    pub machines: Machines,
 }
 
 impl HostRole {

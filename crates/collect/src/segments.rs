@@ -83,6 +83,10 @@ impl Segments {
         Ok(same.then_some(newest.bytes))
     }
 
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn path(&self, bytes: u64, lines: u64) -> PathBuf {
         self.dir.join(format!("{bytes:016x}.{lines:x}"))
     }
@@ -103,6 +107,13 @@ impl Segments {
         let mut all: Vec<_> = entries.flatten().filter_map(segment).collect();
         all.sort();
         Ok(all)
+    }
+
+    /// Removes those that end before this place of the stream, but for the newest one, by which the numbers go on.
+    pub fn remove_before(&self, bytes: u64) -> io::Result<()> {
+        let all = self.all()?;
+        let old = all.windows(2).filter(|pair| pair[1].bytes <= bytes);
+        old.into_iter().try_for_each(|pair| std::fs::remove_file(&pair[0].path))
     }
 }
 

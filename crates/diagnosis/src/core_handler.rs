@@ -5,6 +5,9 @@
 //!                        └ nobody's here ─► what kernel.core_pattern was before: another program, or a file as the kernel makes it
 //! ```
 //!
+//! In a virtual machine the kernel is the instance's own, and the same is done with whatever crashes in one of its containers
+//! ([`run_in_guest`]).
+//!
 //! An instance has two handlers at work, and only as long as its core comes: so no instance keeps all the kernel's places for itself.
 //! Everything about the crash is hostile: names are made harmless, and from the moment when a file inside a container is opened this
 //! process has no right that the crashed one did not have. A core of an instance never reaches the host's own handler.
@@ -15,11 +18,12 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use joey_api::diagnosis::{CoreSettings, CoreWritten, Crash};
+use joey_api::guest::{CGROUP, INSTANCE};
 
 use crate::core_pattern::Known;
 use crate::crash::{Process, Told, become_user};
@@ -49,27 +53,57 @@ pub fn run(words: impl Iterator<Item = OsString>) -> Result<(), String> {
     let known = Known::beside(&program).map_err(|error| format!("cannot read what is known: {error}"))?;
     let process = Process::open(pid).map_err(|error| format!("process {pid}: {error}"))?;
     let done = match process.owner(&known.cgroup_root) {
-        Ok(Some((instance, container))) => of_instance(&known, &told, &process, (instance.as_str(), &container)),
+        Ok(Some((instance, container))) => {
+            let dir = known.instances.join(instance.as_str());
+            let owner = Owner { cgroup_root: &known.cgroup_root, dir, container: &container, most: known.most };
+            of_instance(&owner, &told, &process)
+        }
         Ok(None) => pass_on(&known, &told, &process),
         Err(error) => Err(error),
     };
     done.map_err(|error| format!("core of process {pid}: {error}"))
 }
 
-fn of_instance(known: &Known, told: &Told, process: &Process, (instance, container): (&str, &str)) -> io::Result<()> {
+/// The same in a virtual machine; before the words of the kernel comes the most bytes of a core.
+pub fn run_in_guest(mut words: impl Iterator<Item = OsString>) -> Result<(), String> {
+    let usage = "usage: joey-agent guest-core BYTES P%P …, started by the kernel of a virtual machine";
+    let most = words.next().and_then(|word| word.to_str()?.parse().ok()).ok_or(usage)?;
+    let told = Told::of(words);
+    let pid = told.number('P').ok_or(usage)?;
+    let failed = |error: io::Error| format!("core of process {pid}: {error}");
+    // What programs of the kernel's see is not theirs to choose; from here on it is what the agent sees.
+    std::os::unix::fs::chroot("/proc/1/root").and_then(|()| std::env::set_current_dir("/")).map_err(failed)?;
+    let process = Process::open(pid).map_err(failed)?;
+    // What is no container's is the agent's.
+    let Some(container) = process.container(CGROUP).map_err(failed)? else { return Ok(()) };
+    let owner = Owner { cgroup_root: CGROUP, dir: PathBuf::from(INSTANCE), container: &container, most };
+    of_instance(&owner, &told, &process).map_err(failed)
+}
+
+/// Whose crash it is.
+struct Owner<'a> {
+    cgroup_root: &'a str,
+    /// The instance's directory.
+    dir: PathBuf,
+    container: &'a str,
+    /// Most bytes of a core.
+    most: u64,
+}
+
+fn of_instance(owner: &Owner<'_>, told: &Told, process: &Process) -> io::Result<()> {
     let end = Instant::now() + LONGEST;
     go_on(end);
-    process.join_cgroups(&known.cgroup_root)?;
-    let dir = known.instances.join(instance);
+    process.join_cgroups(owner.cgroup_root)?;
+    let Owner { dir, container, .. } = owner;
     let settings: CoreSettings = serde_json::from_slice(&std::fs::read(dir.join("cores/settings.json"))?)?;
     // The agent's own memory is nobody's to read.
-    if !settings.enabled || matches!(container, "" | "agent") {
+    if !settings.enabled || matches!(*container, "" | "agent") {
         return Ok(());
     }
     let Some(_slot) = slot(&dir.join("cores"))? else { return Ok(()) };
     let path = settings.pattern.as_ref().map(|pattern| told.path(pattern.as_bytes(), true));
     let crash = Crash {
-        container: container.to_owned(),
+        container: (*container).to_owned(),
         program: plain(told.value('e')),
         pid: told.number('p').and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0),
         signal: signal(told),
@@ -77,7 +111,7 @@ fn of_instance(known: &Known, told: &Told, process: &Process, (instance, contain
         kept: path.is_none(),
     };
     // Before the rights to do so are given up.
-    let mut agent = announce(&dir, &crash)?;
+    let mut agent = announce(dir, &crash)?;
     let opened = match &path {
         Some(path) => {
             let safe = told.value('d') == b"2";
@@ -90,7 +124,7 @@ fn of_instance(known: &Known, told: &Told, process: &Process, (instance, contain
         }
     };
     let mut written = CoreWritten::default();
-    let done = opened.and_then(|file| copy(&mut io::stdin().lock(), &file, known.most, &mut written, || go_on(end)));
+    let done = opened.and_then(|file| copy(&mut io::stdin().lock(), &file, owner.most, &mut written, || go_on(end)));
     written.problem = done.err().map(|error| error.to_string());
     go_on(end);
     tell(&mut agent, &written)

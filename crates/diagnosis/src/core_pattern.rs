@@ -97,10 +97,21 @@ fn ours(dir: &Path) -> String {
     format!("|{} ", dir.join(PROGRAM).display())
 }
 
+/// What the kernel is asked to tell, as words of a command.
+fn words() -> String {
+    let values: Vec<String> = SPECIFIERS.chars().map(|letter| format!("{letter}%{letter}")).collect();
+    values.join(" ")
+}
+
+/// In a virtual machine, by its first process: its kernel brings crashes to the program that this one runs.
+pub fn take_in_guest(most: u64) -> io::Result<()> {
+    fs::write(AT_ONCE, CORES.to_string())?;
+    fs::write(PATTERN, format!("|/proc/1/exe guest-core {most} {}", words()))
+}
+
 /// Takes the pattern; `dir` is the handler's, made where it is missing. Taken again it is brought up to date.
 pub fn take(dir: &Path, wanted: &Wanted<'_>) -> Result<(), CorePatternError> {
-    let values: Vec<String> = SPECIFIERS.chars().map(|letter| format!("{letter}%{letter}")).collect();
-    let pattern = format!("{}core {}", ours(dir), values.join(" "));
+    let pattern = format!("{}core {}", ours(dir), words());
     if pattern.len() > LONGEST || dir.to_string_lossy().contains(char::is_whitespace) {
         return Err(CorePatternError::TooLong { length: pattern.len() });
     }

@@ -96,12 +96,23 @@ impl Process {
 
     /// The instance and container whose cgroup below `root` it is in.
     pub(crate) fn owner(&self, root: &str) -> io::Result<Option<(InstanceId, String)>> {
-        let text = self.read("cgroup")?;
-        let below = text.lines().find_map(|line| line.splitn(3, ':').nth(2)?.strip_prefix(root)?.strip_prefix('/'));
-        let Some(below) = below else { return Ok(None) };
-        let (id, rest) = below.split_once('/').unwrap_or((below, ""));
+        let Some(below) = self.below(root)? else { return Ok(None) };
+        let (id, rest) = below.split_once('/').unwrap_or((&below, ""));
         let id = InstanceId::parse(id).map_err(|_| io::Error::other("its cgroup is no instance's"))?;
         Ok(Some((id, rest.rsplit('/').next().unwrap_or_default().to_owned())))
+    }
+
+    /// The container whose cgroup it is in, of the only instance there is, whose cgroup is `root`.
+    pub(crate) fn container(&self, root: &str) -> io::Result<Option<String>> {
+        let below = self.below(root)?;
+        Ok(below.map(|below| below.rsplit('/').next().unwrap_or_default().to_owned()))
+    }
+
+    /// Its cgroup below `root`.
+    fn below(&self, root: &str) -> io::Result<Option<String>> {
+        let text = self.read("cgroup")?;
+        let below = text.lines().find_map(|line| line.splitn(3, ':').nth(2)?.strip_prefix(root)?.strip_prefix('/'));
+        Ok(below.map(str::to_owned))
     }
 
     /// Moves this process into the cgroups below `root` that the crashed one is in: what follows is at that one's cost.

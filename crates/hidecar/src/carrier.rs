@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use joey_api::instance::InstanceEvent;
+use joey_collect::{Position, read};
 use rand::Rng;
 
 use crate::held::Held;
@@ -23,7 +24,7 @@ use crate::left;
 use crate::plan::{Plan, replace};
 use crate::record;
 use crate::sink::{Batch, Refused, Sink, SinkSettings};
-use crate::stream::{self, Position};
+use crate::stream;
 
 /// Between two looks at segments that had nothing new.
 const LOOK: Duration = Duration::from_secs(1);
@@ -241,7 +242,7 @@ impl Piece {
     fn add(&mut self, batch: &mut Batch) -> bool {
         let (plan, stream) = (&self.followed.plan, &self.followed.plan.streams[self.stream]);
         let dir = stream.dir(&self.followed.place().dir);
-        let part = match stream::read(&dir, self.next) {
+        let part = match read(&dir, self.next) {
             Ok(part) => part,
             Err(error) => {
                 tracing::warn!(instance = self.followed.id, %error, "segments cannot be read");

@@ -71,7 +71,7 @@ impl CloudHypervisor {
     /// Puts the memory of one that may be saved, or what a copy is made from, where it is opened.
     fn prepare(machine: &Machine) -> io::Result<()> {
         grounds::prepare(machine)?;
-        if grounds::may_be_saved(machine) {
+        if machine.to_be_saved {
             let (place, user) = (machine.dir.join("memory"), user_of(&machine.name));
             fs::File::create_new(&place)?.set_len(machine.shape.memory_bytes)?;
             std::os::unix::fs::chown(place, Some(user), Some(user))?;
@@ -92,7 +92,7 @@ impl CloudHypervisor {
         let mut bind = |name: &str, to: &str, writable| {
             jail.files.push(Bind { from: machine.dir.join(name), to: PathBuf::from(to), writable });
         };
-        if grounds::may_be_saved(machine) {
+        if machine.to_be_saved {
             bind("memory", MEMORY, true);
         }
         if machine.template.is_some() {

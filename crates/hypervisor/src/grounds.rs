@@ -46,13 +46,11 @@ pub(crate) fn saved_of(dir: &Path, name: &str) -> PathBuf {
     dir.join("saved").join(name)
 }
 
-/// Whether it can be saved: it boots, and has nothing that is one instance's.
-pub(crate) fn may_be_saved(machine: &Machine) -> bool {
-    machine.template.is_none() && machine.disk.is_none() && machine.layers.is_empty()
-}
-
 /// Makes the directories and fills the slots; each layer is one file.
 pub(crate) fn prepare(machine: &Machine) -> io::Result<()> {
+    if machine.disk_key.is_some() {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "this monitor has no encrypted disks"));
+    }
     let user = user_of(&machine.name);
     let make = |name: &str, own: bool| {
         let place = machine.dir.join(name);
@@ -61,7 +59,7 @@ pub(crate) fn prepare(machine: &Machine) -> io::Result<()> {
     };
     make("run", true)?;
     make("slots", false)?;
-    if may_be_saved(machine) {
+    if machine.to_be_saved {
         make("saved", true)?;
     }
     if let Some(disk) = &machine.disk {
@@ -104,7 +102,7 @@ pub(crate) fn jail(machine: &Machine, program: &Path, interface: Interface, args
     bind(boot.initramfs.clone(), INITRAMFS, false);
     bind(dir.join("run"), "/run", true);
     bind(dir.join("slots"), "/slots", false);
-    if may_be_saved(machine) {
+    if machine.to_be_saved {
         bind(dir.join("saved"), SAVED, true);
     }
     if let Some(disk) = disk {
@@ -124,7 +122,7 @@ pub(crate) fn jail(machine: &Machine, program: &Path, interface: Interface, args
         files,
         kvm: true,
         shared_memory: machine.template.is_some(),
-        longest_file: longest.max(machine.shape.memory_bytes),
+        longest_file: longest.max(machine.longest_disk).max(machine.shape.memory_bytes),
         program: program.to_owned(),
         args: args.iter().map(|arg| (*arg).to_owned()).collect(),
     }

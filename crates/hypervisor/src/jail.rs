@@ -7,7 +7,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use joey_api::vmm::{Interface, Jail};
+use joey_api::vmm::{Giving, Interface, Jail};
 use joey_process::Process;
 use nix::cmsg_space;
 use nix::sys::socket::{
@@ -66,6 +66,30 @@ pub(crate) fn errors_of(dir: &Path) -> PathBuf {
 pub(crate) fn user_of(name: &str) -> u32 {
     let hash = Sha256::digest(name);
     FIRST_USER | u32::from_be_bytes([0, hash[0], hash[1], hash[2]])
+}
+
+/// Gives a monitor that runs what its machine gets from outside of it.
+pub(crate) async fn give(starter: &Path, order: &Giving, process: &Process) -> io::Result<()> {
+    let namespace = std::fs::File::open(format!("/proc/{}/ns/net", order.pid))?;
+    // The number was its own when the file was opened if it still is.
+    if !process.is_there() {
+        return Err(io::Error::other("the monitor has ended"));
+    }
+    let message = serde_json::to_vec(order)?;
+    let (near, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    let mut command = tokio::process::Command::new(starter);
+    command.arg0("joey-agent").arg("give").env_clear();
+    command.stdin(Stdio::from(far)).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+    let child = command.spawn()?;
+    drop(command);
+    send(near.as_fd(), b"fd", Some(namespace.as_fd()))?;
+    send(near.as_fd(), &message, None)?;
+    let told = tokio::time::timeout(LIMIT, child.wait_with_output()).await;
+    let told = told.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    match told.status.success() {
+        true => Ok(()),
+        false => Err(io::Error::other(String::from_utf8_lossy(&told.stdout).trim().to_owned())),
+    }
 }
 
 /// Starts the monitor with these descriptors. `starter` is the program; `errors` gets what both say for people.

@@ -14,18 +14,18 @@ pub struct Part {
     pub length: u64,
 }
 
-/// Where each of the files is. They are whole sectors long.
+/// Where each of the files is: each begins with a sector.
 pub fn parts(files: &[PathBuf]) -> io::Result<Vec<Part>> {
     let mut offset = 0;
     files
         .iter()
         .map(|file| {
             let length = std::fs::metadata(file)?.len();
-            if length == 0 || !length.is_multiple_of(SECTOR) {
-                return Err(io::Error::other(format!("{} is not whole sectors long", file.display())));
+            if length == 0 {
+                return Err(io::Error::other(format!("{} is empty", file.display())));
             }
             let part = Part { offset, length };
-            offset += length;
+            offset += length.next_multiple_of(SECTOR);
             Ok(part)
         })
         .collect()
@@ -38,7 +38,7 @@ pub(crate) fn descriptor(parts: &[Part], name: impl Fn(usize) -> String) -> Stri
         "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType=\"twoGbMaxExtentFlat\"\n",
     );
     for (number, part) in parts.iter().enumerate() {
-        let _ = writeln!(text, "RW {} FLAT \"{}\" 0", part.length / SECTOR, name(number));
+        let _ = writeln!(text, "RW {} FLAT \"{}\" 0", part.length.div_ceil(SECTOR), name(number));
     }
     text.push_str("ddb.virtualHWVersion = \"4\"\n");
     text
@@ -65,6 +65,9 @@ mod tests {
             "{text}"
         );
         std::fs::write(&files[1], b"odd").unwrap();
+        let odd = parts(&files).unwrap();
+        assert_eq!((odd[1].length, odd[2].offset), (3, 4608), "the rest of its sector is nobody's");
+        std::fs::write(&files[1], b"").unwrap();
         assert!(parts(&files).is_err());
         std::fs::remove_dir_all(dir).unwrap();
     }

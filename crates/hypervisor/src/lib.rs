@@ -7,6 +7,7 @@
 //! ```
 
 pub mod cloud_hypervisor;
+mod disk_key;
 mod error;
 pub mod firecracker;
 mod grounds;
@@ -31,6 +32,7 @@ use async_trait::async_trait;
 use joey_api::instance::Resources;
 use joey_rpc::client::Io;
 
+pub use disk_key::DiskKey;
 pub use error::HypervisorError;
 pub use jail::{Jailer, Started, Starter};
 pub use joey_process::Ended;
@@ -90,7 +92,27 @@ pub struct Machine {
     pub template: Option<Arc<Template>>,
     /// The disk that it writes.
     pub disk: Option<PathBuf>,
+    /// The key of that disk, where it is encrypted.
+    pub disk_key: Option<DiskKey>,
     /// Files that its disks of layers hold one behind the other, by their slots; as the monitor has [`Hypervisor::room`] for them.
+    pub layers: BTreeMap<u32, Vec<PathBuf>>,
+    pub network: Option<Network>,
+    /// Whether it is to be a template: it boots, and what it has is in the place of what its copies will have.
+    pub to_be_saved: bool,
+    /// Bytes of the longest disk that it may be given while it runs.
+    pub longest_disk: u64,
+}
+
+/// What makes a machine that was started for nobody an instance's.
+#[derive(Debug, Clone)]
+pub struct Given {
+    /// What it is called from now on, and where its directory is now.
+    pub name: String,
+    pub dir: PathBuf,
+    /// The cgroup that it is in, and its limits from now on.
+    pub cgroup: String,
+    pub limits: Resources,
+    pub disk: PathBuf,
     pub layers: BTreeMap<u32, Vec<PathBuf>>,
     pub network: Option<Network>,
 }
@@ -119,10 +141,16 @@ pub trait Hypervisor: Send + Sync {
     /// Where layers go.
     fn room(&self) -> Room;
 
+    /// Whether a machine that runs can be given all that makes it an instance's ([`Vm::give`]). What it had is not looked at before
+    /// that, so one that is to be saved may have a disk as well.
+    fn gives(&self) -> bool {
+        false
+    }
+
     /// Starts a machine; returns when it runs. Whether what is in it answers is the caller's to find out. On an error nothing is left.
     async fn start(&self, machine: Machine) -> Result<Arc<dyn Vm>, HypervisorError>;
 
-    /// Makes a template of a machine that has booted and has no disks, and ends it.
+    /// Makes a template of a machine that was to be saved and has booted, and ends it.
     async fn save(&self, machine: Arc<dyn Vm>) -> Result<Template, HypervisorError> {
         let (memory, state) = machine.freeze().await?;
         machine.kill();
@@ -148,6 +176,16 @@ pub trait Vm: Send + Sync {
     /// Puts a disk into a slot that is empty: these files one behind the other.
     /// The slots before it are taken.
     async fn insert(&self, slot: u32, files: Vec<PathBuf>) -> Result<(), HypervisorError>;
+
+    /// Gives a machine that has no layers and no network what an instance has, where its monitor can ([`Hypervisor::gives`]).
+    async fn give(&self, given: Given) -> Result<(), HypervisorError> {
+        let (machine, operation) = (given.name, "give an instance's disks and network");
+        Err(HypervisorError::Monitor {
+            machine,
+            operation,
+            message: "its monitor takes them from the start".to_owned(),
+        })
+    }
 
     /// Resolves with the monitor's answer: one that hangs has none.
     async fn answers(&self) -> Result<(), HypervisorError>;

@@ -26,14 +26,14 @@ use joey_api::vmm::{Bind, Interface, Jail};
 use joey_process::Process;
 
 use crate::jail::{errors_of, record_of, user_of};
-use crate::{Acceleration, Hypervisor, HypervisorError, Machine, Room, Shape, Vm, jail, layout, template};
+use crate::{Acceleration, DiskKey, Hypervisor, HypervisorError, Machine, Room, Shape, Vm, jail, layout, template};
 use machine::QemuVm;
 
 /// How long a monitor may take until it answers, and a copy to run.
 const LIMIT: Duration = Duration::from_secs(20);
 /// What a monitor takes for itself: its heap, its stacks, and what it translates the machine's instructions into.
 const OVERHEAD: u64 = 64 << 20;
-const OVERHEAD_EMULATED: u64 = 96 << 20;
+const OVERHEAD_EMULATED: u64 = 128 << 20;
 /// The program, and what starts it.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -109,8 +109,8 @@ impl Qemu {
             interface: Interface::Descriptor,
             files,
             kvm: self.acceleration == Acceleration::Kvm,
-            shared_memory: machine.disk.is_some(),
-            longest_file: longest.max(machine.shape.memory_bytes),
+            shared_memory: machine.template.is_some(),
+            longest_file: longest.max(machine.longest_disk).max(machine.shape.memory_bytes),
             program: self.program.clone(),
             args,
         }
@@ -171,6 +171,10 @@ impl Hypervisor for Qemu {
         Room { slots: 1..arguments::SLOTS, files: 255 }
     }
 
+    fn gives(&self) -> bool {
+        true
+    }
+
     async fn start(&self, machine: Machine) -> Result<Arc<dyn Vm>, HypervisorError> {
         let name = machine.name.clone();
         let host = |operation| {
@@ -190,11 +194,12 @@ impl Hypervisor for Qemu {
         descriptors.extend(own.as_ref().map(AsFd::as_fd));
         descriptors.extend(machine.template.as_ref().map(|template| template.memory()));
         descriptors.extend(state.as_ref().map(AsFd::as_fd));
+        descriptors.extend(machine.disk_key.as_ref().map(DiskKey::descriptor));
         let args = arguments::of(self, &machine);
         let (made, errors) = (self.jail(&machine, args), errors_of(&machine.dir));
         let process = jail::start(&self.starter, &made, &descriptors, &errors).await;
         let process = process.map_err(host("start the monitor"))?;
-        let vm = QemuVm::new(machine.name.clone(), machine.dir.clone(), process.process, own);
+        let vm = QemuVm::new(&self.starter, machine.name.clone(), machine.dir.clone(), process.process, own);
         let started = vm.begin(machine.template.is_some()).await;
         if started.is_err() {
             vm.kill();
@@ -209,7 +214,8 @@ impl Hypervisor for Qemu {
             operation: "read the record",
             source,
         })?;
-        Ok(found.map(|process| Arc::new(QemuVm::new(name.to_owned(), dir.to_owned(), process, None)) as Arc<dyn Vm>))
+        let vm = |process| QemuVm::new(&self.starter, name.to_owned(), dir.to_owned(), process, None);
+        Ok(found.map(|process| Arc::new(vm(process)) as Arc<dyn Vm>))
     }
 }
 
@@ -229,8 +235,11 @@ pub async fn kvm_works(qemu: &Qemu, boot: &crate::Boot, dir: &Path, cgroup: &str
         boot: boot.clone(),
         template: None,
         disk: None,
+        disk_key: None,
         layers: BTreeMap::new(),
         network: None,
+        to_be_saved: false,
+        longest_disk: 0,
     };
     let Ok(vm) = probe.start(machine).await else { return false };
     let works = matches!(tokio::time::timeout(PROBE, vm.connect()).await, Ok(Ok(_)));

@@ -116,7 +116,7 @@ pub(crate) fn memory_from(file: &File) -> io::Result<OwnedFd> {
     }
 }
 
-fn memory_file(name: &std::ffi::CStr, flags: libc::c_uint) -> io::Result<OwnedFd> {
+pub(crate) fn memory_file(name: &std::ffi::CStr, flags: libc::c_uint) -> io::Result<OwnedFd> {
     // SAFETY: a C string and flags; the descriptor is new and nobody else's.
     unsafe {
         match libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) {

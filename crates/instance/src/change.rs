@@ -146,7 +146,9 @@ impl Changes {
                 Some(now) if now.image != container.image => wanted.push(want(now.image.is_empty())),
                 Some(now) => {
                     let limits = merge::resources(container);
+                    // One that does not answer is not asked for each of them in turn.
                     if now.resources != limits
+                        && failures.is_empty()
                         && let Err(error) = agent.limit(&container.name, &limits).await
                     {
                         failures.push((Some(container.name.clone()), format!("Resize failed: {error}")));
@@ -211,6 +213,8 @@ impl Changes {
             self.not_before = Some(Instant::now());
         } else if all {
             self.at_once();
+            // An agent that took it in says so by then. One that says no such thing does not have it made again and again.
+            self.not_before = Some(Instant::now() + CAUSE);
         } else {
             self.put_off();
         }

@@ -21,7 +21,7 @@ use tokio_stream::wrappers::BroadcastStream;
 
 use crate::life::{Command, Life};
 use crate::persist::Record;
-use crate::{cgroups, start, status};
+use crate::{cgroups, own_kernel, start, status};
 
 /// Changes a watcher may be behind before it is cut off.
 const BACKLOG: usize = 4096;
@@ -172,10 +172,15 @@ impl Engine {
     /// Accepts an instance; durable when it returns, running later. An id that is here already is left as it is.
     pub async fn create(&self, id: InstanceId, spec: InstanceSpec) -> Result<(), Fault> {
         joey_api::validate::instance(&spec)?;
-        if let Some(why) = self.shared.class(&spec.class)?.missing() {
+        let class = self.shared.class(&spec.class)?;
+        if let Some(why) = class.missing() {
             let message = format!("this host makes no sandboxes of class \"{}\": {why}", spec.class);
             return Err(Fault::new(ErrorKind::Invalid, "ClassMissing", message));
         }
+        if let Some(fault) = class.refuses(&spec) {
+            return Err(fault);
+        }
+        own_kernel::check(&spec, &*self.shared.class(&spec.class)?)?;
         if self.shared.instances().contains_key(&id) {
             return Ok(());
         }
@@ -231,6 +236,11 @@ impl Engine {
     /// Ends every container and starts it again, without back-off.
     pub fn restart(&self, id: &InstanceId) -> Result<(), Fault> {
         self.tell(id, Command::Restart)
+    }
+
+    /// Ends the containers with their grace and makes the sandbox anew, of what sandboxes are made of now.
+    pub fn renew(&self, id: &InstanceId) -> Result<(), Fault> {
+        self.tell(id, Command::Renew)
     }
 
     pub fn get(&self, id: &InstanceId) -> Option<InstanceStatus> {

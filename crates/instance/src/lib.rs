@@ -8,15 +8,19 @@
 
 mod cgroups;
 mod change;
+mod end;
 mod engine;
 mod files;
 mod held;
 mod life;
 mod logs;
 mod merge;
+mod nfs;
+mod own_kernel;
 mod persist;
 mod pull;
 mod start;
 mod status;
+mod told;
 
 pub use engine::{ByteStream, Config, Engine, Recovered, StatusEvents};

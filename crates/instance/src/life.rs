@@ -15,25 +15,25 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
 use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, AgentState};
-use joey_api::instance::{ContainerState, InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase};
-use joey_model::{Digest, ErrorKind, Fault, ImageRef, InstanceId, checkpoint};
+use joey_api::instance::{InstanceEvent, InstanceSpec, InstanceStatus, VolumeSource, WirePhase};
+use joey_model::{Digest, ErrorKind, Fault, ImageRef, InstanceId};
 use joey_sandbox::{AgentClient, Sandbox};
 use tokio::sync::mpsc;
 
 use crate::change::Changes;
 use crate::engine::Shared;
 use crate::persist::{Record, had_sandbox, last_state, read_json};
+use crate::told::Listener;
 use crate::{held, pull, start, status};
 
 /// Pauses between attempts, as the kubelet's for images.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(300));
 /// After so long a sandbox counts as steady: that its agent is lost then is no failure of its making.
 const STEADY: Duration = Duration::from_secs(60);
-/// How long past its grace a stop may take until everything is killed from outside.
-const STOP_SLACK: Duration = Duration::from_secs(5);
+/// Between two attempts to hear an agent, also one that always breaks off.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// How long until an agent that could not be brought to its record is tried again.
 const BRING_AGAIN: Duration = Duration::from_secs(1);
 /// Events of the host that are kept.
@@ -49,6 +49,8 @@ pub(crate) enum Command {
     /// Its record says something else now.
     Change,
     Restart,
+    /// Its sandbox is made anew, of what sandboxes are made of now.
+    Renew,
     /// Something happened to its logs.
     Told(InstanceEvent),
 }
@@ -60,9 +62,10 @@ pub(crate) struct Life {
     pub(crate) record: Record,
     pub(crate) shared: Arc<Shared>,
     pub(crate) status: InstanceStatus,
-    commands: mpsc::UnboundedReceiver<Command>,
+    pub(crate) commands: mpsc::UnboundedReceiver<Command>,
     events: Vec<InstanceEvent>,
     agent_events: Vec<InstanceEvent>,
+    pub(crate) listener: Listener,
     began: Instant,
     /// Agents that were lost one after another, each soon after its sandbox was made.
     losses: u32,
@@ -73,9 +76,10 @@ pub(crate) struct Life {
 }
 
 /// Why watching or waiting ended.
-enum Turn {
+pub(crate) enum Turn {
     Delete(u32),
     AgentLost,
+    Renew,
     /// Try again.
     Again,
 }
@@ -99,6 +103,7 @@ impl Life {
             commands,
             events: Vec::new(),
             agent_events: Vec::new(),
+            listener: Listener::new(),
             began: Instant::now(),
             losses: 0,
             behind: false,
@@ -108,10 +113,13 @@ impl Life {
 
     /// Lives from the record on; `adopted` is the sandbox that an earlier daemon made.
     pub(crate) async fn run(mut self, adopted: Option<Arc<dyn Sandbox>>) {
-        if adopted.is_some() {
+        if let Some(sandbox) = &adopted {
             self.remember().await;
+            self.status.guest = sandbox.guest();
             // The daemon before this one may have ended between its record and its agent.
             self.behind = true;
+        } else if self.record.renewing {
+            self.remember().await;
         } else if self.record.deleting.is_none() && (self.record.lost || had_sandbox(&self.dir)) {
             // Its agent ended while no daemon looked: as if it were lost now.
             self.remember().await;
@@ -125,7 +133,11 @@ impl Life {
                 break grace;
             }
             let turn = match sandbox.take() {
-                Some(sandbox) => self.watch(&*sandbox).await,
+                half_ended if self.record.renewing => self.renew(half_ended).await,
+                Some(sandbox) => match self.watch(&*sandbox).await {
+                    Turn::Renew => self.renew(Some(sandbox)).await,
+                    turn => turn,
+                },
                 None => match self.make().await {
                     Ok(made) => {
                         sandbox = Some(made);
@@ -141,7 +153,7 @@ impl Life {
                         break grace;
                     }
                 }
-                Turn::Again => {}
+                Turn::Again | Turn::Renew => {}
             }
         };
         self.end(grace).await;
@@ -206,7 +218,7 @@ impl Life {
                         command = commands.recv() => match command {
                             Some(Command::Delete { grace }) => break Err(Turn::Delete(grace)),
                             Some(Command::Change) => changed = true,
-                            Some(Command::Restart | Command::Told(_)) => {}
+                            Some(Command::Restart | Command::Renew | Command::Told(_)) => {}
                             // The engine is gone, and with it this process.
                             None => break Ok((&mut pulling).await),
                         },
@@ -223,7 +235,7 @@ impl Life {
     }
 
     /// Takes over what the record says now; what was there before is given back.
-    async fn take_in(&mut self) -> InstanceSpec {
+    pub(crate) async fn take_in(&mut self) -> InstanceSpec {
         let dir = self.dir.clone();
         let read = start::blocking("read its record", move || Record::read(&dir)).await;
         self.behind = true;
@@ -239,7 +251,7 @@ impl Life {
         }
     }
 
-    /// Brings the agent to what the record says. What it has already is not touched.
+    /// Brings the agent to what the record says. What it has already is not touched; one that does not answer is asked once only.
     async fn bring(&mut self, agent: &AgentClient) {
         self.behind = false;
         for volume in &self.record.spec.volumes {
@@ -248,6 +260,9 @@ impl Life {
             tracing::warn!(instance = %self.id, volume = volume.name, %error, "contents could not be renewed");
             // An agent that says no says so again.
             self.behind |= !matches!(error.kind(), ErrorKind::Invalid | ErrorKind::NotFound);
+            if error.kind() == ErrorKind::Retryable {
+                return;
+            }
         }
     }
 
@@ -271,7 +286,7 @@ impl Life {
                                 return Ok(());
                             }
                         }
-                        Some(Command::Restart) => return Ok(()),
+                        Some(Command::Restart | Command::Renew) => return Ok(()),
                         Some(Command::Told(event)) => self.tell_at_once(event),
                         None => std::future::pending().await,
                     },
@@ -301,7 +316,7 @@ impl Life {
                     // Either it is gone, which `exited` says, or it is busy.
                     tokio::select! {
                         () = sandbox.exited() => return Turn::AgentLost,
-                        () = tokio::time::sleep(Duration::from_millis(100)) => continue,
+                        () = tokio::time::sleep(ASK_AGAIN) => continue,
                     }
                 }
             };
@@ -315,13 +330,16 @@ impl Life {
             let mut told = None;
             loop {
                 tokio::select! {
-                    state = states.next() => match state {
+                    state = self.listener.next(&mut states) => match state {
                         Some(Ok(state)) => {
-                            self.agent_says(&state);
+                            let state = self.agent_says(state);
                             changes.compare(self, agent, &state).await;
                             told = Some(state);
                         }
-                        Some(Err(_)) | None => break,
+                        Some(Err(_)) | None => tokio::select! {
+                            () = sandbox.exited() => return Turn::AgentLost,
+                            () = tokio::time::sleep(ASK_AGAIN) => break,
+                        },
                     },
                     prepared = changes.next() => {
                         if let Some(prepared) = prepared {
@@ -353,6 +371,7 @@ impl Life {
                                 changes.compare(self, agent, state).await;
                             }
                         }
+                        Some(Command::Renew) => return Turn::Renew,
                         Some(Command::Told(event)) => self.tell_at_once(event),
                         None => std::future::pending().await,
                     },
@@ -367,28 +386,26 @@ impl Life {
         for container in &self.record.spec.containers {
             if let Err(error) = agent.restart(&container.name).await {
                 tracing::warn!(instance = %self.id, container = container.name, %error, "restart was refused");
+                if error.kind() == ErrorKind::Retryable {
+                    return;
+                }
             }
         }
     }
 
-    fn agent_says(&mut self, state: &AgentState) {
-        status::apply(&mut self.status, self.id.as_str(), &self.record.spec, &self.record.restarts_before, state);
-        self.let_go_of_those_told(state);
+    pub(crate) fn agent_says(&mut self, state: AgentState) -> AgentState {
+        let state = self.listener.hear(state);
+        status::apply(&mut self.status, self.id.as_str(), &self.record.spec, &self.record.restarts_before, &state);
+        self.let_go_of_those_told(&state);
         self.show_held();
         if self.status.phase == WirePhase::Running && !self.status.timings.contains_key("running") {
             self.mark("running");
         }
         self.agent_events.clone_from(&state.events);
-        if !self.is_being_started() {
+        if !status::is_being_started(&self.status) || !self.agent_events.is_empty() {
             self.publish();
         }
-    }
-
-    /// Everybody knows already that its containers are being made; in milliseconds there is news.
-    fn is_being_started(&self) -> bool {
-        let being_made = |state: &ContainerState| matches!(state, ContainerState::Waiting { reason, .. } if reason == "ContainerCreating");
-        self.status.phase == WirePhase::Starting
-            && self.status.containers.iter().all(|container| being_made(&container.state))
+        state
     }
 
     /// The agent is gone, and with it its containers. Says the grace when the end was asked for.
@@ -445,7 +462,7 @@ impl Life {
         }
     }
 
-    async fn keep_record(&mut self) {
+    pub(crate) async fn keep_record(&mut self) {
         if let Err(fault) = self.write_record().await {
             tracing::error!(instance = %self.id, %fault, "how often and why it was lost cannot be kept");
         }
@@ -456,84 +473,11 @@ impl Life {
             match self.commands.recv().await {
                 Some(Command::Delete { grace }) => return Some(grace),
                 Some(Command::Change) => drop(self.take_in().await),
-                Some(Command::Restart) => return None,
+                Some(Command::Restart | Command::Renew) => return None,
                 Some(Command::Told(event)) => self.tell_at_once(event),
                 None => std::future::pending().await,
             }
         }
-    }
-
-    /// Ends the instance and everything it owns; tries until that is done.
-    async fn end(mut self, grace: u32) {
-        self.status.phase = WirePhase::Terminating;
-        self.publish();
-        if let Some(agent) = self.shared.agent(&self.id) {
-            self.stop(&agent, grace).await;
-            self.shared.agent_is(&self.id, None);
-        }
-        let mut pause = Duration::from_secs(1);
-        loop {
-            match self.remove().await {
-                Ok(()) => break,
-                Err(fault) => tracing::error!(instance = %self.id, %fault, "instance cannot be removed, trying again"),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(30));
-        }
-        self.shared.gone(&self.id);
-    }
-
-    /// Asks the containers to end and waits until they have, at most the grace; a later, shorter grace counts.
-    async fn stop(&mut self, agent: &AgentClient, grace: u32) {
-        let limit = |grace: u32| tokio::time::Instant::now() + Duration::from_secs(grace.into()) + STOP_SLACK;
-        let (mut deadline, mut shortest) = (limit(grace), grace);
-        let watching = async {
-            agent.stop(grace).await?;
-            agent.watch().await
-        };
-        let Ok(mut states) = watching.await else { return };
-        loop {
-            tokio::select! {
-                state = states.next() => match state {
-                    Some(Ok(state)) => {
-                        self.agent_says(&state);
-                        let ended = |container: &joey_api::agent::AgentContainerState| {
-                            !matches!(container.state, ContainerState::Running { .. })
-                        };
-                        if state.stopping && state.containers.iter().all(ended) {
-                            return;
-                        }
-                    }
-                    Some(Err(_)) | None => return,
-                },
-                Some(command) = self.commands.recv() => if let Command::Delete { grace } = command
-                    && grace < shortest
-                {
-                    (shortest, deadline) = (grace, limit(grace));
-                    if agent.stop(grace).await.is_err() {
-                        return;
-                    }
-                },
-                () = tokio::time::sleep_until(deadline) => return,
-            }
-        }
-    }
-
-    async fn remove(&mut self) -> Result<(), Fault> {
-        start::unmake(self).await?;
-        let (carrier, id, segments) =
-            (self.shared.carrier.clone(), self.id.clone(), self.dir.join(joey_collect::DIRECTORY));
-        start::blocking("keep its logs", move || carrier.take_over(id.as_str(), &segments)).await?;
-        checkpoint::reached("instance-logs-kept");
-        let _recording = self.shared.recording(&self.id).await;
-        let dir = self.dir.clone();
-        start::blocking("remove its directory", move || match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            result => result,
-        })
-        .await?;
-        checkpoint::reached("instance-forgotten");
-        Ok(())
     }
 
     async fn write_record(&self) -> Result<(), Fault> {
@@ -575,7 +519,7 @@ impl Life {
         self.events.drain(..surplus);
     }
 
-    fn tell_at_once(&mut self, event: InstanceEvent) {
+    pub(crate) fn tell_at_once(&mut self, event: InstanceEvent) {
         self.tell(vec![event]);
         self.publish();
     }

@@ -11,6 +11,8 @@ use joey_api::agent::{AgentConfig, AgentContainer, AgentState};
 use joey_api::instance::InstanceSpec;
 use serde::{Deserialize, Serialize};
 
+use crate::told;
+
 const VERSION: u32 = 1;
 const NAME: &str = "record.json";
 
@@ -29,12 +31,23 @@ pub(crate) struct Record {
     /// Its sandbox was lost, and its policy does not let it be made again.
     #[serde(default)]
     pub(crate) lost: bool,
+    /// Its sandbox is being taken away, and another one made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) renewing: bool,
 }
 
 impl Record {
     pub(crate) fn new(spec: InstanceSpec) -> Self {
         let restarts_before = spec.restarts_before.clone();
-        Self { version: VERSION, spec, accepted_at: Timestamp::now(), deleting: None, restarts_before, lost: false }
+        Self {
+            version: VERSION,
+            spec,
+            accepted_at: Timestamp::now(),
+            deleting: None,
+            restarts_before,
+            lost: false,
+            renewing: false,
+        }
     }
 
     /// The record in `dir`; `None` where there is none that is whole: nothing was acknowledged then.
@@ -104,7 +117,7 @@ pub(crate) fn had_sandbox(dir: &Path) -> bool {
 
 /// What the agent last wrote; `None` where there is nothing that can be read.
 pub(crate) fn last_state(dir: &Path) -> Option<AgentState> {
-    read_json(&dir.join("state.json"))
+    read_json(&dir.join("state.json")).map(told::bounded)
 }
 
 pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {

@@ -44,7 +44,7 @@ pub(crate) fn begins(containers: impl Iterator<Item = (Role, bool)>) -> bool {
 pub(crate) fn images_of(spec: &InstanceSpec) -> impl Iterator<Item = &str> {
     let of_volumes = spec.volumes.iter().filter_map(|volume| match &volume.source {
         VolumeSource::Image { reference, .. } => Some(reference.as_str()),
-        VolumeSource::Files(_) | VolumeSource::EmptyDir { .. } => None,
+        VolumeSource::Files(_) | VolumeSource::EmptyDir { .. } | VolumeSource::Nfs { .. } => None,
     });
     spec.containers.iter().map(|container| container.image.as_str()).chain(of_volumes)
 }

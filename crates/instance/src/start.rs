@@ -13,7 +13,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
-use joey_api::agent::{AgentConfig, AgentVolume, VERSION};
+use joey_api::agent::{AgentConfig, AgentNfs, AgentVolume, VERSION};
+use joey_api::annotations::encrypts_disk;
 use joey_api::instance::{InstanceSpec, VolumeSource};
 use joey_api::lifecycle::storage_limit;
 use joey_image::Image;
@@ -25,7 +26,7 @@ use crate::engine::Shared;
 use crate::life::Life;
 use crate::merge::{self, Surroundings};
 use crate::pull::{self, Images, started};
-use crate::{files, logs, persist};
+use crate::{files, logs, nfs, persist};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -121,12 +122,14 @@ async fn perform(life: &mut Life, made: &mut Made, step: Step) -> Result<(), Fau
                 network: made.attachment.as_ref().and_then(network),
                 layers: made.layers.clone(),
                 disk_bytes: disk_limit(&life.record.spec),
+                encrypted_disk: encrypts_disk(&life.record.spec.annotations) == Ok(true),
                 config,
             };
             let sandbox = class.create(request).await?;
             for (name, micros) in sandbox.phases() {
                 life.status.timings.insert(format!("sandbox.{name}"), micros);
             }
+            life.status.guest = sandbox.guest();
             if let Some(remark) = sandbox.remark() {
                 life.event(true, "SandboxRemark", remark, None);
             }
@@ -309,8 +312,8 @@ pub(crate) fn named(layers: &[Layer]) -> Vec<String> {
 }
 
 /// The volumes as the agent makes them, and the layers they show; `images` are those of the volumes that show one.
-async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<(Vec<AgentVolume>, Vec<Layer>), Fault> {
-    let spec = &life.record.spec;
+async fn volumes(life: &mut Life, images: &[Arc<Image>]) -> Result<(Vec<AgentVolume>, Vec<Layer>), Fault> {
+    let spec = &life.record.spec.clone();
     let mut images = images.iter();
     let (mut made, mut all) = (Vec::new(), Vec::new());
     for volume in &spec.volumes {
@@ -328,6 +331,11 @@ async fn volumes(life: &Life, images: &[Arc<Image>]) -> Result<(Vec<AgentVolume>
                 let layers = layers(&life.shared, &spec.class, images.next().ok_or_else(lost)?).await?;
                 agents.layers = named(&layers);
                 all.extend(layers);
+            }
+            VolumeSource::Nfs { server, path, read_only } => {
+                let (server, path, read_only) = (server.clone(), path.clone(), *read_only);
+                let address = nfs::address(life, &volume.name, &server).await?;
+                agents.nfs = Some(AgentNfs { server, address, path, read_only });
             }
         }
         made.push(agents);

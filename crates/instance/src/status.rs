@@ -12,6 +12,7 @@ use joey_model::{ErrorKind, Fault, InstanceId, RestartPolicy};
 use joey_sandbox::Loss;
 
 use crate::persist::Record;
+use crate::told;
 
 /// Events a status shows.
 const EVENTS: usize = 32;
@@ -71,7 +72,7 @@ pub(crate) fn apply(
         container.state = told.state.clone();
         (container.started, container.ready) = (told.started, told.ready);
         let before = restarts_before.get(&told.name).copied().unwrap_or(0);
-        container.restart_count = before.saturating_add(told.restart_count);
+        container.restart_count = before.saturating_add(told.restart_count).min(told::MOST_RESTARTS);
         if told.last_termination.is_some() {
             container.last_termination = told.last_termination.clone();
         }
@@ -152,6 +153,12 @@ pub(crate) fn phase(spec: &InstanceSpec, containers: &[ContainerStatus]) -> Wire
     }
 }
 
+/// Everybody knows already that its containers are being made; in milliseconds there is news.
+pub(crate) fn is_being_started(status: &InstanceStatus) -> bool {
+    let being_made = |state: &ContainerState| matches!(state, ContainerState::Waiting { reason, .. } if reason == "ContainerCreating");
+    status.phase == WirePhase::Starting && status.containers.iter().all(|container| being_made(&container.state))
+}
+
 /// Whether nothing will run any more by itself.
 pub(crate) fn is_final(phase: WirePhase) -> bool {
     matches!(phase, WirePhase::Succeeded | WirePhase::Failed)
@@ -185,11 +192,13 @@ fn end_lost(container: &mut ContainerStatus, message: &str) {
     });
 }
 
-/// Events of the host and of the agent in one list, oldest first.
+/// Events of the host and of the agent in one list, oldest first. The host's last ones are among them whatever the agent says.
 pub(crate) fn events(ours: &[InstanceEvent], agent: &[InstanceEvent]) -> Vec<InstanceEvent> {
-    let mut all: Vec<InstanceEvent> = ours.iter().chain(agent).cloned().collect();
+    let last = |events: &[InstanceEvent], count: usize| events[events.len().saturating_sub(count)..].to_vec();
+    let agent = last(agent, EVENTS - ours.len().min(EVENTS / 2));
+    let mut all = last(ours, EVENTS - agent.len());
+    all.extend(agent);
     all.sort_by_key(|event| event.at);
-    all.drain(..all.len().saturating_sub(EVENTS));
     all
 }
 

@@ -11,6 +11,8 @@ use std::path::Path;
 use joey_api::vmm::TAP_NAME as TAP;
 use joey_kernel::sys;
 
+use crate::link;
+
 const BRIDGE: &str = "joey";
 const INSIDE: &str = "eth0";
 /// linux/if_arp.h: what an address of Ethernet is marked with.
@@ -27,9 +29,18 @@ const TUNSETOWNER: libc::c_ulong = 0x4004_54cc;
 pub fn tap(netns: &Path, mac: Option<[u8; 6]>) -> io::Result<OwnedFd> {
     let own = File::open("/proc/self/ns/net")?;
     sys::setns(File::open(netns)?.as_fd(), libc::CLONE_NEWNET)?;
-    let made = join(mac);
+    let made = open_tap().and_then(|tap| join(mac).map(|()| tap));
     sys::setns(own.as_fd(), libc::CLONE_NEWNET)?;
     made
+}
+
+/// Moves the interface of a machine that runs, which leads nowhere so far, into the namespace and joins it there. Stays there.
+pub fn take(from: BorrowedFd<'_>, netns: &Path, mac: [u8; 6]) -> io::Result<()> {
+    let to = File::open(netns)?;
+    sys::setns(from, libc::CLONE_NEWNET)?;
+    link::send_away(TAP, to.as_fd())?;
+    sys::setns(to.as_fd(), libc::CLONE_NEWNET)?;
+    join(Some(mac))
 }
 
 /// Leaves the interface where it is, for this user to open it by its name.
@@ -73,8 +84,7 @@ fn set_up(control: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     request.ask(control.as_raw_fd(), libc::SIOCSIFFLAGS)
 }
 
-fn join(mac: Option<[u8; 6]>) -> io::Result<OwnedFd> {
-    let device = open_tap()?;
+fn join(mac: Option<[u8; 6]>) -> io::Result<()> {
     let control = control()?;
     let socket = control.as_raw_fd();
     // Of an attempt before this one it may be there.
@@ -111,7 +121,7 @@ fn join(mac: Option<[u8; 6]>) -> io::Result<OwnedFd> {
     for name in [TAP, INSIDE, BRIDGE] {
         set_up(control.as_fd(), name)?;
     }
-    Ok(device)
+    Ok(())
 }
 
 fn hardware(first: u8, rest: [u8; 5]) -> libc::sockaddr {

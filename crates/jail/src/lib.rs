@@ -8,6 +8,8 @@
 //! ```
 
 mod bridge;
+mod give;
+mod link;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -20,6 +22,7 @@ use joey_kernel::cgroup::Cgroup;
 use joey_kernel::identity::{self, Identity};
 use joey_kernel::sys;
 use libc::{MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_REC};
+use serde::de::DeserializeOwned;
 
 /// Where the jail's root is put together: any directory that every host has.
 const BASE: &str = "/tmp";
@@ -32,6 +35,8 @@ const RDONLY: u64 = 1;
 const NOSUID: u64 = 2;
 const NODEV: u64 = 4;
 const NOEXEC: u64 = 8;
+
+pub use give::run as give;
 
 /// Becomes the monitor; comes back only with what went wrong.
 pub fn run() -> String {
@@ -48,7 +53,7 @@ fn told<T>(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Result<T, 
 }
 
 fn start() -> Result<Never, String> {
-    let (jail, sent) = receive().or_else(told("read what to start"))?;
+    let (jail, sent): (Jail, _) = receive().or_else(told("read what to start"))?;
     sys::setsid().or_else(told("make a session"))?;
     let tap = jail.netns.as_ref().map(|netns| bridge::tap(netns, jail.mac)).transpose();
     let tap = tap.and_then(|tap| hand_over(&jail, tap)).or_else(told("make the machine's interface"))?;
@@ -92,8 +97,8 @@ fn stay(jail: &Jail) -> io::Result<()> {
     }
 }
 
-/// The descriptors, each with a message of its own, and then the jail.
-fn receive() -> io::Result<(Jail, Vec<OwnedFd>)> {
+/// The descriptors, each with a message of its own, and then what to do.
+fn receive<T: DeserializeOwned>() -> io::Result<(T, Vec<OwnedFd>)> {
     let socket = io::stdin();
     let mut sent = Vec::new();
     loop {

@@ -96,6 +96,14 @@ impl Cgroup {
         self.places().iter().chain(&self.disk).try_for_each(std::fs::create_dir_all)
     }
 
+    /// Takes it away, when nothing is in it any more.
+    pub fn remove(&self) -> io::Result<()> {
+        self.places().iter().try_for_each(|place| match std::fs::remove_dir(place) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        })
+    }
+
     /// Where a clone puts its child at once, for clone3(2)'s CLONE_INTO_CGROUP: moving a process between cgroups of v2 waits for
     /// all readers of a lock that every fork takes. Nothing on v1, where the child has to [`join`](Self::join).
     pub fn entrance(&self) -> io::Result<Option<File>> {

@@ -3,4 +3,6 @@
 
 pub mod cgroup;
 pub mod identity;
+pub mod signal;
 pub mod sys;
+pub mod view;

@@ -72,6 +72,12 @@ pub fn mount(
     check(done.into()).map(drop)
 }
 
+pub fn unmount(place: impl AsRef<std::ffi::OsStr>) -> io::Result<()> {
+    let place = c(place)?;
+    // SAFETY: a C string that lives through the call, and no flags.
+    check(unsafe { libc::umount2(place.as_ptr(), 0) }.into()).map(drop)
+}
+
 /// pivot_root(".", ".") and away with what was the root: the working directory becomes the root.
 pub fn pivot_to_working_dir() -> io::Result<()> {
     // SAFETY: C strings that live for ever.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use joey_api::guest::{DISK_SLOT, INSTANCE, LAYER_SLOTS, LAYERS, Layer, LayerDisk};
 use libc::{MS_NOATIME, MS_NODEV, MS_RDONLY};
@@ -18,16 +19,21 @@ const MOST: usize = 255;
 /// Bytes of a sector, in which partitions are counted.
 const SECTOR: u64 = 512;
 
+const DRIVER: &str = "virtio_blk";
+/// How long a mount may be in use by what has ended, and between two looks.
+const LET_GO: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(2);
+
 /// Slots that hold layers already.
 static TAKEN: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 /// Gives a slot its driver: what is in it is looked at from here on. The device that it is.
-async fn disk(slot: u32) -> io::Result<PathBuf> {
+pub(crate) async fn disk(slot: u32) -> io::Result<PathBuf> {
     machine::appeared(machine::DISK, slot as usize + 1).await?;
     let disks = machine::devices(machine::DISK)?;
     let device =
         disks.get(slot as usize).ok_or_else(|| io::Error::other(format!("there is no disk in slot {slot}")))?;
-    machine::bind(device, "virtio_blk")?;
+    machine::bind(device, DRIVER)?;
     Ok(Path::new("/dev").join(machine::named(device, "block")?))
 }
 
@@ -37,6 +43,27 @@ pub async fn mount_own() -> io::Result<()> {
     // It ends with the machine: nothing is kept for a next time.
     let options = "noinit_itable,errors=continue,nobarrier";
     sys::mount(&device, INSTANCE, "ext4", MS_NOATIME | MS_NODEV, options)
+}
+
+/// Lets go of the disk: another one may be put into its slot.
+pub async fn unmount_own() -> io::Result<()> {
+    unmount(Path::new(INSTANCE)).await?;
+    let disks = machine::devices(machine::DISK)?;
+    disks.get(DISK_SLOT as usize).map_or(Ok(()), |device| machine::unbind(device, DRIVER))
+}
+
+/// Unmounts what may be in use for another moment: mounts of processes that have ended go after them.
+pub async fn unmount(place: &Path) -> io::Result<()> {
+    let gone = async {
+        loop {
+            match sys::unmount(place) {
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => tokio::time::sleep(LOOK).await,
+                unmounted => return unmounted,
+            }
+        }
+    };
+    let busy = |_| io::Error::other(format!("{} is in use", place.display()));
+    tokio::time::timeout(LET_GO, gone).await.map_err(busy)?
 }
 
 /// Mounts the layers of a disk, each by its name. Those that are mounted already stay.

@@ -3,6 +3,8 @@
 
 pub mod disks;
 pub mod machine;
+pub mod modules;
 pub mod network;
+pub mod nfs;
 pub mod port;
 pub mod vsock;

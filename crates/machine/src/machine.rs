@@ -132,6 +132,11 @@ pub fn bind(device: &str, driver: &str) -> io::Result<()> {
     fs::write(Path::new(DRIVERS).join(driver).join("bind"), device)
 }
 
+/// Takes a device its driver.
+pub fn unbind(device: &str, driver: &str) -> io::Result<()> {
+    fs::write(Path::new(DRIVERS).join(driver).join("unbind"), device)
+}
+
 /// What a device is called in a class of the kernel's: `vda` of the class `block`.
 pub fn named(device: &str, class: &str) -> io::Result<String> {
     let place = Path::new(DEVICES).join(device).join(class);

@@ -34,6 +34,16 @@ pub fn prepare() -> io::Result<()> {
     ask(&socket, NAME, libc::SIOCSIFFLAGS, |request| request.ifr_ifru.ifru_flags = up)
 }
 
+/// Takes the interface its addresses and routes, and starts it again without.
+pub fn let_go() -> io::Result<()> {
+    let socket = socket()?;
+    ask(&socket, NAME, libc::SIOCSIFADDR, |request| request.ifr_ifru.ifru_addr = internet(Ipv4Addr::UNSPECIFIED))?;
+    // What has no address of its own, routes and neighbours, goes when it is down.
+    ask(&socket, NAME, libc::SIOCSIFFLAGS, |request| request.ifr_ifru.ifru_flags = 0)?;
+    let up = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    ask(&socket, NAME, libc::SIOCSIFFLAGS, |request| request.ifr_ifru.ifru_flags = up)
+}
+
 /// Gives the interface its addresses and routes: everything goes to the gateway, whose hardware address never changes.
 pub fn bring_up(wanted: &Interface) -> io::Result<()> {
     let socket = socket()?;

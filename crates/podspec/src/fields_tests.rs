@@ -33,6 +33,7 @@ fn known(path: &str) -> Option<Value> {
         ("spec.resources.limits{}" | "spec.resources.requests{}", _) => json!({"cpu": "1", "memory": "64Mi"}),
         ("spec.securityContext.sysctls[]", _) => json!({"name": "net.ipv4.tcp_syncookies", "value": "1"}),
         ("spec.securityContext.supplementalGroupsPolicy", _) => json!("Strict"),
+        ("spec.volumes[].nfs", _) => json!({"server": "files.example.org", "path": "/"}),
         ("spec.volumes[].image", _) => json!({"reference": "example.org/files:1"}),
         ("spec.volumes[].projected", _) => json!({"sources": [{"configMap": {"name": "x"}}]}),
         (_, Some("args[]" | "command[]")) => json!("x"),
@@ -150,6 +151,9 @@ fn pod(row: &str) -> core::Pod {
     });
     if row.starts_with("spec.volumes[]") {
         spec["volumes"] = json!([]);
+    }
+    if row.starts_with("spec.volumes[].nfs") {
+        spec["runtimeClassName"] = json!("rund");
     }
     let field = row.trim_end_matches(".*").strip_prefix("spec.").unwrap();
     lay(&mut spec, &format!("{PREFIX}PodSpec"), "spec", field);

@@ -146,6 +146,7 @@ pub fn convert(pod: &core::Pod, objects: &Objects, node: &Node) -> Result<Conver
     };
     let logs = logs::logs(pod, &containers, &mut notes);
     let (debug_ports, fs_group) = (debug_ports(pod, &mut notes), volumes::fs_group(&security, &mut notes));
+    limits::encryption(pod, &spec, &mut notes);
     let ((), waits) = notes.done(())?;
     let instance = InstanceSpec {
         name: format!("{name}.{namespace}"),

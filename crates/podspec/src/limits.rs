@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use joey_api::annotations::{BANDWIDTH, CORE_PATTERN, DISK_BYTES, DISK_OPERATIONS, PACKETS, PIDS, USE_SPECS};
+use joey_api::annotations::{
+    BANDWIDTH, CORE_PATTERN, DISK_BYTES, DISK_OPERATIONS, PACKETS, PIDS, STORAGE_OPTIONS, USE_SPECS, encrypts_disk,
+};
 use joey_api::instance::{Limits, NetworkSpec, Resources};
 use joey_api::lifecycle::RestartOnResize;
 use joey_model::quantity::{parse_milli, parse_units};
@@ -100,6 +102,20 @@ pub(crate) fn use_specs(pod: &core::Pod) -> Vec<String> {
 /// Where cores are written; what is no pattern is refused with the instance.
 pub(crate) fn core_pattern(pod: &core::Pod) -> Option<String> {
     annotation(pod, CORE_PATTERN).map(str::to_owned)
+}
+
+/// Refuses an encrypted disk where the Pod has no machine that could have one.
+pub(crate) fn encryption(pod: &core::Pod, spec: &core::PodSpec, notes: &mut Notes) {
+    let asked = pod.metadata.annotations.as_ref().map_or(Ok(false), encrypts_disk);
+    let own = spec.runtime_class_name.as_deref() == Some("rund");
+    match asked {
+        Ok(asked) => notes.refuse_if(
+            asked && !own,
+            format!("annotation {STORAGE_OPTIONS}"),
+            "choose runtimeClassName: rund, whose machines have disks that can be encrypted",
+        ),
+        Err(why) => notes.faults.push(why),
+    }
 }
 
 /// Caps of the network by annotation.

@@ -16,6 +16,9 @@ const DEFAULT_MODE: i32 = 0o644;
 
 /// What is said of volumes that are kept elsewhere than in the Pod.
 const KEPT_ELSEWHERE: &str = "there are no volumes yet that outlive a Pod; use an emptyDir, and keep what must last in a service that is reached over the network";
+/// What is said of volumes that a kernel must mount.
+const MOUNTED_BY_KERNEL: &str =
+    "a tenant's file system is mounted by a kernel of its own only: choose runtimeClassName: rund, or use an emptyDir";
 /// What is said of volumes that are a provider's or a driver's.
 const NO_DRIVER: &str =
     "there are no storage drivers here; use emptyDir, configMap, secret, projected, downwardAPI or image";
@@ -188,7 +191,7 @@ fn source(
         notes.refuse_if(present, format!("volume \"{name}\": {kind}"), NO_DRIVER);
     }
     for (present, kind, alternative) in [
-        (nfs.is_some(), "nfs", KEPT_ELSEWHERE),
+        (nfs.is_some() && !own_kernel(spec), "nfs", MOUNTED_BY_KERNEL),
         (persistent_volume_claim.is_some(), "persistentVolumeClaim", KEPT_ELSEWHERE),
         (ephemeral.is_some(), "ephemeral", "claims come later; use an emptyDir with a sizeLimit"),
         (host_path.is_some(), "hostPath", "there is no node to look into; use emptyDir, configMap, secret or image"),
@@ -196,8 +199,9 @@ fn source(
     ] {
         notes.refuse_if(present, format!("volume \"{name}\": {kind}"), alternative);
     }
-    if let Some(source) = image {
-        return Ok(Some(of_image(name, source, notes)));
+    let far = nfs.as_ref().filter(|_| own_kernel(spec)).map(of_nfs);
+    if let Some(source) = far.or_else(|| image.as_ref().map(|source| of_image(name, source, notes))) {
+        return Ok(Some(source));
     }
     let mut files = Files { pod, spec, objects, notes, volume: name, files: Vec::new(), mode: DEFAULT_MODE };
     if let Some(source) = empty_dir {
@@ -221,6 +225,16 @@ fn source(
         return Ok(None);
     }
     Ok(Some(VolumeSource::Files(files.files)))
+}
+
+/// Whether the Pod asks for a class whose sandboxes have kernels of their own.
+fn own_kernel(spec: &core::PodSpec) -> bool {
+    spec.runtime_class_name.as_deref() == Some("rund")
+}
+
+fn of_nfs(source: &core::NFSVolumeSource) -> VolumeSource {
+    let core::NFSVolumeSource { path, read_only, server } = source;
+    VolumeSource::Nfs { server: server.clone(), path: path.clone(), read_only: *read_only == Some(true) }
 }
 
 fn of_image(name: &str, source: &core::ImageVolumeSource, notes: &mut Notes) -> VolumeSource {
@@ -409,6 +423,16 @@ mod tests {
             let kind = source.as_object().unwrap().keys().next().unwrap().clone();
             assert!(text.contains("volume \"v\"") && text.contains(&kind) && text.contains(word), "{text}");
         }
+    }
+
+    #[test]
+    fn what_a_server_has_is_for_those_with_a_kernel_of_their_own() {
+        let nfs = json!({"name": "v", "nfs": {"server": "files", "path": "/x", "readOnly": true}});
+        let of_class = |class: &str| pod(json!({"volumes": [nfs], "runtimeClassName": class}), json!([]));
+        assert!(fault(&of_class("runc")).contains("runtimeClassName: rund"));
+        let found = converted(&of_class("rund"), &Objects::default()).unwrap().volumes;
+        let wanted = VolumeSource::Nfs { server: "files".to_owned(), path: "/x".to_owned(), read_only: true };
+        assert_eq!(found[0].source, wanted);
     }
 
     #[test]

@@ -75,6 +75,10 @@ impl PoolClient {
         self.rpc.call::<(), ()>(Method::POST, &format!("{}/restart", instance(name)?), None).await
     }
 
+    pub async fn renew(&self, name: &str) -> Result<(), RpcError> {
+        self.rpc.call::<(), ()>(Method::POST, &format!("{}/renew", instance(name)?), None).await
+    }
+
     pub async fn logs(&self, name: &str, container: &str, options: &LogOptions) -> Result<ByteStream, RpcError> {
         let path = format!("{}/logs?{}", container_path(name, container)?, joey_rpc::query(options));
         self.rpc.bytes(Method::GET, &path).await

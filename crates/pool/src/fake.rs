@@ -94,6 +94,10 @@ impl Host for FakeHost {
         self.known(id)
     }
 
+    async fn renew(&self, id: &InstanceId) -> Result<(), Fault> {
+        self.known(id)
+    }
+
     fn watch(&self) -> (Vec<(InstanceId, InstanceStatus)>, HostEvents) {
         let present = self.lock();
         let changes = self.changes.subscribe();

@@ -34,6 +34,9 @@ pub trait Host: Send + Sync + 'static {
     /// Ends every container and starts it again.
     async fn restart(&self, id: &InstanceId) -> Result<(), Fault>;
 
+    /// Ends the containers with their grace and makes the sandbox anew.
+    async fn renew(&self, id: &InstanceId) -> Result<(), Fault>;
+
     /// Everything that is here, and the changes after that moment.
     fn watch(&self) -> (Vec<(InstanceId, InstanceStatus)>, HostEvents);
 

@@ -3,13 +3,14 @@
 use serde_json::{Map, Value, json};
 
 /// Method, path, what it does.
-const CALLS: [(&str, &str, &str); 24] = [
+const CALLS: [(&str, &str, &str); 25] = [
     ("get", "/v1/instances", "List instances; with watch=true a WatchEvent a line, present ones first"),
     ("post", "/v1/instances", "Create an instance from an InstanceSpec; 200 when the client token is known already"),
     ("get", "/v1/instances/{name}", "Read an instance by id or name"),
     ("patch", "/v1/instances/{name}", "Change what may change of a living instance (InstanceChange)"),
     ("delete", "/v1/instances/{name}", "End an instance; grace in seconds"),
     ("post", "/v1/instances/{name}/restart", "Restart every container"),
+    ("post", "/v1/instances/{name}/renew", "End the containers with their grace and make the sandbox anew"),
     ("get", "/v1/instances/{name}/usage", "CPU, memory and traffic used"),
     ("post", "/v1/instances/{name}/forward", "Connect to a port on loopback of the instance; bytes both ways"),
     ("post", "/v1/instances/{name}/capture", "Capture packets (CaptureRequest) as pcapng until a byte is sent"),

@@ -32,6 +32,7 @@ impl Pool {
             .route("/v1/instances", get(list).post(create))
             .route("/v1/instances/{name}", get(read).patch(change).delete(delete))
             .route("/v1/instances/{name}/restart", post(restart))
+            .route("/v1/instances/{name}/renew", post(renew))
             .route("/v1/instances/{name}/usage", get(usage))
             .route("/v1/instances/{name}/forward", post(forward))
             .route("/v1/instances/{name}/capture", post(capture))
@@ -137,6 +138,16 @@ async fn delete(State(pool): Service, Path(name): Path<String>, RawQuery(query):
         async {
             let DeleteQuery { grace } = parse_query(&query.unwrap_or_default())?;
             pool.delete(&name, grace).await?;
+            Ok(empty_answer(StatusCode::ACCEPTED))
+        }
+        .await,
+    )
+}
+
+async fn renew(State(pool): Service, Path(name): Path<String>) -> Answer {
+    answer(
+        async {
+            pool.host.renew(&pool.id(&name)?).await?;
             Ok(empty_answer(StatusCode::ACCEPTED))
         }
         .await,

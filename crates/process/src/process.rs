@@ -64,16 +64,18 @@ impl Process {
 
     /// SIGKILL; a process that has ended already is no error.
     pub fn kill(&self) {
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Whether its pid is still its own: it lives, or its end has not been taken.
+    pub fn is_there(&self) -> bool {
+        self.signal(0)
+    }
+
+    fn signal(&self, signal: libc::c_int) -> bool {
+        let (fd, no_info) = (self.fd.get_ref().as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
         // SAFETY: the descriptor is open; no siginfo is passed.
-        unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.fd.get_ref().as_raw_fd(),
-                libc::SIGKILL,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, no_info, 0) == 0 }
     }
 
     /// Takes the end of a process that has ended, where it is a child of this one; elsewhere somebody else does.

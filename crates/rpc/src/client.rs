@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
@@ -25,6 +26,9 @@ use crate::body::{Body, empty, full, into_stream, stream};
 use crate::error::RpcError;
 use crate::{BODY_LIMIT, CONNECTION_WINDOW, STREAM_WINDOW};
 
+/// Bytes of a text in a refusal.
+const REFUSAL_LIMIT: usize = 16 << 10;
+
 /// Any byte stream.
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
@@ -36,6 +40,7 @@ type Connector = dyn Fn() -> BoxFuture<'static, io::Result<Box<dyn Io>>> + Send 
 pub struct Client {
     shared: Arc<Shared>,
     limit: usize,
+    patience: Option<Duration>,
 }
 
 struct Shared {
@@ -70,7 +75,7 @@ impl Client {
     {
         let connect = move || connect().map(|made| made.map(|stream| Box::new(stream) as Box<dyn Io>)).boxed();
         let shared = Shared { peer: peer.into(), connect: Box::new(connect), connection: Mutex::new(None) };
-        Self { shared: Arc::new(shared), limit: BODY_LIMIT }
+        Self { shared: Arc::new(shared), limit: BODY_LIMIT, patience: None }
     }
 
     /// A client of a service in this process, through a pipe. `service` is what [`crate::serve`] takes.
@@ -94,7 +99,13 @@ impl Client {
 
     /// The same peer, but JSON answers and lines may have up to `limit` bytes.
     pub fn with_limit(&self, limit: usize) -> Self {
-        Self { shared: self.shared.clone(), limit }
+        Self { limit, ..self.clone() }
+    }
+
+    /// The same peer, but an answer that does not begin within this is given up, and so is JSON that is not there as a whole. A
+    /// stream that has begun may take as long as it likes.
+    pub fn with_patience(&self, patience: Option<Duration>) -> Self {
+        Self { patience, ..self.clone() }
     }
 
     /// What errors call the other side.
@@ -135,8 +146,11 @@ impl Client {
 
     /// As [`Client::call`], for a request with a body of its own.
     pub async fn json<Res: DeserializeOwned>(&self, request: Request<Body>) -> Result<Res, RpcError> {
-        let response = self.accepted(request).await?;
-        let bytes = self.collect(response.into_body()).await?;
+        let whole = async {
+            let response = self.accepted(request).await?;
+            self.collect(response.into_body()).await
+        };
+        let bytes = self.in_time(whole).await?;
         let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
         serde_json::from_slice(bytes).map_err(|source| RpcError::Decode { peer: self.shared.peer.clone(), source })
     }
@@ -194,13 +208,22 @@ impl Client {
 
     /// Sends a request and turns an answer that is not 2xx into [`RpcError::Remote`].
     pub async fn accepted(&self, request: Request<Body>) -> Result<Response<Incoming>, RpcError> {
-        let response = self.send(request).await?;
-        let status = response.status();
-        if status.is_success() {
-            return Ok(response);
-        }
-        let bytes = self.collect(response.into_body()).await?;
-        Err(RpcError::Remote(refusal(status, &bytes)))
+        let answered = async {
+            let response = self.send(request).await?;
+            let status = response.status();
+            if status.is_success() {
+                return Ok(response);
+            }
+            let bytes = self.collect(response.into_body()).await?;
+            Err(RpcError::Remote(refusal(status, &bytes)))
+        };
+        self.in_time(answered).await
+    }
+
+    async fn in_time<T>(&self, done: impl Future<Output = Result<T, RpcError>>) -> Result<T, RpcError> {
+        let Some(patience) = self.patience else { return done.await };
+        let late = |_| Err(RpcError::Late { peer: self.shared.peer.clone(), patience });
+        tokio::time::timeout(patience, done).await.unwrap_or_else(late)
     }
 
     async fn collect(&self, body: Incoming) -> Result<Bytes, RpcError> {
@@ -309,9 +332,20 @@ fn absolute(uri: &http::Uri) -> Result<http::Uri, RpcError> {
         .map_err(|error| RpcError::Request { source: error.into() })
 }
 
+/// Text of a refusal, no longer than a reader takes in.
+fn cut(mut text: String) -> String {
+    if text.len() > REFUSAL_LIMIT {
+        let end = (0..=REFUSAL_LIMIT).rev().find(|end| text.is_char_boundary(*end));
+        text.truncate(end.unwrap_or(0));
+    }
+    text
+}
+
 fn refusal(status: StatusCode, bytes: &[u8]) -> Fault {
     if let Ok(body) = serde_json::from_slice::<ErrorBody>(bytes) {
-        return body.into();
+        // It is shown and logged, and who wrote it may be anybody.
+        let Fault { kind, reason, message, hint } = body.into();
+        return Fault { kind, reason: cut(reason), message: cut(message), hint: hint.map(cut) };
     }
     let kind = match status.as_u16() {
         404 => ErrorKind::NotFound,

@@ -1,6 +1,7 @@
 //! Why a call failed: no connection, a broken one, or an answer that says no.
 
 use std::io;
+use std::time::Duration;
 
 use joey_model::{ErrorKind, Fault};
 
@@ -13,6 +14,9 @@ pub enum RpcError {
     /// The connection broke before the answer was whole. The call may have been carried out.
     #[error("connection to {peer} broke")]
     Protocol { peer: String, source: hyper::Error },
+    /// The answer did not come in time. The call may have been carried out, or may be yet.
+    #[error("{peer} did not answer within {patience:?}")]
+    Late { peer: String, patience: Duration },
     /// The other side's answer: a refusal.
     #[error("{0}")]
     Remote(Fault),
@@ -37,7 +41,9 @@ impl RpcError {
     /// How the caller should react.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Connect { .. } | Self::Protocol { .. } | Self::Broken { .. } => ErrorKind::Retryable,
+            Self::Connect { .. } | Self::Protocol { .. } | Self::Broken { .. } | Self::Late { .. } => {
+                ErrorKind::Retryable
+            }
             Self::Remote(fault) => fault.kind,
             Self::TooLong { .. } | Self::Decode { .. } | Self::Request { .. } => ErrorKind::Invalid,
             Self::Serve { .. } => ErrorKind::Internal,
@@ -59,6 +65,7 @@ impl From<RpcError> for Fault {
             RpcError::Protocol { .. } | RpcError::Broken { .. } => {
                 Fault::new(kind, "ConnectionLost", error.to_string())
             }
+            RpcError::Late { .. } => Fault::new(kind, "NoAnswer", error.to_string()),
             RpcError::TooLong { .. } => Fault::new(kind, "BodyTooLong", error.to_string()),
             RpcError::Decode { ref source, .. } => Fault::new(kind, "InvalidBody", format!("{error}: {source}")),
             RpcError::Request { .. } => Fault::new(kind, "InvalidRequest", error.to_string()),

@@ -17,7 +17,7 @@ pub use body::{Body, empty, full, into_stream, stream};
 pub use client::Client;
 pub use error::RpcError;
 pub use query::{parse_query, query};
-pub use server::{serve, serve_unix};
+pub use server::{serve, serve_unix, serve_until};
 pub use socket::{bind_unix, connect_unix, listen_unix};
 
 /// The largest JSON body that is read unless the caller says otherwise, in bytes: an instance with 16 MiB of files in

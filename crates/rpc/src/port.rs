@@ -8,13 +8,15 @@
 //! ```
 //!
 //! One end calls: it draws a number and sends `HELLO` with it until the other end, which answers, says the same back. What bears
-//! another number belongs to a connection that is gone, and so does what is no frame: both are skipped, whatever is in them.
+//! another number belongs to a connection that is gone, and so does what is no frame: both are skipped, whatever is in them. Whose
+//! connection is over says `BYE`, and who called says it back: then everything before it was heard.
 
 use std::io;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 const HELLO: u8 = 1;
 const DATA: u8 = 2;
@@ -77,9 +79,10 @@ async fn carry<S: AsyncRead + AsyncWrite + Send + 'static>(
                 _ => false,
             };
             if over {
-                break;
+                return kind == BYE;
             }
         }
+        false
     };
     let outward = async {
         let mut buffer = vec![0; MOST];
@@ -90,15 +93,20 @@ async fn carry<S: AsyncRead + AsyncWrite + Send + 'static>(
         }
         let _ = out.send(BYE, id, &[]).await;
     };
-    tokio::select! {
-        () = inward => {}
-        () = outward => {}
+    let told = tokio::select! {
+        told = inward => told,
+        () = outward => false,
+    };
+    if told {
+        // The other end may wait for it, or be gone.
+        let _ = out.send(BYE, id, &[]).await;
     }
 }
 
 /// The end that answers: gives a connection for each call, the one before it being over. Ends with the stream.
 pub struct Listener {
     calls: mpsc::Receiver<DuplexStream>,
+    task: JoinHandle<()>,
 }
 
 impl Listener {
@@ -109,13 +117,22 @@ impl Listener {
         W: AsyncWrite + Send + Unpin + 'static,
     {
         let (to, calls) = mpsc::channel(1);
-        tokio::spawn(answer(reader, writer, to));
-        Self { calls }
+        let task = tokio::spawn(answer(reader, writer, to));
+        Self { calls, task }
     }
 
     /// The next connection.
     pub async fn accept(&mut self) -> Option<DuplexStream> {
         self.calls.recv().await
+    }
+
+    /// Takes no further call. Resolves when the connection that is open is over, and the other end has heard all of it; the caller
+    /// sets the bound.
+    pub async fn end(self) {
+        let Self { calls, task } = self;
+        drop(calls);
+        // It ends in order, or with its stream.
+        let _ = task.await;
     }
 }
 
@@ -136,9 +153,18 @@ where
     let mut buffer = vec![0; MOST];
     // What a frame holds waits here while the connection takes it, so that both ways go on.
     let mut pending: Vec<u8> = Vec::new();
+    // The connection whose end was not heard yet.
+    let mut unheard: Option<u64> = None;
     loop {
+        let last = calls.is_closed();
+        if last && open.is_none() && unheard.is_none() {
+            return;
+        }
         let taken = match open.as_mut() {
-            None => tokio::select! { frame = frames.next() => Step::Frame(frame) },
+            None => tokio::select! {
+                frame = frames.next() => Step::Frame(frame),
+                () = calls.closed(), if !last => continue,
+            },
             Some(open) if pending.is_empty() => tokio::select! {
                 frame = frames.next() => Step::Frame(frame),
                 read = open.from.read(&mut buffer) => Step::Said(read),
@@ -150,6 +176,8 @@ where
         };
         match (taken, open.as_mut()) {
             (Step::Frame(Ok(Some((HELLO, id, _)))), _) => {
+                // Who calls anew has heard what was said to the one before, or never will.
+                unheard = None;
                 let known = open.as_ref().is_some_and(|open| open.id == id);
                 if out.send(HELLO, id, &[]).await.is_err() {
                     return;
@@ -166,9 +194,10 @@ where
             }
             (Step::Frame(Ok(Some((DATA, id, bytes)))), Some(now)) if id == now.id => pending.extend_from_slice(bytes),
             (Step::Frame(Ok(Some((BYE, id, _)))), Some(now)) if id == now.id => open = None,
+            (Step::Frame(Ok(Some((BYE, id, _)))), _) if unheard == Some(id) => unheard = None,
             (Step::Frame(Ok(Some(_))), _) => {}
             // The other end is gone, and may come back.
-            (Step::Frame(Ok(None)), _) => open = None,
+            (Step::Frame(Ok(None)), _) => (open, unheard) = (None, None),
             (Step::Frame(Err(_)), _) => return,
             (Step::Taken(Ok(count)), _) if count > 0 => drop(pending.drain(..count)),
             (Step::Said(Ok(count)), Some(now)) if count > 0 => {
@@ -178,7 +207,7 @@ where
             }
             (Step::Taken(_) | Step::Said(_), Some(now)) => {
                 let id = now.id;
-                (open, pending) = (None, Vec::new());
+                (open, pending, unheard) = (None, Vec::new(), Some(id));
                 if out.send(BYE, id, &[]).await.is_err() {
                     return;
                 }
@@ -411,5 +440,33 @@ mod tests {
         drop(guest);
         let ended = tokio::time::timeout(Duration::from_secs(20), calling).await.unwrap().unwrap();
         assert!(ended.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_end_is_waited_for_until_all_of_it_is_heard() {
+        let limit = Duration::from_secs(20);
+        for gone in [false, true] {
+            let (host, guest) = tokio::io::duplex(4096);
+            let (reader, writer) = tokio::io::split(guest);
+            let mut listener = Listener::new(reader, writer);
+            let calling = tokio::spawn(call(host));
+            let mut connection = listener.accept().await.unwrap();
+            let mut near = calling.await.unwrap().unwrap();
+            let said = tokio::spawn(async move { connection.write_all(&[7; 300_000]).await });
+            let ending = tokio::spawn(listener.end());
+            for _ in 0..1000 {
+                tokio::task::yield_now().await;
+            }
+            assert!(!ending.is_finished(), "nobody has heard it");
+            if gone {
+                drop(near);
+            } else {
+                let mut heard = Vec::new();
+                tokio::time::timeout(limit, near.read_to_end(&mut heard)).await.unwrap().unwrap();
+                assert_eq!(heard.len(), 300_000);
+                said.await.unwrap().unwrap();
+            }
+            tokio::time::timeout(limit, ending).await.expect("an end").unwrap();
+        }
     }
 }

@@ -53,6 +53,28 @@ where
         .map_err(|source| RpcError::Serve { source })
 }
 
+/// As [`serve`], until `over` resolves: then calls that run are let run to their end, and no other begins.
+pub async fn serve_until<S, Svc, B>(stream: S, service: Svc, over: impl Future<Output = ()>) -> Result<(), RpcError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    Svc: tower::Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+    Svc::Future: Send + 'static,
+    B: hyper::body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    let builder = builder();
+    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    let (mut connection, mut over) = (std::pin::pin!(connection), std::pin::pin!(over));
+    let done = tokio::select! {
+        done = connection.as_mut() => done,
+        () = &mut over => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    done.map_err(|source| RpcError::Serve { source })
+}
+
 /// Serves every connection of `listener` until `shutdown` resolves. Calls that run then are let run to their end, two seconds at
 /// most: a follower gets the rest.
 pub async fn serve_unix<Svc, B>(listener: UnixListener, service: Svc, shutdown: impl Future<Output = ()>)

@@ -1,6 +1,7 @@
 //! The typed client of the agent protocol (`joey_api::agent`), whichever way the sandbox is reached.
 
 use std::io;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::Stream;
@@ -20,9 +21,12 @@ pub struct AgentClient {
     client: Client,
 }
 
+/// How long an agent may take to answer. Emulated machines on a busy host take seconds; one that was taken over may never do so.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 impl AgentClient {
     pub fn new(client: Client) -> Self {
-        Self { client }
+        Self { client: client.with_patience(Some(PATIENCE)) }
     }
 
     /// The state now.
@@ -104,7 +108,8 @@ impl AgentClient {
         let request = http::Request::put(format!("/v1/containers/{container}/files?{query}"))
             .body(joey_rpc::stream(archive))
             .map_err(|source| RpcError::Request { source: Box::new(source) })?;
-        self.client.accepted(request).await.map(drop)
+        // The answer comes after the whole archive, which takes as long as who sends it.
+        self.client.with_patience(None).accepted(request).await.map(drop)
     }
 
     /// Starts a further debug container, or one that is there again as this.
@@ -143,7 +148,8 @@ impl AgentClient {
     /// What is done with cores of processes that crash, changed first where `settings` are given, and those that are kept.
     pub async fn cores(&self, settings: Option<&CoreSettings>) -> Result<Cores, RpcError> {
         let method = if settings.is_some() { Method::PUT } else { Method::GET };
-        self.client.call(method, "/v1/cores", settings).await
+        let cores: Cores = self.client.call(method, "/v1/cores", settings).await?;
+        Ok(cores.plausible())
     }
 
     /// The bytes of a core that is kept.

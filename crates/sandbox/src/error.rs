@@ -19,6 +19,9 @@ pub enum SandboxError {
     /// There is no place for the disks of so many layers.
     #[error("instance {instance} has no place for {layers} further layers of images")]
     Full { instance: InstanceId, layers: usize },
+    /// The class makes no sandboxes on this host.
+    #[error("{message}")]
+    Unsupported { message: String, hint: &'static str },
     /// A file or cgroup of the sandbox could not be read or changed.
     #[error("cannot {operation} of instance {instance}")]
     Host { instance: InstanceId, operation: &'static str, source: io::Error },
@@ -33,6 +36,7 @@ impl SandboxError {
             Self::Spawn { .. } | Self::Unkillable { .. } => ErrorKind::Retryable,
             Self::Agent { .. } | Self::Host { .. } => ErrorKind::Internal,
             Self::Machine { source, .. } => source.kind(),
+            Self::Unsupported { .. } => ErrorKind::Invalid,
             Self::Full { .. } => ErrorKind::Exhausted,
         }
     }
@@ -46,6 +50,11 @@ impl From<SandboxError> for Fault {
             other => other.to_string(),
         };
         tracing::warn!(error = %error, source = ?std::error::Error::source(&error), "sandbox operation failed");
-        Fault::new(error.kind(), "SandboxFailed", message)
+        match error {
+            SandboxError::Unsupported { hint, .. } => {
+                Fault::new(ErrorKind::Invalid, "Unsupported", message).with_hint(hint)
+            }
+            _ => Fault::new(error.kind(), "SandboxFailed", message),
+        }
     }
 }

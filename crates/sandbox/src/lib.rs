@@ -6,6 +6,7 @@ pub mod client;
 pub mod conformance;
 mod error;
 pub mod fake;
+mod gvisor;
 mod runc;
 mod rund;
 
@@ -15,12 +16,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use joey_api::agent::AgentConfig;
-use joey_model::InstanceId;
+use joey_api::instance::InstanceSpec;
+use joey_model::{Fault, InstanceId};
 
 pub use client::AgentClient;
 pub use error::SandboxError;
+pub use gvisor::gvisor;
+pub use joey_gvisor::{Runtime, choose};
 pub use runc::{RuncConfig, runc};
-pub use rund::{RundConfig, rund};
+pub use rund::{CurrentGuest, Guest, RundConfig, rund};
 
 /// A layer of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -55,6 +59,8 @@ pub struct CreateRequest {
     pub layers: Vec<Layer>,
     /// Bytes that the containers may write to the disk; as many as there are, where nothing is said.
     pub disk_bytes: Option<u64>,
+    /// What they write is kept on the disk in a form that nobody reads without a key, which ends with the sandbox.
+    pub encrypted_disk: bool,
     /// What `agent.json` says.
     pub config: AgentConfig,
 }
@@ -82,6 +88,11 @@ pub trait SandboxClass: Send + Sync {
 
     /// Why it makes no sandboxes on this host. Those of before it finds and ends all the same.
     fn missing(&self) -> Option<String> {
+        None
+    }
+
+    /// Why it cannot run such an instance, whose reader is who asked for it.
+    fn refuses(&self, _spec: &InstanceSpec) -> Option<Fault> {
         None
     }
 
@@ -128,6 +139,11 @@ pub trait Sandbox: Send + Sync {
     /// What took how long when it was made, in microseconds, in the order of doing.
     fn phases(&self) -> Vec<(String, u64)> {
         Vec::new()
+    }
+
+    /// What its machine booted, by the id that the host knows it by, where it is one.
+    fn guest(&self) -> Option<String> {
+        None
     }
 
     /// The agent's process on this host, where it has one.

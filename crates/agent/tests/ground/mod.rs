@@ -57,6 +57,14 @@ pub struct Stuff {
     pub agent_binary: PathBuf,
 }
 
+/// The agent as it was built with the tests: beside the folder that they are in.
+pub fn agent() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let agent = own.ancestors().nth(2).unwrap().join("joey-agent");
+    assert!(agent.exists(), "{} is missing: cargo build -p joey-agent, as the tests are built", agent.display());
+    agent
+}
+
 pub fn stuff(name: &str) -> Option<Stuff> {
     // SAFETY: takes nothing and cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
@@ -77,7 +85,8 @@ pub fn stuff(name: &str) -> Option<Stuff> {
     std::fs::copy(busybox, layer.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "sleep", "cat", "ls", "mount", "id", "hostname", "grep", "mknod", "seq", "stty", "ps", "dd", "chmod",
-        "touch", "readlink", "ln", "stat", "rm", "mkdir", "cmp", "tty", "nc", "uname", "md5sum", "date",
+        "touch", "readlink", "ln", "stat", "rm", "mkdir", "cmp", "tty", "nc", "uname", "md5sum", "date", "tr", "sync",
+        "sort", "uniq",
     ] {
         std::os::unix::fs::symlink("busybox", layer.join("bin").join(applet)).unwrap();
     }
@@ -86,7 +95,7 @@ pub fn stuff(name: &str) -> Option<Stuff> {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(layer.join("bin/garbage"), std::fs::Permissions::from_mode(0o755)).unwrap();
     let cgroup_root = format!("/{unique}");
-    let agent_binary = PathBuf::from(env!("CARGO_BIN_EXE_joey-agent"));
+    let agent_binary = agent();
     let further = dir.join("further");
     std::fs::create_dir_all(&further).unwrap();
     std::fs::write(further.join("further"), "further\n").unwrap();
@@ -97,7 +106,7 @@ pub fn ground(name: &str) -> Option<Ground> {
     let Stuff { dir, layer, further, cgroup_root, agent_binary } = stuff(name)?;
     let class = runc(RuncConfig { agent_binary, cgroup_root: cgroup_root.clone() });
     let folder = |folder: PathBuf| vec![Layer { image: folder.clone(), path: folder }];
-    Some(Ground(Bench { class, dir, layers: folder(layer), further: folder(further), cgroup_root }))
+    Some(Ground(Bench { class, dir, layers: folder(layer), further: folder(further), cgroup_root, on_linux: true }))
 }
 
 /// A debugger as the kernel sees one: it traces a process until it is dropped.

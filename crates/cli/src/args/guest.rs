@@ -11,6 +11,8 @@ use super::Output;
 pub enum Guest {
     /// Make one of a kernel and the agent; what was made of the same is found again
     Build(GuestBuild),
+    /// Make one as `build` does and have the instances that run take it up, one after another
+    Upgrade(GuestUpgrade),
     /// List guests
     Ls(Output),
     /// Remove guests that are not the current one
@@ -19,6 +21,15 @@ pub enum Guest {
         #[arg(required = true)]
         guests: Vec<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct GuestUpgrade {
+    /// Only tell which instances would begin anew
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub build: GuestBuild,
 }
 
 #[derive(Debug, Args)]

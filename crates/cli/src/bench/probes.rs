@@ -53,6 +53,8 @@ impl BenchProbes {
         let round = Round {
             count: self.count,
             parallel: PARALLEL,
+            pause: Duration::ZERO,
+            http: None,
             class: self.class,
             image: self.image,
             more: asked(self.probe),

@@ -7,7 +7,7 @@ use joey_api::vmm::SENT;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::grounds::{self, DISK, INITRAMFS, KERNEL, VSOCK, may_be_saved};
+use crate::grounds::{self, DISK, INITRAMFS, KERNEL, VSOCK};
 use crate::{Machine, Network};
 
 /// Changes with what is below, so that templates of another form are not taken.
@@ -50,7 +50,7 @@ pub(super) fn interface(network: &Network) -> Value {
 /// A machine that boots.
 pub(super) fn boot(machine: &Machine, disks: Vec<Value>) -> Value {
     let (cpus, size) = (machine.shape.cpus, machine.shape.memory_bytes);
-    let memory = match may_be_saved(machine) {
+    let memory = match machine.to_be_saved {
         true => json!({ "size": 0, "zones": [{ "id": "memory", "size": size, "file": MEMORY, "shared": true }] }),
         false => json!({ "size": size }),
     };

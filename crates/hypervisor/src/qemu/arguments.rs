@@ -7,7 +7,7 @@ use super::Qemu;
 use crate::{Acceleration, Machine};
 
 /// Changes with what is below, so that templates of another form are not taken.
-pub(super) const FORM: &str = "2";
+pub(super) const FORM: &str = "3";
 /// Places in the jail.
 pub(super) const KERNEL: &str = "/boot/kernel";
 pub(super) const INITRAMFS: &str = "/boot/initramfs";
@@ -20,8 +20,9 @@ const QMP: i32 = SENT;
 const PORT: i32 = SENT + 1;
 const MEMORY: i32 = SENT + 2;
 pub(super) const STATE: i32 = SENT + 3;
-/// MiB for translated instructions: what a Pod's programs are at one time, beside the kernel's.
-const TRANSLATED: u32 = 32;
+/// MiB for translated instructions, which take memory as they come: 33 are what a start takes, and when there is no room for more, all
+/// of them go.
+const TRANSLATED: u32 = 64;
 /// Bytes of the console that are kept for who looks for what went wrong.
 const CONSOLE: u32 = 16 << 10;
 
@@ -49,7 +50,7 @@ pub(super) fn of(qemu: &Qemu, machine: &Machine) -> Vec<String> {
     }
     add(&["-smp", &machine.shape.cpus.to_string(), "-m", &format!("{}k", size >> 10)]);
     // What one that is to be a template writes is what its copies begin with.
-    let share = if machine.disk.is_none() { "on" } else { "off" };
+    let share = if machine.to_be_saved { "on" } else { "off" };
     let memory = format!("memory-backend-file,id=memory,size={size},mem-path=/proc/self/fd/{MEMORY},share={share}");
     add(&["-object", &memory]);
     if copy {
@@ -62,6 +63,10 @@ pub(super) fn of(qemu: &Qemu, machine: &Machine) -> Vec<String> {
     add(&["-device", "virtio-serial-device,max_ports=2"]);
     add(&["-chardev", &format!("socket,id=port,fd={PORT},server=on,wait=off")]);
     add(&["-device", &format!("virtserialport,nr=1,chardev=port,name={}", joey_api::guest::PORT)]);
+    if machine.disk_key.is_some() {
+        let number = if copy { STATE + 1 } else { STATE };
+        add(&["-object", &format!("secret,id=key,file=/proc/self/fd/{number}")]);
+    }
     for slot in 0..SLOTS {
         for node in nodes(machine, slot) {
             add(&["-blockdev", &node.to_string()]);
@@ -79,8 +84,12 @@ pub(super) fn of(qemu: &Qemu, machine: &Machine) -> Vec<String> {
 
 /// The nodes of a slot: what is in it, and on top the one that the device keeps.
 fn nodes(machine: &Machine, slot: u32) -> Vec<serde_json::Value> {
-    let below = format!("in{slot}");
+    let below = first(slot);
     let contents = match slot {
+        0 if machine.disk_key.is_some() => {
+            let file = json!({ "driver": "file", "filename": DISK, "discard": "ignore" });
+            json!({ "driver": "luks", "node-name": below, "key-secret": "key", "file": file })
+        }
         0 if machine.disk.is_some() => {
             json!({ "driver": "file", "node-name": below, "filename": DISK, "discard": "ignore" })
         }
@@ -93,6 +102,11 @@ fn nodes(machine: &Machine, slot: u32) -> Vec<serde_json::Value> {
         }
     };
     vec![contents, slot_node(slot, &below)]
+}
+
+/// What is in a slot when the machine starts.
+pub(super) fn first(slot: u32) -> String {
+    format!("in{slot}")
 }
 
 /// The node of a slot with this one below it.

@@ -4,9 +4,12 @@ use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use joey_api::guest::DISK_SLOT;
+use joey_api::vmm::Giving;
 use joey_process::{Ended, Process};
 use joey_rpc::client::Io;
 use serde_json::{Value, json};
@@ -15,16 +18,28 @@ use tokio::sync::{Mutex, watch};
 use super::{LIMIT, arguments, port_of, qmp_of};
 use crate::jail::errors_of;
 use crate::qmp::Qmp;
-use crate::{HypervisorError, Vm, jail, layout};
+use crate::{Given, HypervisorError, Vm, jail, layout};
 
 /// Between two looks at what takes milliseconds.
 const LOOK: Duration = Duration::from_millis(1);
+/// What is done when a disk comes into a slot.
+const INSERT: &str = "insert a disk";
+/// Bytes that a monitor may write into a file though its disk is shorter.
+const LEAST_FILE: u64 = 1 << 20;
 /// How long a monitor may take for an answer.
 const ANSWER: Duration = Duration::from_secs(10);
 
-pub(super) struct QemuVm {
+/// What a machine is called, and where its directory is.
+#[derive(Clone)]
+struct Place {
     name: String,
     dir: PathBuf,
+}
+
+pub(super) struct QemuVm {
+    place: std::sync::Mutex<Place>,
+    /// The program that makes jails.
+    starter: PathBuf,
     pid: u32,
     process: std::sync::Arc<Process>,
     gone: watch::Receiver<Option<Option<Ended>>>,
@@ -36,7 +51,7 @@ pub(super) struct QemuVm {
 
 impl QemuVm {
     /// Watches the process until it has ended, and reaps it where it is this process's child.
-    pub(super) fn new(name: String, dir: PathBuf, process: Process, memory: Option<OwnedFd>) -> Self {
+    pub(super) fn new(starter: &Path, name: String, dir: PathBuf, process: Process, memory: Option<OwnedFd>) -> Self {
         let (gone, seen) = watch::channel(None);
         let process = std::sync::Arc::new(process);
         let watched = process.clone();
@@ -44,17 +59,35 @@ impl QemuVm {
             watched.ended().await;
             gone.send_replace(Some(watched.reap()));
         });
-        Self { name, dir, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory }
+        let (place, starter) = (std::sync::Mutex::new(Place { name, dir }), starter.to_owned());
+        Self { place, starter, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory }
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn name(&self) -> String {
+        self.place().name.clone()
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.place().dir.clone()
+    }
+
+    fn host(&self, operation: &'static str) -> impl Fn(io::Error) -> HypervisorError + use<> {
+        let machine = self.name();
+        move |source| HypervisorError::Host { machine: machine.clone(), operation, source }
     }
 
     fn failed(&self, operation: &'static str) -> impl Fn(io::Error) -> HypervisorError + '_ {
         move |error| {
             // Its own words say more than that it is gone.
             let message = match self.gone.borrow().is_some() {
-                true => jail::last_words(&errors_of(&self.dir)),
+                true => jail::last_words(&errors_of(&self.dir())),
                 false => error.to_string(),
             };
-            HypervisorError::Monitor { machine: self.name.clone(), operation, message }
+            HypervisorError::Monitor { machine: self.name(), operation, message }
         }
     }
 
@@ -76,7 +109,7 @@ impl QemuVm {
         let asked = async {
             let mut qmp = match taken {
                 Some(qmp) => qmp,
-                None => Qmp::connect(&qmp_of(&self.dir)).await?,
+                None => Qmp::connect(&qmp_of(&self.dir())).await?,
             };
             let answer = qmp.ask_with(command, arguments, descriptor.map(AsFd::as_fd)).await;
             Ok::<_, io::Error>((qmp, answer))
@@ -92,7 +125,7 @@ impl QemuVm {
                 answer.map_err(self.failed(operation))
             }
             Ok(Err(error)) => Err(self.failed(operation)(error)),
-            Err(_) => Err(HypervisorError::Silent { machine: self.name.clone() }),
+            Err(_) => Err(HypervisorError::Silent { machine: self.name() }),
         }
     }
 
@@ -114,13 +147,13 @@ impl QemuVm {
                     Some("paused") => self.ask("copy the template", "cont", json!({})).await.map(drop)?,
                     status => {
                         let message = format!("the machine is {}", status.unwrap_or("in no state"));
-                        let (machine, operation) = (self.name.clone(), "copy the template");
+                        let (machine, operation) = (self.name(), "copy the template");
                         return Err(HypervisorError::Monitor { machine, operation, message });
                     }
                 }
             }
         };
-        let silent = |_| HypervisorError::Silent { machine: self.name.clone() };
+        let silent = |_| HypervisorError::Silent { machine: self.name() };
         tokio::time::timeout(LIMIT, running).await.map_err(silent)?
     }
 
@@ -131,13 +164,20 @@ impl QemuVm {
     }
 
     /// Gives the monitor a file that it cannot find by itself; what it is called there.
-    async fn give(&self, file: &Path) -> Result<String, HypervisorError> {
-        let operation = "insert a disk";
-        let host = |source| HypervisorError::Host { machine: self.name.clone(), operation, source };
-        let file = OwnedFd::from(File::open(file).map_err(host)?);
-        let answer = self.ask_with(operation, "add-fd", json!({}), Some(&file)).await?;
+    async fn pass(&self, file: &Path, writable: bool) -> Result<String, HypervisorError> {
+        let operation = INSERT;
+        let file = File::options().read(true).write(writable).open(file).map_err(self.host(operation))?;
+        let answer = self.ask_with(operation, "add-fd", json!({}), Some(&file.into())).await?;
         let number = answer.get("fdset-id").and_then(Value::as_i64).unwrap_or(-1);
         Ok(format!("/dev/fdset/{number}"))
+    }
+
+    /// Puts a node into a slot, and lets go of what the slot had when the machine started.
+    async fn put(&self, slot: u32, below: &str, node: Value) -> Result<(), HypervisorError> {
+        self.ask(INSERT, "blockdev-add", node).await?;
+        let options = json!({ "options": [arguments::slot_node(slot, below)] });
+        self.ask(INSERT, "blockdev-reopen", options).await?;
+        self.ask(INSERT, "blockdev-del", json!({ "node-name": arguments::first(slot) })).await.map(drop)
     }
 
     async fn state_into(&self, state: &OwnedFd) -> Result<(), HypervisorError> {
@@ -152,7 +192,7 @@ impl QemuVm {
                 Some("completed") => return Ok(()),
                 Some("failed" | "cancelled") => {
                     let message = told.get("error-desc").and_then(Value::as_str).unwrap_or("it does not say why");
-                    let (machine, message) = (self.name.clone(), message.to_owned());
+                    let (machine, message) = (self.name(), message.to_owned());
                     return Err(HypervisorError::Monitor { machine, operation, message });
                 }
                 _ => tokio::time::sleep(LOOK).await,
@@ -164,26 +204,45 @@ impl QemuVm {
 #[async_trait]
 impl Vm for QemuVm {
     async fn connect(&self) -> io::Result<Box<dyn Io>> {
-        let stream = joey_rpc::connect_unix(&port_of(&self.dir)).await?;
+        let stream = joey_rpc::connect_unix(&port_of(&self.dir())).await?;
         Ok(Box::new(joey_rpc::port::call(stream).await?))
     }
 
     async fn insert(&self, slot: u32, files: Vec<PathBuf>) -> Result<(), HypervisorError> {
-        let operation = "insert a disk";
-        let host = |source| HypervisorError::Host { machine: self.name.clone(), operation, source };
-        let parts = layout::parts(&files).map_err(host)?;
+        let host = self.host(INSERT);
+        let parts = layout::parts(&files).map_err(&host)?;
         let mut names = Vec::new();
         for file in &files {
-            names.push(self.give(file).await?);
+            names.push(self.pass(file, false).await?);
         }
-        let place = self.dir.join(format!("slot{slot}.vmdk"));
+        let place = self.dir().join(format!("slot{slot}.vmdk"));
         std::fs::write(&place, layout::descriptor(&parts, |number| names[number].clone())).map_err(host)?;
-        let descriptor = json!({ "driver": "file", "filename": self.give(&place).await?, "read-only": true });
+        let descriptor = json!({ "driver": "file", "filename": self.pass(&place, false).await?, "read-only": true });
         let below = format!("layers{slot}");
         let node = json!({ "driver": "vmdk", "node-name": below, "read-only": true, "file": descriptor });
-        self.ask(operation, "blockdev-add", node).await?;
-        let options = json!({ "options": [arguments::slot_node(slot, &below)] });
-        self.ask(operation, "blockdev-reopen", options).await.map(drop)
+        self.put(slot, &below, node).await
+    }
+
+    async fn give(&self, given: Given) -> Result<(), HypervisorError> {
+        *self.place() = Place { name: given.name, dir: given.dir };
+        let own = async {
+            let disk = self.pass(&given.disk, true).await?;
+            let node = json!({ "driver": "file", "node-name": "disk", "filename": disk, "discard": "ignore" });
+            self.put(DISK_SLOT, "disk", node).await?;
+            for (slot, files) in given.layers {
+                self.insert(slot, files).await?;
+            }
+            Ok(())
+        };
+        let outside = async {
+            let longest_file = std::fs::metadata(&given.disk).map_err(self.host(INSERT))?.len();
+            let longest_file = longest_file.max(LEAST_FILE);
+            let (cgroup, limits) = (given.cgroup, given.limits);
+            let network = given.network.map(|network| (network.netns, network.mac));
+            let order = Giving { pid: self.pid, cgroup, limits, longest_file, network };
+            jail::give(&self.starter, &order, &self.process).await.map_err(self.host("give the network"))
+        };
+        tokio::try_join!(own, outside).map(drop)
     }
 
     async fn answers(&self) -> Result<(), HypervisorError> {
@@ -204,11 +263,10 @@ impl Vm for QemuVm {
     }
 
     async fn freeze(&self) -> Result<(OwnedFd, Vec<u8>), HypervisorError> {
-        let host =
-            |source| HypervisorError::Host { machine: self.name.clone(), operation: "save the template", source };
+        let host = self.host("save the template");
         let memory = self.memory.as_ref().ok_or_else(|| host(io::Error::other("it is a copy itself")))?;
-        let memory = memory.try_clone().map_err(host)?;
-        let state = memory_file().map_err(host)?;
+        let memory = memory.try_clone().map_err(&host)?;
+        let state = memory_file().map_err(&host)?;
         self.state_into(&state).await?;
         let (mut file, mut bytes) = (File::from(state), Vec::new());
         file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(host)?;

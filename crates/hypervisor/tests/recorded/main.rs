@@ -61,6 +61,9 @@ impl Bench {
             boot: Boot { id: "guest".to_owned(), kernel, initramfs },
             template: None,
             disk: None,
+            disk_key: None,
+            to_be_saved: true,
+            longest_disk: 0,
             layers: BTreeMap::new(),
             network: None,
         }
@@ -72,7 +75,7 @@ impl Bench {
         let disk = self.file(&format!("{name}.disk"), 1 << 20);
         let layers = [1, 2].map(|slot| (slot, vec![self.file(&format!("{name}.{slot}"), 4096 * slot as usize)]));
         let network = Network { netns: self.dir.path().join("netns"), mac: [2, 0, 10, 88, 0, 9] };
-        Machine { disk: Some(disk), layers: layers.into(), network: Some(network), ..machine }
+        Machine { disk: Some(disk), layers: layers.into(), network: Some(network), to_be_saved: false, ..machine }
     }
 }
 

@@ -29,6 +29,8 @@ pub struct Bench {
     /// A layer that is not among them, with a file `/further` that says `further`; none for a class without processes.
     pub further: Vec<Layer>,
     pub cgroup_root: String,
+    /// Whether its containers are on a Linux, which says that it filters their system calls, and knows terminals by name.
+    pub on_linux: bool,
 }
 
 /// The bound of each wait.
@@ -66,7 +68,15 @@ impl Bench {
             log_max_bytes: 1 << 20,
             log_max_files: 3,
         };
-        CreateRequest { instance, dir, network: None, layers: self.layers.clone(), disk_bytes: None, config }
+        CreateRequest {
+            instance,
+            dir,
+            network: None,
+            layers: self.layers.clone(),
+            disk_bytes: None,
+            encrypted_disk: false,
+            config,
+        }
     }
 
     /// Writes `agent.json` and creates the sandbox.
@@ -273,6 +283,7 @@ mod tests {
             layers: Vec::new(),
             further: Vec::new(),
             cgroup_root: "/none".into(),
+            on_linux: false,
         };
         all(&bench).await;
         std::fs::remove_dir_all(dir).unwrap();

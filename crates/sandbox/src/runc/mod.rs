@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use joey_gvisor::Runtime;
 use joey_model::{InstanceId, checkpoint};
 use joey_rpc::Client;
 use tokio::io::AsyncReadExt;
@@ -41,11 +42,14 @@ pub struct RuncConfig {
 
 /// The class on this host.
 pub fn runc(config: RuncConfig) -> Arc<dyn SandboxClass> {
-    Arc::new(Runc { config, program: OnceLock::new() })
+    Arc::new(Runc::new(config, None))
 }
 
-struct Runc {
+/// Agents that are processes beside the sandbox, and the containers' or their runtime's parents.
+pub(crate) struct Runc {
     config: RuncConfig,
+    /// What runs the containers, where agents do not themselves.
+    runtime: Option<Runtime>,
     program: OnceLock<OwnedFd>,
 }
 
@@ -142,6 +146,10 @@ impl SandboxClass for Runc {
 }
 
 impl Runc {
+    pub(crate) fn new(config: RuncConfig, runtime: Option<Runtime>) -> Self {
+        Self { config, runtime, program: OnceLock::new() }
+    }
+
     async fn start(&self, request: &CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError> {
         let instance = &request.instance;
         let (child, ready) =
@@ -187,6 +195,9 @@ impl Runc {
         command.arg("--dir").arg(&request.dir);
         if let Some(network) = &request.network {
             command.arg("--netns").arg(&network.netns);
+        }
+        if let Some(Runtime { program, platform, inside }) = &self.runtime {
+            command.arg("--runsc").arg(program).arg("--platform").arg(platform).arg("--inside").arg(inside);
         }
         if let Some(step) = checkpoint::armed_in_agents() {
             command.arg("--crash-at").arg(step);

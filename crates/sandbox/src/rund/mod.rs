@@ -8,8 +8,12 @@
 //!
 //! A machine is a copy of a template of its shape where there is one ([`templates`]), and boots where there is none.
 
+mod collect;
 mod disk;
 mod loss;
+mod modules;
+mod pool;
+mod sandbox;
 mod shape;
 mod state;
 mod templates;
@@ -28,13 +32,14 @@ use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, VERSION};
 use joey_api::guest::{self, LAYERS};
 use joey_api::instance::Resources;
-use joey_hypervisor::{Boot, Hypervisor, HypervisorError, Machine, Room, Template, Vm, parts};
+use joey_hypervisor::{Boot, DiskKey, Given, Hypervisor, Machine, Shape, Template, Vm, parts};
 use joey_model::InstanceId;
 use joey_process::cgroup;
 use joey_rpc::{Client, RpcError};
-use tokio::sync::watch;
 
-use crate::{AgentClient, CreateRequest, Layer, Loss, Network, Sandbox, SandboxClass, SandboxError};
+use crate::{AgentClient, CreateRequest, Layer, Loss, Sandbox, SandboxClass, SandboxError};
+use pool::{Pool, Warm};
+use sandbox::{RundSandbox, slots_of};
 use templates::Templates;
 
 /// How long a machine may take until its agent has taken in what it is for: a boot by emulation on a busy host.
@@ -56,19 +61,59 @@ const MTU: u32 = 1500;
 
 pub struct RundConfig {
     pub hypervisor: Arc<dyn Hypervisor>,
-    /// What machines boot; or why this host makes none.
-    pub boot: Result<Boot, String>,
+    pub guest: CurrentGuest,
     /// The cgroup below which every instance has one: `/joey`.
     pub cgroup_root: String,
     /// Where templates and empty disks are kept.
     pub dir: PathBuf,
+    /// Most bytes of a core of what crashes in a machine; without it there are none.
+    pub core_bytes: Option<u64>,
 }
+
+/// What machines boot.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    pub boot: Boot,
+    /// Modules of its kernel for volumes of NFS, in the order in which they are loaded.
+    pub nfs_modules: Vec<PathBuf>,
+}
+
+/// Tells what machines boot now, which may change; or why this host makes none.
+pub type CurrentGuest = Arc<dyn Fn() -> Result<Guest, String> + Send + Sync>;
 
 /// The class on this host.
 pub async fn rund(config: RundConfig) -> io::Result<Arc<dyn SandboxClass>> {
-    let (templates, disks) = (Templates::open(&config)?, disk::Disks::open(&config.dir)?);
+    let disks = Arc::new(disk::Disks::open(&config.dir)?);
+    let templates = Templates::open(&config, &disks)?;
     templates.clear_left().await.map_err(io::Error::other)?;
-    Ok(Arc::new(Rund { templates, disks, config, open: Mutex::default() }))
+    let pool = Pool::open(&config, &templates, &disks)?;
+    pool.begin().await.map_err(io::Error::other)?;
+    Ok(Arc::new(Rund { templates, disks, pool, config, open: Mutex::default() }))
+}
+
+/// The talk with the agent in a machine.
+fn client(vm: &Arc<dyn Vm>, name: &str) -> Client {
+    let machine = vm.clone();
+    let client = Client::from_connector(format!("agent of {name}"), move || {
+        let machine = machine.clone();
+        async move { machine.connect().await }
+    });
+    client.with_limit(LONGEST).with_patience(Some(START_LIMIT))
+}
+
+/// Has a machine without an instance run a container of nothing.
+async fn rehearse(client: &Client) -> Result<(), String> {
+    let asked = client.call::<(), ()>(Method::PUT, "/v1/rehearsal", None);
+    let asked = tokio::time::timeout(START_LIMIT, asked).await;
+    asked.map_err(|_| "the rehearsal takes too long".to_owned())?.map_err(|error| said(&error))
+}
+
+/// Ends what is in the cgroup, and removes that and the machine's directory.
+async fn clear(dir: &Path, cgroup: &str) -> Result<(), String> {
+    let failed = |error: io::Error| error.to_string();
+    cgroup::kill_all(cgroup).await.map_err(failed)?;
+    cgroup::remove(cgroup).await.map_err(failed)?;
+    remove(dir).map_err(failed)
 }
 
 struct Rund {
@@ -76,26 +121,51 @@ struct Rund {
     /// Those that are talked with: a machine has one talker at a time.
     open: Mutex<HashMap<InstanceId, Arc<RundSandbox>>>,
     templates: Arc<Templates>,
-    disks: disk::Disks,
+    disks: Arc<disk::Disks>,
+    pool: Arc<Pool>,
+}
+
+/// Where a machine comes from.
+enum Source {
+    Warm(Warm),
+    Copy(Arc<Template>),
+    Boot,
+}
+
+impl Source {
+    /// What it is called among the phases of a start.
+    fn phase(&self) -> &'static str {
+        match self {
+            Self::Warm(_) => "give",
+            Self::Copy(_) => "copy",
+            Self::Boot => "start",
+        }
+    }
+
+    fn limit(&self) -> Duration {
+        match self {
+            Self::Warm(_) | Self::Copy(_) => COPY_LIMIT,
+            Self::Boot => START_LIMIT,
+        }
+    }
+}
+
+/// How far a start is.
+struct Phases {
+    began: Instant,
+    done: Vec<(String, u64)>,
+}
+
+impl Phases {
+    fn done(&mut self, name: &str) {
+        let before: u64 = self.done.iter().map(|(_, micros)| micros).sum();
+        let micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.done.push((name.to_owned(), micros.saturating_sub(before)));
+    }
 }
 
 /// What is in the slots of layers.
 type Slots = BTreeMap<u32, Vec<PathBuf>>;
-
-struct RundSandbox {
-    instance: InstanceId,
-    vm: Arc<dyn Vm>,
-    client: Client,
-    /// True when the machine has ended and it is known how.
-    over: watch::Receiver<bool>,
-    room: Room,
-    slots: Mutex<Slots>,
-    /// Held while disks are put in: some monitors take them in the order of their slots alone.
-    providing: tokio::sync::Mutex<()>,
-    record: PathBuf,
-    phases: Vec<(String, u64)>,
-    remark: Option<String>,
-}
 
 #[async_trait]
 impl SandboxClass for Rund {
@@ -104,7 +174,7 @@ impl SandboxClass for Rund {
     }
 
     fn missing(&self) -> Option<String> {
-        self.config.boot.as_ref().err().cloned()
+        (self.config.guest)().err()
     }
 
     fn mounts_itself(&self) -> Option<&'static str> {
@@ -112,56 +182,55 @@ impl SandboxClass for Rund {
     }
 
     async fn create(&self, request: CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError> {
-        let boot = self
-            .config
-            .boot
-            .as_ref()
-            .map_err(|why| SandboxError::Agent { instance: request.instance.clone(), message: why.clone() })?;
-        let shape = shape::of(&request.config, self.config.hypervisor.acceleration());
-        let made = match self.templates.get(shape, boot) {
-            Some(template) => match tokio::time::timeout(COPY_LIMIT, self.make(&request, boot, Ok(template))).await {
-                Ok(Ok(made)) => Ok(made),
-                failed => {
-                    let error = failed.err().map_or_else(|| "it failed".to_owned(), |_| "it took too long".to_owned());
-                    tracing::warn!(instance = %request.instance, %error, "no copy of the template, the machine is booted");
-                    self.templates.forget(shape);
-                    self.destroy(&request.instance, &request.dir).await?;
-                    let remark = format!("no copy of a template could be made: {error}; the machine is booted");
-                    self.make(&request, boot, Err(Some(remark))).await
-                }
-            },
-            None => self.make(&request, boot, Err(None)).await,
-        };
-        if made.is_err()
-            && let Err(error) = self.destroy(&request.instance, &request.dir).await
-        {
-            tracing::warn!(instance = %request.instance, %error, "a half-made sandbox could not be taken down");
+        let guest = (self.config.guest)();
+        let guest = &guest.map_err(|message| SandboxError::Agent { instance: request.instance.clone(), message })?;
+        let boot = &guest.boot;
+        let shape = self.shape(&request);
+        let _starting = self.pool.starting();
+        let mut remark = None;
+        let sources = [
+            (disk::is_usual(request.disk_bytes) && !request.encrypted_disk)
+                .then(|| self.pool.take(shape, boot))
+                .flatten()
+                .map(Source::Warm),
+            self.templates.get(shape, boot).map(Source::Copy),
+            Some(Source::Boot),
+        ];
+        let mut made = Err(SandboxError::Agent { instance: request.instance.clone(), message: String::new() });
+        for source in sources.into_iter().flatten() {
+            let (copied, limit) = (matches!(source, Source::Copy(_)), source.limit());
+            let taken = tokio::time::timeout(limit, self.make(&request, guest, source, remark.take())).await;
+            let late = || SandboxError::Agent {
+                instance: request.instance.clone(),
+                message: "it did not answer in time".to_owned(),
+            };
+            made = taken.unwrap_or_else(|_| Err(late()));
+            let Err(error) = &made else { break };
+            tracing::warn!(instance = %request.instance, ?error, "a machine was not made");
+            if copied {
+                self.templates.forget(shape, boot);
+                remark = Some(format!("no copy of a template could be made: {error}; the machine is booted"));
+            }
+            if let Err(error) = self.destroy(&request.instance, &request.dir).await {
+                tracing::warn!(instance = %request.instance, %error, "a half-made sandbox could not be taken down");
+                break;
+            }
         }
         made
     }
 
     async fn adopt(&self, instance: &InstanceId, dir: &Path) -> Result<Option<Arc<dyn Sandbox>>, SandboxError> {
-        let known = self.open().get(instance).cloned();
-        if let Some(known) = known {
-            return Ok((!known.has_ended()).then_some(known));
-        }
-        let found = self.config.hypervisor.adopt(instance.as_str(), &vm_dir(dir)).await;
-        let found = found.map_err(|source| SandboxError::Machine { instance: instance.clone(), source })?;
-        let Some(vm) = found else { return Ok(None) };
-        let slots = slots_of(dir).unwrap_or_default();
-        let room = self.config.hypervisor.room();
-        let sandbox = Arc::new(RundSandbox::new(instance.clone(), vm, room, dir, slots, true));
-        self.open().insert(instance.clone(), sandbox.clone());
-        Ok(Some(sandbox))
+        Ok(self.adopted(instance, dir).await?.map(|sandbox| sandbox as Arc<dyn Sandbox>))
     }
 
     fn loss(&self, instance: &InstanceId, dir: &Path) -> Option<Loss> {
-        loss::of(&vm_dir(dir), &format!("{}/{instance}/vmm", self.config.cgroup_root))
+        loss::of(&vm_dir(dir), &vmm_of(&self.cgroup(instance, dir)))
     }
 
     async fn destroy(&self, instance: &InstanceId, dir: &Path) -> Result<(), SandboxError> {
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
-        if let Some(sandbox) = self.adopt(instance, dir).await? {
+        if let Some(sandbox) = self.adopted(instance, dir).await? {
+            sandbox.collecting.last().await;
             // Asked first: those who follow a log get the rest of it.
             let asked = async {
                 if AgentClient::new(sandbox.agent().clone()).shutdown().await.is_ok() {
@@ -170,7 +239,7 @@ impl SandboxClass for Rund {
             };
             let _ = tokio::time::timeout(END_LIMIT, asked).await;
         }
-        let name = format!("{}/{instance}", self.config.cgroup_root);
+        let name = self.cgroup(instance, dir);
         let emptied = tokio::time::timeout(KILL_LIMIT, cgroup::kill_all(&name)).await;
         emptied
             .map_err(|_| SandboxError::Unkillable { instance: instance.clone() })?
@@ -202,63 +271,137 @@ impl Rund {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the sandbox as a copy of the template, or boots it: then with what there is to say of that.
+    /// The machine of an instance, taken over where an earlier daemon made it.
+    async fn adopted(&self, instance: &InstanceId, dir: &Path) -> Result<Option<Arc<RundSandbox>>, SandboxError> {
+        let known = self.open().get(instance).cloned();
+        if let Some(known) = known {
+            return Ok((!known.has_ended()).then_some(known));
+        }
+        let found = self.config.hypervisor.adopt(instance.as_str(), &vm_dir(dir)).await;
+        let found = found.map_err(|source| SandboxError::Machine { instance: instance.clone(), source })?;
+        let Some(vm) = found else { return Ok(None) };
+        let slots = slots_of(dir).unwrap_or_default();
+        let room = self.config.hypervisor.room();
+        let sandbox = Arc::new(RundSandbox::new(
+            instance.clone(),
+            vm.clone(),
+            client(&vm, instance.as_str()),
+            room,
+            dir,
+            slots,
+            true,
+        ));
+        self.open().insert(instance.clone(), sandbox.clone());
+        Ok(Some(sandbox))
+    }
+
+    fn shape(&self, request: &CreateRequest) -> Shape {
+        shape::of(&request.config, self.config.hypervisor.acceleration())
+    }
+
+    /// Makes the sandbox out of this, with what there is to say of that.
     async fn make(
         &self,
         request: &CreateRequest,
-        boot: &Boot,
-        template: Result<Arc<Template>, Option<String>>,
+        guest: &Guest,
+        source: Source,
+        remark: Option<String>,
     ) -> Result<Arc<dyn Sandbox>, SandboxError> {
-        let (template, remark) = match template {
-            Ok(template) => (Some(template), None),
-            Err(remark) => (None, remark),
-        };
-        let (began, mut phases) = (Instant::now(), Vec::new());
-        let done = |phases: &mut Vec<(String, u64)>, name: &str| {
-            let before: u64 = phases.iter().map(|(_, micros)| micros).sum();
-            let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-            phases.push((name.to_owned(), micros.saturating_sub(before)));
-        };
+        let mut phases = Phases { began: Instant::now(), done: Vec::new() };
         let instance = &request.instance;
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         let machine = |source| SandboxError::Machine { instance: instance.clone(), source };
-        let limit = if template.is_some() { COPY_LIMIT } else { START_LIMIT };
-        let copied = template.is_some();
         let room = self.config.hypervisor.room();
         let full = || SandboxError::Full { instance: instance.clone(), layers: request.layers.len() };
         let disks = room.spread(request.layers.clone(), std::iter::empty()).ok_or_else(full)?;
-        let slots: Slots = disks.iter().map(|(slot, layers)| (*slot, images(layers))).collect();
-        let vm = self.machine(request, boot, template, &slots).map_err(host("prepare the machine"))?;
-        done(&mut phases, "files");
-        let vm = self.config.hypervisor.start(vm).await.map_err(machine)?;
-        done(&mut phases, if copied { "copy" } else { "start" });
-        let mut sandbox = RundSandbox::new(instance.clone(), vm, room, &request.dir, slots, false);
-        sandbox.keep_slots().map_err(host("record the disks"))?;
-        let plan = plan(request, &disks).map_err(host("plan the machine"))?;
-        // The first answer of all: a machine that boots has none before.
-        let begun = async {
-            let begun: guest::Begun = sandbox.client.call(Method::PUT, "/v1/sandbox", Some(&plan)).await?;
-            Ok::<_, RpcError>(begun)
+        let mut slots: Slots = disks.iter().map(|(slot, layers)| (*slot, images(layers))).collect();
+        let modules = modules::put(&request.config, &guest.nfs_modules, &room, &mut slots);
+        let modules = modules.map_err(host("give the machine its modules"))?;
+        let phase = source.phase();
+        let (vm, client) = match source {
+            Source::Warm(warm) => {
+                let given = self.given(request, &warm, &slots).await.map_err(host("prepare the machine"))?;
+                // What goes wrong from here on is the instance's: its directory is.
+                let (vm, client) = warm.keep();
+                phases.done("files");
+                vm.give(given).await.map_err(machine)?;
+                (vm, client)
+            }
+            Source::Copy(_) | Source::Boot => {
+                let template = if let Source::Copy(template) = source { Some(template) } else { None };
+                let made =
+                    self.machine(request, &guest.boot, template, &slots).await.map_err(host("prepare the machine"))?;
+                phases.done("files");
+                let vm = self.config.hypervisor.start(made).await.map_err(machine)?;
+                let client = client(&vm, instance.as_str());
+                (vm, client)
+            }
         };
+        phases.done(phase);
+        let mut sandbox = RundSandbox::new(instance.clone(), vm, client, room, &request.dir, slots, false);
+        sandbox.keep_slots().map_err(host("record the disks"))?;
+        let mut plan = plan(request, &disks).map_err(host("plan the machine"))?;
+        (plan.core_bytes, plan.modules) = (self.config.core_bytes, modules);
         let message = tokio::select! {
-            begun = tokio::time::timeout(limit, begun) => match begun {
-                Ok(Ok(begun)) => {
-                    done(&mut phases, "guest");
-                    phases.extend(begun.phases.into_iter().map(|(name, micros)| (format!("guest.{name}"), micros)));
-                    (sandbox.phases, sandbox.remark) = (phases, remark);
+            // The first answer of all: a machine that boots has none before.
+            begun = sandbox.client.call::<_, guest::Begun>(Method::PUT, "/v1/sandbox", Some(&plan)) => match begun {
+                Ok(begun) => {
+                    phases.done("guest");
+                    let inside = begun.phases.into_iter().map(|(name, micros)| (format!("guest.{name}"), micros));
+                    (sandbox.phases, sandbox.remark) = (phases.done.into_iter().chain(inside).collect(), remark);
                     let sandbox = Arc::new(sandbox);
                     self.open().insert(instance.clone(), sandbox.clone());
                     return Ok(sandbox);
                 }
-                Ok(Err(error)) => said(&error),
-                Err(_) => "it did not answer in time".to_owned(),
+                Err(error) => said(&error),
             },
             _ = sandbox.vm.ended() => "the machine ended".to_owned(),
         };
         Err(SandboxError::Agent { instance: instance.clone(), message })
     }
 
-    fn machine(
+    fn limits(&self, request: &CreateRequest) -> Resources {
+        let shape = self.shape(request);
+        Resources {
+            memory_bytes: Some(shape.memory_bytes + self.config.hypervisor.overhead_bytes(shape)),
+            cpu_milli: shape::cpu_limit(&request.config),
+            pids: Some(THREADS),
+            ..Resources::default()
+        }
+    }
+
+    /// Makes the machine's directory the instance's, with the disk that the instance writes.
+    async fn given(&self, request: &CreateRequest, warm: &Warm, slots: &Slots) -> io::Result<Given> {
+        let dir = vm_dir(&request.dir);
+        // First of all: from when the directory is the instance's, its cgroup is found there.
+        keep(&warm.dir, &warm.cgroup, &warm.boot)?;
+        std::fs::rename(&warm.dir, &dir)?;
+        let disk = dir.join("disk");
+        std::fs::remove_file(&disk)?;
+        self.disk(request, &disk).await?;
+        Ok(Given {
+            name: request.instance.to_string(),
+            dir,
+            cgroup: vmm_of(&warm.cgroup),
+            limits: self.limits(request),
+            disk,
+            layers: slots.clone(),
+            network: network(request),
+        })
+    }
+
+    /// Makes the disk that the instance writes; the key to it, where it is encrypted.
+    async fn disk(&self, request: &CreateRequest, place: &Path) -> io::Result<Option<DiskKey>> {
+        let (disks, place) = (self.disks.clone(), place.to_owned());
+        let (bytes, encrypted) = (request.disk_bytes, request.encrypted_disk);
+        let made = tokio::task::spawn_blocking(move || {
+            let key = encrypted.then(DiskKey::new).transpose()?;
+            disks.copy(&place, bytes, key.as_ref()).map(|()| key)
+        });
+        made.await.map_err(io::Error::other)?
+    }
+
+    async fn machine(
         &self,
         request: &CreateRequest,
         boot: &Boot,
@@ -269,30 +412,50 @@ impl Rund {
         let dir = vm_dir(&request.dir);
         std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
         let disk = dir.join("disk");
-        self.disks.copy(&disk, request.disk_bytes)?;
-        let hypervisor = &self.config.hypervisor;
-        let shape = shape::of(&request.config, hypervisor.acceleration());
+        let disk_key = self.disk(request, &disk).await?;
+        let cgroup = format!("{}/{}", self.config.cgroup_root, request.instance);
+        keep(&dir, &cgroup, &boot.id)?;
         Ok(Machine {
             name: request.instance.to_string(),
             dir,
-            cgroup: format!("{}/{}/vmm", self.config.cgroup_root, request.instance),
-            limits: Resources {
-                memory_bytes: Some(shape.memory_bytes + hypervisor.overhead_bytes(shape)),
-                cpu_milli: shape::cpu_limit(&request.config),
-                pids: Some(THREADS),
-                ..Resources::default()
-            },
-            shape,
+            cgroup: vmm_of(&cgroup),
+            limits: self.limits(request),
+            shape: self.shape(request),
             boot: boot.clone(),
             template,
             disk: Some(disk),
+            disk_key,
             layers: slots.clone(),
-            network: request
-                .network
-                .as_ref()
-                .map(|Network { netns, mac, .. }| joey_hypervisor::Network { netns: netns.clone(), mac: *mac }),
+            network: network(request),
+            to_be_saved: false,
+            longest_disk: 0,
         })
     }
+
+    /// The cgroup of an instance's machine, which may have been made before the instance was.
+    fn cgroup(&self, instance: &InstanceId, dir: &Path) -> String {
+        let own = || format!("{}/{instance}", self.config.cgroup_root);
+        std::fs::read_to_string(vm_dir(dir).join(CGROUP)).unwrap_or_else(|_| own())
+    }
+}
+
+/// The files in a machine's directory that name its cgroup, and what it booted.
+const CGROUP: &str = "cgroup";
+const GUEST: &str = "guest";
+
+fn keep(vm_dir: &Path, cgroup: &str, guest: &str) -> io::Result<()> {
+    std::fs::write(vm_dir.join(CGROUP), cgroup)?;
+    std::fs::write(vm_dir.join(GUEST), guest)
+}
+
+/// Where the monitor is.
+fn vmm_of(cgroup: &str) -> String {
+    format!("{cgroup}/vmm")
+}
+
+fn network(request: &CreateRequest) -> Option<joey_hypervisor::Network> {
+    let network = request.network.as_ref()?;
+    Some(joey_hypervisor::Network { netns: network.netns.clone(), mac: network.mac })
 }
 
 /// What the guest is told.
@@ -313,6 +476,8 @@ fn plan(request: &CreateRequest, disks: &[(u32, Vec<Layer>)]) -> io::Result<gues
         entropy: STANDARD.encode(entropy),
         network,
         layers,
+        modules: None,
+        core_bytes: None,
         config: AgentConfig { cgroup: guest::CGROUP.to_owned(), ..request.config.clone() },
     })
 }
@@ -335,88 +500,5 @@ fn said(error: &RpcError) -> String {
     match error {
         RpcError::Remote(fault) => fault.message.clone(),
         other => other.to_string(),
-    }
-}
-
-/// What was put into the slots of a machine.
-fn slots_of(dir: &Path) -> Option<Slots> {
-    serde_json::from_slice(&std::fs::read(vm_dir(dir).join("slots.json")).ok()?).ok()
-}
-
-impl RundSandbox {
-    /// `begun`: its agent has been told of the instance.
-    fn new(instance: InstanceId, vm: Arc<dyn Vm>, room: Room, dir: &Path, slots: Slots, begun: bool) -> Self {
-        let machine = vm.clone();
-        let client = Client::from_connector(format!("agent of {instance}"), move || {
-            let machine = machine.clone();
-            async move { machine.connect().await }
-        });
-        let client = client.with_limit(LONGEST);
-        state::keep(&client, &vm, dir, begun);
-        let over = loss::watch(&instance, &vm, &vm_dir(dir));
-        let record = vm_dir(dir).join("slots.json");
-        let (slots, providing) = (Mutex::new(slots), tokio::sync::Mutex::default());
-        Self { instance, vm, client, over, room, slots, providing, record, phases: Vec::new(), remark: None }
-    }
-
-    /// Whether the machine has ended, as far as it was noticed.
-    fn has_ended(&self) -> bool {
-        *self.over.borrow()
-    }
-
-    fn keep_slots(&self) -> io::Result<()> {
-        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        std::fs::write(&self.record, serde_json::to_vec(&*slots)?)
-    }
-}
-
-#[async_trait]
-impl Sandbox for RundSandbox {
-    fn agent(&self) -> &Client {
-        &self.client
-    }
-
-    async fn exited(&self) {
-        // An error means that the watcher is gone, which it is only after it saw the end.
-        let _ = self.over.clone().wait_for(|over| *over).await;
-    }
-
-    fn remark(&self) -> Option<String> {
-        self.remark.clone()
-    }
-
-    fn phases(&self) -> Vec<(String, u64)> {
-        self.phases.clone()
-    }
-
-    async fn provide(&self, layers: Vec<Layer>) -> Result<(), SandboxError> {
-        let host = |operation| move |source| SandboxError::Host { instance: self.instance.clone(), operation, source };
-        let _turn = self.providing.lock().await;
-        let disks = {
-            let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-            let known: Vec<&PathBuf> = slots.values().flatten().collect();
-            let wanted: Vec<Layer> = layers.into_iter().filter(|layer| !known.contains(&&layer.image)).collect();
-            if wanted.is_empty() {
-                return Ok(());
-            }
-            let full = SandboxError::Full { instance: self.instance.clone(), layers: wanted.len() };
-            let disks = self.room.spread(wanted, slots.keys().copied()).ok_or(full)?;
-            slots.extend(disks.iter().map(|(slot, layers)| (*slot, images(layers))));
-            disks
-        };
-        // Recorded before it is done: what may be in a slot is not put there again.
-        self.keep_slots().map_err(host("record the disks"))?;
-        let machine = |source: HypervisorError| SandboxError::Machine { instance: self.instance.clone(), source };
-        for (slot, layers) in disks {
-            self.vm.insert(slot, images(&layers)).await.map_err(machine)?;
-            let disk = layer_disk(slot, &layers).map_err(host("plan the layers"))?;
-            let told = self.client.call::<_, ()>(Method::PUT, "/v1/layers", Some(&disk)).await;
-            told.map_err(|error| SandboxError::Agent { instance: self.instance.clone(), message: said(&error) })?;
-        }
-        Ok(())
-    }
-
-    fn pid(&self) -> Option<u32> {
-        Some(self.vm.pid())
     }
 }

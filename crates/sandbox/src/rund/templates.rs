@@ -4,15 +4,15 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_api::instance::Resources;
 use joey_hypervisor::{Boot, Hypervisor, Machine, Shape, Template, Vm};
-use joey_process::cgroup;
 
-use super::RundConfig;
+use super::disk::Disks;
+use super::{RundConfig, clear, client, rehearse};
 
 /// How long a machine may take to boot.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -21,6 +21,7 @@ pub(super) struct Templates {
     hypervisor: Arc<dyn Hypervisor>,
     cgroup_root: String,
     dir: PathBuf,
+    disks: Arc<Disks>,
     known: Mutex<Known>,
     /// Unfinished ones of an earlier daemon.
     left: Mutex<Vec<String>>,
@@ -39,12 +40,12 @@ impl Drop for Ends {
 
 #[derive(Default)]
 struct Known {
-    ready: HashMap<Shape, Arc<Template>>,
+    ready: HashMap<(Shape, String), Arc<Template>>,
     making: HashSet<Shape>,
 }
 
 impl Templates {
-    pub(super) fn open(config: &RundConfig) -> io::Result<Arc<Self>> {
+    pub(super) fn open(config: &RundConfig, disks: &Arc<Disks>) -> io::Result<Arc<Self>> {
         let dir = config.dir.join("templates");
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
         // What an earlier daemon was making when it ended.
@@ -55,6 +56,7 @@ impl Templates {
             hypervisor: config.hypervisor.clone(),
             cgroup_root: config.cgroup_root.clone(),
             dir,
+            disks: disks.clone(),
             known: Mutex::default(),
             making: tokio::sync::Mutex::new(()),
         }))
@@ -65,7 +67,7 @@ impl Templates {
         let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
         for name in left {
             let cgroup = format!("{}/{}", self.cgroup_root, name.trim_start_matches('.'));
-            self.clear(&self.dir.join(name), &cgroup).await?;
+            clear(&self.dir.join(name), &cgroup).await?;
         }
         Ok(())
     }
@@ -77,7 +79,7 @@ impl Templates {
     /// The template of a shape; where there is none yet, one is on its way after this.
     pub(super) fn get(self: &Arc<Self>, shape: Shape, boot: &Boot) -> Option<Arc<Template>> {
         let mut known = self.known();
-        if let Some(template) = known.ready.get(&shape) {
+        if let Some(template) = known.ready.get(&(shape, boot.id.clone())) {
             return Some(template.clone());
         }
         if known.making.insert(shape) {
@@ -88,7 +90,9 @@ impl Templates {
                 known.making.remove(&shape);
                 match made {
                     Ok(template) => {
-                        known.ready.insert(shape, Arc::new(template));
+                        // One of what was booted before is not asked for any more.
+                        known.ready.retain(|(other, _), _| *other != shape);
+                        known.ready.insert((shape, boot.id), Arc::new(template));
                     }
                     Err(error) => tracing::warn!(?shape, %error, "no template was made, machines are booted"),
                 }
@@ -98,8 +102,8 @@ impl Templates {
     }
 
     /// Lets go of a template that no copy could be made of: another one is made when it is asked for.
-    pub(super) fn forget(&self, shape: Shape) {
-        self.known().ready.remove(&shape);
+    pub(super) fn forget(&self, shape: Shape, boot: &Boot) {
+        self.known().ready.remove(&(shape, boot.id.clone()));
         let _ = joey_hypervisor::remove_template(&self.place(shape));
     }
 
@@ -131,9 +135,12 @@ impl Templates {
         let name = format!("template-{}x{}M", shape.cpus, shape.memory_bytes >> 20);
         let dir = self.dir.join(format!(".{name}"));
         let cgroup = format!("{}/{name}", self.cgroup_root);
-        self.clear(&dir, &cgroup).await?;
+        clear(&dir, &cgroup).await?;
         let made = async {
             std::fs::DirBuilder::new().mode(0o700).create(&dir).map_err(|error| error.to_string())?;
+            let disk = self.hypervisor.gives().then(|| dir.join("disk"));
+            disk.iter().try_for_each(|disk| self.disks.rehearsal(disk)).map_err(|error| error.to_string())?;
+            let rehearses = disk.is_some();
             let machine = Machine {
                 name: name.clone(),
                 dir: dir.clone(),
@@ -142,29 +149,25 @@ impl Templates {
                 shape,
                 boot: boot.clone(),
                 template: None,
-                disk: None,
+                disk,
+                disk_key: None,
                 layers: BTreeMap::new(),
                 network: None,
+                to_be_saved: true,
+                longest_disk: 0,
             };
             let vm = self.hypervisor.start(machine).await.map_err(|error| error.to_string())?;
             let _ends = Ends(vm.clone());
             // It answers when it has booted; nobody is connected when it is saved.
-            match tokio::time::timeout(LIMIT, vm.connect()).await.map(|connected| connected.map(drop)) {
-                Ok(Ok(())) => self.hypervisor.save(vm).await.map_err(|error| error.to_string()),
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(_) => Err("the machine does not boot".to_owned()),
+            let booted = tokio::time::timeout(LIMIT, vm.connect()).await;
+            booted.map_err(|_| "the machine does not boot".to_owned())?.map(drop).map_err(|error| error.to_string())?;
+            if rehearses {
+                rehearse(&client(&vm, &name)).await?;
             }
+            self.hypervisor.save(vm).await.map_err(|error| error.to_string())
         };
         let made = made.await;
-        self.clear(&dir, &cgroup).await?;
+        clear(&dir, &cgroup).await?;
         made
-    }
-
-    /// Ends what an attempt left.
-    async fn clear(&self, dir: &Path, cgroup: &str) -> Result<(), String> {
-        let failed = |error: io::Error| error.to_string();
-        cgroup::kill_all(cgroup).await.map_err(failed)?;
-        cgroup::remove(cgroup).await.map_err(failed)?;
-        joey_hypervisor::remove_template(dir).map_err(failed)
     }
 }

@@ -42,8 +42,9 @@ pub fn layers(config: &AgentConfig) -> BTreeSet<&str> {
     of_containers.chain(of_volumes).map(String::as_str).collect()
 }
 
-/// Leaves the other files behind; what stays keeps its path. The caller has a mount namespace of its own.
-pub fn narrow(dir: &Path, layers: BTreeSet<&str>, view: View) -> io::Result<()> {
+/// Leaves the other files behind; what stays keeps its path, and `files` are seen at the places beside them. The caller has a mount
+/// namespace of its own.
+pub fn narrow(dir: &Path, layers: BTreeSet<&str>, files: &[(&Path, &Path)], view: View) -> io::Result<()> {
     sys::mount("none", "/", "", libc::MS_REC | libc::MS_PRIVATE, "")?;
     let top = std::fs::File::open("/")?;
     // Before it is covered, and with what the host mounted in it.
@@ -61,6 +62,12 @@ pub fn narrow(dir: &Path, layers: BTreeSet<&str>, view: View) -> io::Result<()> 
     for (path, recursive) in of_kernel.chain(layers.into_iter().map(|layer| (layer, false))) {
         let seen = sys::clone_mount(top.as_fd(), Path::new(path), recursive)?;
         sys::attach_mount(seen.as_fd(), place(Path::new(path))?.as_fd())?;
+    }
+    for (path, seen_at) in files {
+        let file = base.join(seen_at.strip_prefix("/").unwrap_or(seen_at));
+        file.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+        let seen = sys::clone_mount(top.as_fd(), path, false)?;
+        sys::attach_mount(seen.as_fd(), std::fs::File::create(file)?.as_fd())?;
     }
     std::env::set_current_dir(base)?;
     drop(top);

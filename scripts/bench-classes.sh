@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Start times, first answers and memory of each sandbox class on this machine, with the same image in one run; then a hundred machines at
+# once. Writes one JSON file to benches/results/ and prints the figures. COUNT sets how many Pods each class starts, two seconds apart.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+count=${COUNT:-15}
+image=registry.example/joey/hello:1
+work=$(mktemp -d /tmp/joey-bench.XXXXXX)
+joey=$PWD/target/release/joey
+
+finish() {
+    trap - EXIT
+    [ -z "${joey_pid:-}" ] || { "$joey" down --data-dir "$work/joey" >/dev/null 2>&1 || true; kill "$joey_pid" 2>/dev/null || true; }
+    rm -rf "$work"
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+scripts/packages.sh jq >&2
+scripts/packages.sh runsc >&2 || true
+guests=$(scripts/machines.sh)
+demo/build.sh .run/demo
+mkdir -p "$work/joey"
+[ -z "$guests" ] || cp -a "$guests" "$work/joey/guests"
+
+"$joey" up --data-dir "$work/joey" --listen 127.0.0.1:0 --pod-range 198.19.0.0/16 >"$work/joey.log" 2>&1 &
+joey_pid=$!
+for _ in $(seq 300); do
+    "$joey" host ls --data-dir "$work/joey" >/dev/null 2>&1 && break
+    kill -0 "$joey_pid" 2>/dev/null || { cat "$work/joey.log" >&2; exit 1; }
+    sleep 0.1
+done
+tar -C .run/demo -cf "$work/hello.tar" .
+"$joey" image import --data-dir "$work/joey" "$work/hello.tar" "$image" >&2
+round() { "$joey" bench start --data-dir "$work/joey" --image "$image" -o json "$@"; }
+
+# The first machine of all boots, and a template is made beside it.
+[ -z "$guests" ] || round --class rund --count 4 --pause 2 >/dev/null
+for class in $("$joey" host ls --data-dir "$work/joey" -o json | jq -r '.[0].classes[]'); do
+    echo "$class: $count Pods, two seconds apart" >&2
+    round --class "$class" --count "$count" --pause 2 --http 80 >"$work/1-$class.json"
+done
+if [ -n "$guests" ]; then
+    echo "rund: 100 Pods at once" >&2
+    round --class rund --count 100 --parallel 4 >"$work/2-many.json"
+fi
+
+mkdir -p benches/results
+result=benches/results/$(date -u +%Y-%m-%d)-classes.json
+jq -s --arg date "$(date -u +%Y-%m-%dT%H:%M:%SZ)" --arg kernel "$(uname -r)" --argjson cores "$(nproc)" \
+    --arg commit "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" \
+    --argjson host "$("$joey" host ls --data-dir "$work/joey" -o json | jq '.[0]')" \
+    '{date: $date, commit: $commit, kernel: $kernel, cores: $cores, machines: $host.machines, rounds: .}' "$work"/[12]-*.json >"$result"
+jq -r '
+  def two: . * 100 | round / 100;
+  ["class", "Pods", "at a time", "to running, median ms", "P90", "to first answer, median ms", "a minute", "memory each, MiB"],
+  (.rounds[] | [.class, .count, .parallel, (.running_ms.p50 | two), (.running_ms.p90 | two), (if .http_ms then (.http_ms.p50 | two) else "" end),
+    (.pods_per_minute | round), (.memory_per_pod_kib / 1024 | two)])
+  | @tsv' "$result" | column -t -s "$(printf '\t')"
+echo "written to $result"

@@ -1,0 +1,127 @@
+//! Copies of templates that fail, of class `rund` on the whole system: the Pod runs all the same, in a machine that is booted, and its
+//! events say why.
+
+use std::path::{Path, PathBuf};
+
+use joey_tests::arena::{Arena, Class};
+use joey_tests::{Joey, holds, pause, seconds, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+/// Pods after each other until one of them was to be a copy: a machine that is booted, or was kept ready, is none.
+const TRIES: usize = 5;
+
+/// An arena in which a template was made and kept.
+fn with_template() -> Option<(Arena, String, PathBuf)> {
+    let arena = Arena::new(Class::Rund)?;
+    let image = arena.image("copies", &[], json!({}));
+    arena.run_pod("first", &image, &[]);
+    let templates = arena.joey.data().join("machines/templates");
+    let template = wait_until("a template is kept", seconds(90), || {
+        let mut all = std::fs::read_dir(&templates).into_iter().flatten().flatten().map(|entry| entry.path());
+        let kept = all.find(|path| path.join("key").exists());
+        kept.ok_or_else(|| arena.joey.output().lines().last().unwrap_or_default().to_owned())
+    });
+    arena.joey.delete_pod("first");
+    Some((arena, image, template))
+}
+
+/// What the Pod's events say of its machine.
+fn remark(joey: &Joey, name: &str) -> Option<String> {
+    let selector = format!("involvedObject.name={name}");
+    let events: Value = joey.kubectl(&["get", "events", "-o", "json", "--field-selector", &selector]).json();
+    let said = events["items"].as_array()?.iter().find(|event| event["reason"] == "SandboxRemark")?;
+    said["message"].as_str().map(str::to_owned)
+}
+
+/// How the Pod's machine came to be: the phases of its start.
+fn phases(joey: &Joey, name: &str) -> String {
+    joey.instance_of(name)["status"]["timings"].to_string()
+}
+
+/// Runs Pods until one could not be a copy; each of them has to run.
+#[track_caller]
+fn until_one_fails(arena: &Arena, image: &str, apply: impl Fn(&Value)) {
+    let mut seen = Vec::new();
+    for number in 0..TRIES {
+        let name = format!("pod-{number}");
+        apply(&arena.pod(&name, image, &[]));
+        arena.joey.wait_for(&name, "Ready", arena.patience());
+        assert_eq!(arena.inside(&name, "echo it runs").ok(), "it runs\n");
+        let phases = phases(&arena.joey, &name);
+        let said = remark(&arena.joey, &name);
+        arena.joey.delete_pod(&name);
+        if let Some(said) = said {
+            assert!(said.contains("no copy of a template could be made") && said.contains("booted"), "{said}");
+            assert!(phases.contains("sandbox.start") && !phases.contains("sandbox.copy"), "{phases}");
+            return;
+        }
+        seen.push(phases);
+        // A template that is there already is read by a new daemon while the first machine boots.
+        pause(seconds(1));
+    }
+    panic!("no copy failed: {seen:#?}");
+}
+
+/// Turns over bits of a file all through it.
+fn damage(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    bytes.iter_mut().skip(64).step_by(97).for_each(|byte| *byte ^= 0x55);
+    std::fs::write(path, bytes).expect("it can be written");
+}
+
+#[test]
+fn a_template_that_was_damaged_is_given_up() {
+    let Some((mut arena, image, template)) = with_template() else { return };
+    arena.joey.kill();
+    let before = std::fs::read(template.join("state")).expect("a state");
+    damage(&template.join("state"));
+    arena.joey.up();
+    until_one_fails(&arena, &image, |object| drop(arena.joey.apply(object)));
+    // Another one is made in its place, of which there are copies again.
+    wait_until("there are copies again", seconds(120), || {
+        let name = joey_tests::unique("again");
+        arena.run_pod(&name, &image, &[]);
+        let phases = phases(&arena.joey, &name);
+        arena.joey.delete_pod(&name);
+        holds(phases.contains("sandbox.copy") || phases.contains("sandbox.give"), phases)
+    });
+    let after = std::fs::read(template.join("state")).expect("a state");
+    assert!(after.len().abs_diff(before.len()) < before.len(), "a whole one: {} and {}", before.len(), after.len());
+}
+
+/// The monitors that instances have, and whether they were kept ready for whoever comes.
+fn monitors(instances: &Path) -> Vec<(i32, bool)> {
+    let dirs = std::fs::read_dir(instances).into_iter().flatten().flatten();
+    let records = dirs.filter_map(|dir| std::fs::read_to_string(dir.path().join("vm/vmm.pid")).ok());
+    let pids = records.filter_map(|text| text.split(' ').next().and_then(|pid| pid.parse::<i32>().ok()));
+    let known = pids.filter_map(|pid| Some((pid, std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)));
+    known.map(|(pid, cgroup)| (pid, cgroup.contains("/warm-"))).collect()
+}
+
+#[test]
+fn a_monitor_that_is_killed_while_it_copies_is_made_up_for() {
+    let Some((arena, image, _)) = with_template() else { return };
+    let instances = arena.joey.data().join("instances");
+    until_one_fails(&arena, &image, |object| {
+        let mut seen: Vec<i32> = monitors(&instances).into_iter().map(|(pid, _)| pid).collect();
+        let place = instances.clone();
+        // It looks before there is anything: a copy is made in less time than kubectl takes to end.
+        let killer = std::thread::spawn(move || {
+            wait_until("a copy is killed", seconds(30), || {
+                for (pid, warm) in monitors(&place) {
+                    if !seen.contains(&pid) {
+                        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+                        seen.push(pid);
+                        // A machine that was kept ready is followed by a copy, and that by one that is booted.
+                        return holds(!warm, "one that was kept ready");
+                    }
+                }
+                Err("none".to_owned())
+            });
+        });
+        arena.joey.apply(object);
+        killer.join().expect("a copy was killed");
+    });
+}

@@ -6,6 +6,8 @@ export PATH="$PATH:$HOME/.cargo/bin"
 
 echo "== formatting"
 cargo fmt --all --check
+# What is no module of a crate cargo does not find.
+rustfmt --check --edition 2024 crates/hypervisor/plugin/lean.rs
 echo "== lints"
 cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
 echo "== house checks"

@@ -38,7 +38,8 @@ fn collect(root: &Path, folder: &Path, ending: &str, found: &mut Vec<Source>) {
     }
 }
 
-/// The durable steps, as the source names them: every `checkpoint::reached("…")`. Those of agents begin with `agent.`.
+/// The durable steps, as the source names them: every `checkpoint::reached("…")`. Those of agents begin with `agent.`, those of
+/// machines that are being made with `machine.`.
 pub fn checkpoints() -> Vec<String> {
     let mut found = Vec::new();
     for file in files("crates", ".rs").iter().filter(|file| !file.path.starts_with("crates/model/")) {

@@ -1,5 +1,5 @@
 //! Class `rund` on the whole system: Pods in virtual machines, as users see them. What a class must do in all is the conformance suite's
-//! (`crates/agent/tests/rund.rs`).
+//! (`crates/sandbox/tests/rund.rs`).
 
 use std::time::Instant;
 
@@ -161,6 +161,30 @@ fn machines_outlive_the_daemon_and_are_adopted() {
             }),
         }
     }
+}
+
+#[test]
+fn a_daemon_killed_while_it_makes_a_machine_costs_the_pod_nothing() {
+    let Some((registry, mut joey)) = start() else { return };
+    for step in ["machine.made", "machine.told"] {
+        joey.kill();
+        joey.crash_at(Some(step));
+        joey.up();
+        let name = step.replace('.', "-");
+        let mut once = machine(&name, &registry.demo(), &["sh", "-c", "echo begun; exec sleep 1000"]);
+        once["spec"]["restartPolicy"] = json!("Never");
+        joey.apply(&once);
+        wait_until("the daemon is killed there", seconds(90), || holds(joey.program().ended().is_some(), step));
+        joey.crash_at(None);
+        joey.up();
+        joey.wait_for(&name, "Ready", seconds(90));
+        let status = joey.get("pod", &name)["status"]["containerStatuses"][0].clone();
+        assert_eq!(status["restartCount"], 0, "{step}: {status}");
+        assert_eq!(joey.kubectl(&["logs", &name]).ok(), "begun\n", "{step}");
+        joey.kubectl(&["delete", "pod", &name, "--grace-period=1"]).ok();
+    }
+    joey.down().ok();
+    assert!(joey.traces().is_empty(), "{:?}", joey.traces());
 }
 
 #[test]

@@ -157,7 +157,9 @@ fn provoke(joey: &mut Joey, name: &str, object: &str) -> Option<String> {
 
 #[test]
 fn killed_at_each_durable_step() {
-    let steps: Vec<_> = checkpoints().into_iter().filter(|step| !step.starts_with("agent.")).collect();
+    // Those of agents and of machines are for other tests.
+    let own = |step: &String| !step.starts_with("agent.") && !step.starts_with("machine.");
+    let steps: Vec<_> = checkpoints().into_iter().filter(own).collect();
     assert!(steps.len() >= 6, "creation and deletion have durable steps: {steps:?}");
     let (registry, served) = (Registry::with_demo_image(), Served::start());
     // Most of the time is waiting for what the kill left to be noticed: several are killed side by side.

@@ -10,14 +10,15 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use joey_api::agent::VERSION;
-use joey_api::guest::{Begun, LayerDisk, NO_INSTANCE, Sandbox};
-use joey_machine::{disks, machine, modules, network, port, vsock};
+use joey_api::guest::{Begun, CGROUP, LayerDisk, NO_INSTANCE, Sandbox};
+use joey_machine::{disks, machine, memory, modules, network, port, vsock};
 use joey_model::{ErrorKind, Fault};
 use joey_rpc::client::Io;
 use joey_rpc::port::Listener;
@@ -199,7 +200,11 @@ async fn begin(guest: &Arc<Guest>, body: Incoming) -> Result<Response<Body>, Fau
     phases.done("settle");
     let guest = guest.clone();
     tokio::spawn(async move {
-        setup::until_shutdown(&agent, containers).await;
+        let cgroup = Path::new("/sys/fs/cgroup").join(CGROUP.trim_start_matches('/'));
+        tokio::select! {
+            () = setup::until_shutdown(&agent, containers) => {}
+            never = memory::let_go_when_idle(&cgroup) => match never {},
+        }
         guest.over.send_replace(true);
     });
     Ok(json_answer(&Begun { phases: phases.done }))

@@ -562,6 +562,9 @@ pub struct BenchStart {
     /// Rest before each Pod but the first
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub pause: u32,
+    /// How long all have run when their memory is measured
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub settle: u32,
     /// Port that the Pods are asked on over HTTP until they answer
     #[arg(long, value_name = "PORT")]
     pub http: Option<u16>,

@@ -59,6 +59,7 @@ pub struct Round {
     count: u32,
     parallel: u32,
     pause: Duration,
+    settle: Duration,
     http: Option<u16>,
     class: String,
     image: String,
@@ -91,6 +92,7 @@ impl BenchStart {
             count: self.count,
             parallel: self.parallel,
             pause: Duration::from_secs(self.pause.into()),
+            settle: Duration::from_secs(self.settle.into()),
             http: self.http,
             class: self.class,
             image: self.image,
@@ -304,6 +306,8 @@ async fn measure(
     };
     let marks = marks.await?;
     let sent = sent.into_inner();
+    bar.set_message("letting them idle");
+    tokio::time::sleep(round.settle).await;
     summed(&marks, &sent, round)
 }
 
@@ -570,6 +574,7 @@ mod tests {
             count: 0,
             parallel: 0,
             pause: 0,
+            settle: 0,
             http: None,
             class: "No".to_owned(),
             image: "A B".to_owned(),

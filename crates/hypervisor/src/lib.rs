@@ -99,8 +99,15 @@ pub struct Machine {
     pub network: Option<Network>,
     /// Whether it is to be a template: it boots, and what it has is in the place of what its copies will have.
     pub to_be_saved: bool,
-    /// Bytes of the longest disk that it may be given while it runs.
+    /// Bytes of the longest disk that it is given while it runs ([`Vm::give`]); none where it has what it is for from the start.
     pub longest_disk: u64,
+}
+
+impl Machine {
+    /// Whether it is nobody's yet.
+    pub(crate) fn is_to_be_given(&self) -> bool {
+        self.longest_disk > 0
+    }
 }
 
 /// What makes a machine that was started for nobody an instance's.

@@ -11,6 +11,7 @@
 
 mod arguments;
 mod clock;
+mod lean;
 mod machine;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,8 @@ use joey_process::Process;
 
 use crate::jail::{errors_of, record_of, user_of};
 use crate::{Acceleration, DiskKey, Hypervisor, HypervisorError, Machine, Room, Shape, Vm, jail, layout, template};
+use arguments::Sent;
+use lean::Lean;
 use machine::QemuVm;
 
 /// How long a monitor may take until it answers, and a copy to run.
@@ -46,6 +49,8 @@ pub struct Qemu {
     version: String,
     /// Thousands of cycles a second of the counter that machines tell the time by.
     tsc_khz: u64,
+    /// Where the program takes it.
+    lean: Option<Lean>,
 }
 
 impl Qemu {
@@ -59,13 +64,14 @@ impl Qemu {
         if !told.status.success() || !version.starts_with("QEMU emulator version ") {
             return Err(io::Error::other(format!("{} is no QEMU: it says \"{version}\"", program.display())));
         }
-        Ok(Self { program, starter, acceleration, version, tsc_khz })
+        let lean = Lean::open(&program).await?;
+        Ok(Self { program, starter, acceleration, version, tsc_khz, lean })
     }
 
     /// One that starts nothing, for a host that has none: machines of before are found and ended all the same.
     pub fn absent(starter: PathBuf) -> Self {
         let (program, version) = (PathBuf::from("qemu-system-x86_64"), String::new());
-        Self { program, starter, acceleration: Acceleration::Emulated, version, tsc_khz: 0 }
+        Self { program, starter, acceleration: Acceleration::Emulated, version, tsc_khz: 0, lean: None }
     }
 
     /// The same, its machines executed by this.
@@ -76,6 +82,11 @@ impl Qemu {
     /// What it says of itself: `QEMU emulator version 7.2.22`.
     pub fn told_version(&self) -> &str {
         &self.version
+    }
+
+    /// The plugin of a machine that something translates for.
+    fn lean(&self) -> Option<&Lean> {
+        self.lean.as_ref().filter(|_| self.acceleration == Acceleration::Emulated)
     }
 
     fn jail(&self, machine: &Machine, args: Vec<String>) -> Jail {
@@ -190,17 +201,30 @@ impl Hypervisor for Qemu {
         };
         let state = machine.template.as_ref().map(|template| template.state()).transpose();
         let state = state.map_err(host("pass the template"))?;
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![qmp.as_fd(), port.as_fd()];
-        descriptors.extend(own.as_ref().map(AsFd::as_fd));
-        descriptors.extend(machine.template.as_ref().map(|template| template.memory()));
-        descriptors.extend(state.as_ref().map(AsFd::as_fd));
-        descriptors.extend(machine.disk_key.as_ref().map(DiskKey::descriptor));
-        let args = arguments::of(self, &machine);
+        let (waits, held) = std::io::pipe().map_err(host("make a pipe"))?;
+        let sent = [
+            (Sent::Qmp, Some(qmp.as_fd())),
+            (Sent::Port, Some(port.as_fd())),
+            (
+                Sent::Memory,
+                own.as_ref().map(AsFd::as_fd).or(machine.template.as_ref().map(|template| template.memory())),
+            ),
+            (Sent::State, state.as_ref().map(AsFd::as_fd)),
+            (Sent::Key, machine.disk_key.as_ref().map(DiskKey::descriptor)),
+            (Sent::Lean, self.lean().map(Lean::descriptor)),
+            (Sent::Held, self.lean().filter(|_| machine.is_to_be_given()).map(|_| waits.as_fd())),
+        ];
+        let sent: Vec<(Sent, BorrowedFd<'_>)> = sent.into_iter().filter_map(|(what, fd)| Some((what, fd?))).collect();
+        let (names, descriptors): (Vec<Sent>, Vec<BorrowedFd<'_>>) = sent.into_iter().unzip();
+        let args = arguments::of(self, &machine, &names);
         let (made, errors) = (self.jail(&machine, args), errors_of(&machine.dir));
         let process = jail::start(&self.starter, &made, &descriptors, &errors).await;
         let process = process.map_err(host("start the monitor"))?;
         let vm = QemuVm::new(&self.starter, machine.name.clone(), machine.dir.clone(), process.process, own);
-        let started = vm.begin(machine.template.is_some()).await;
+        if machine.is_to_be_given() {
+            vm.hold(held.into());
+        }
+        let started = vm.begin(arguments::number(Sent::State, &names)).await;
         if started.is_err() {
             vm.kill();
             vm.ended().await;

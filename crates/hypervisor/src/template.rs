@@ -126,7 +126,7 @@ pub(crate) fn memory_file(name: &std::ffi::CStr, flags: libc::c_uint) -> io::Res
     }
 }
 
-fn seal(memory: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn seal(memory: BorrowedFd<'_>) -> io::Result<()> {
     let seals = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
     // SAFETY: an open descriptor and integers.
     match unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, seals) } {

@@ -3,6 +3,7 @@
 
 pub mod disks;
 pub mod machine;
+pub mod memory;
 pub mod modules;
 pub mod network;
 pub mod nfs;

@@ -100,14 +100,11 @@ fn is_a(sandbox: &dyn Sandbox, ways: &[&str]) -> bool {
     sandbox.phases().iter().any(|(name, _)| ways.contains(&name.as_str()))
 }
 
-/// Machines that are ready, by their directories.
-fn ready(ground: &Ground) -> Vec<PathBuf> {
+/// The monitors of machines that are ready, or are being made for that.
+fn ready(ground: &Ground) -> Vec<i32> {
     let warm = std::fs::read_dir(ground.0.dir.join("machines/warm")).unwrap().flatten();
-    warm.map(|entry| entry.path()).collect()
-}
-
-fn monitor(dir: &Path) -> Option<i32> {
-    std::fs::read_to_string(dir.join("vmm.pid")).ok()?.split_whitespace().next()?.parse().ok()
+    warm.filter_map(|entry| std::fs::read_to_string(entry.path().join("vmm.pid")).ok()?.split(' ').next()?.parse().ok())
+        .collect()
 }
 
 fn cgroup_of(pid: u32) -> String {
@@ -147,7 +144,7 @@ async fn one_that_is_ready_is_taken() {
     let quota = quota.iter().find_map(|path| std::fs::read_to_string(path).ok()).expect("a limit of the processor");
     assert!(quota.starts_with("50000"), "{quota}");
     // Another class on the same directory, as after a kill of the process before: what is an instance's stays, the others end.
-    let others: Vec<i32> = ready(&ground).iter().filter_map(|dir| monitor(dir)).collect();
+    let others = ready(&ground);
     let _again = class(&ground.0.dir, &bench.cgroup_root, ground::agent()).await.expect("what machines need is there");
     for other in others {
         let command = std::fs::read(format!("/proc/{other}/cmdline")).unwrap_or_default();
@@ -174,8 +171,8 @@ async fn one_that_ended_while_it_was_ready_is_none() {
     let end = Instant::now() + TEMPLATE;
     let killed = loop {
         // Its socket is there from the start; its directory is listed before it is ready, which makes no difference here.
-        if let Some(pid) = ready(&ground).iter().find_map(|dir| monitor(dir)) {
-            break pid;
+        if let Some(pid) = ready(&ground).first() {
+            break *pid;
         }
         assert!(Instant::now() < end, "none was ever ready");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -188,6 +185,53 @@ async fn one_that_ended_while_it_was_ready_is_none() {
         running(&AgentClient::new(sandbox.agent().clone())).await;
         assert_ne!(sandbox.pid(), u32::try_from(killed).ok());
         bench.destroy(&request).await;
+    }
+}
+
+/// The monitors of machines that are ready, once there are any and none of them translates anything more.
+async fn settled(ground: &Ground) -> Vec<i32> {
+    let mut before = Vec::new();
+    let settled = async {
+        loop {
+            let now: Vec<_> = ready(ground).into_iter().map(|pid| (pid, translated(pid.unsigned_abs()))).collect();
+            if !now.is_empty() && now == before && now.iter().all(|(_, bytes)| *bytes > 16 << 20) {
+                return now.into_iter().map(|(pid, _)| pid).collect();
+            }
+            before = now;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    };
+    tokio::time::timeout(TEMPLATE, settled).await.expect("machines are kept ready")
+}
+
+#[tokio::test]
+async fn one_that_hangs_when_it_is_taken_is_made_up_for_and_that_is_said() {
+    let _turn = TURN.lock().await;
+    let Some(ground) = ground("stuck").await else { return };
+    warm(&ground).await;
+    let bench = &ground.0;
+    let end = Instant::now() + TEMPLATE;
+    for number in 1.. {
+        // All that are there: which one is taken is the pool's affair.
+        let stopped = settled(&ground).await;
+        // SAFETY: integers; the processes are the test's own machines.
+        stopped.iter().for_each(|pid| assert_eq!(unsafe { libc::kill(*pid, libc::SIGSTOP) }, 0));
+        let request = bench.request(number, "sleep 1000");
+        let sandbox = bench.create(&request).await;
+        running(&AgentClient::new(sandbox.agent().clone())).await;
+        let (said, pid) = (sandbox.remark(), sandbox.pid().unwrap());
+        bench.destroy(&request).await;
+        // Those that were not taken yet end as ready ones do.
+        for pid in stopped.iter() {
+            // SAFETY: as above; some have ended.
+            let _ = unsafe { libc::kill(*pid, libc::SIGCONT) };
+        }
+        if let Some(said) = said {
+            assert!(said.contains("kept ready could not be taken"), "{said}");
+            assert!(!stopped.contains(&i32::try_from(pid).unwrap()));
+            return;
+        }
+        assert!(Instant::now() < end, "none was taken");
     }
 }
 
@@ -273,6 +317,43 @@ fn own_memory(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// Bytes of memory that translated instructions take in a monitor: what is written and executed.
+fn translated(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let sizes = text.split(" rwxp ").skip(1).filter_map(|region| {
+        let line = region.lines().find_map(|line| line.strip_prefix("Rss:"))?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
+    });
+    sizes.sum::<u64>() << 10
+}
+
+#[tokio::test]
+async fn one_that_idles_gives_back_what_was_translated_and_one_that_is_ready_does_not() {
+    let _turn = TURN.lock().await;
+    let Some(ground) = ground("lean").await else { return };
+    let bench = &ground.0;
+    warm(&ground).await;
+    let request = bench.request(1, "sleep 1000");
+    let sandbox = bench.create(&request).await;
+    let (agent, pid) = (AgentClient::new(sandbox.agent().clone()), sandbox.pid().unwrap());
+    running(&agent).await;
+    let (translated_at_first, own) = (translated(pid), own_memory(pid));
+    assert!(translated_at_first > 16 << 20, "{translated_at_first}");
+    let given_back = async {
+        while translated(pid) > 8 << 20 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), given_back).await.expect("it is given back");
+    assert!(own_memory(pid) + (10 << 20) < own, "{own} and {}", own_memory(pid));
+    // It goes on as before.
+    assert_eq!(exec(&agent, &["sh", "-c", "echo $((6 * 7))"]).await.0, "42\n");
+    bench.destroy(&request).await;
+    // One that became ready before that has idled for longer than it takes.
+    let idle = ready(&ground).into_iter().map(|pid| translated(pid.unsigned_abs())).max();
+    assert!(idle.is_some_and(|bytes| bytes > 16 << 20), "{idle:?}");
 }
 
 /// Writes sixty MiB into memory.

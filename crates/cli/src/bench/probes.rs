@@ -54,6 +54,7 @@ impl BenchProbes {
             count: self.count,
             parallel: PARALLEL,
             pause: Duration::ZERO,
+            settle: Duration::ZERO,
             http: None,
             class: self.class,
             image: self.image,

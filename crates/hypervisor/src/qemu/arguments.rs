@@ -7,7 +7,7 @@ use super::Qemu;
 use crate::{Acceleration, Machine};
 
 /// Changes with what is below, so that templates of another form are not taken.
-pub(super) const FORM: &str = "3";
+pub(super) const FORM: &str = "4";
 /// Places in the jail.
 pub(super) const KERNEL: &str = "/boot/kernel";
 pub(super) const INITRAMFS: &str = "/boot/initramfs";
@@ -15,16 +15,32 @@ pub(super) const DISK: &str = "/disk";
 pub(super) const DESCRIPTOR: &str = "/layers/disk";
 /// Slots of a machine: its own disk, and three for layers.
 pub(super) const SLOTS: u32 = 4;
-/// Descriptors, in the order of their sending.
-const QMP: i32 = SENT;
-const PORT: i32 = SENT + 1;
-const MEMORY: i32 = SENT + 2;
-pub(super) const STATE: i32 = SENT + 3;
 /// MiB for translated instructions, which take memory as they come: 33 are what a start takes, and when there is no room for more, all
 /// of them go.
 const TRANSLATED: u32 = 64;
 /// Bytes of the console that are kept for who looks for what went wrong.
 const CONSOLE: u32 = 16 << 10;
+
+/// What a monitor is sent as open files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sent {
+    Qmp,
+    Port,
+    Memory,
+    /// Of a template.
+    State,
+    /// Of an encrypted disk.
+    Key,
+    /// The plugin, and the pipe by which it waits.
+    Lean,
+    Held,
+}
+
+/// The number that it has in the monitor; all are sent in this order.
+pub(super) fn number(what: Sent, sent: &[Sent]) -> Option<i32> {
+    let at = sent.iter().position(|one| *one == what)?;
+    i32::try_from(at).ok().map(|at| SENT + at)
+}
 
 /// The place of a layer.
 pub(super) fn layer(number: usize) -> String {
@@ -32,40 +48,49 @@ pub(super) fn layer(number: usize) -> String {
 }
 
 /// The monitor's arguments for a machine.
-pub(super) fn of(qemu: &Qemu, machine: &Machine) -> Vec<String> {
+pub(super) fn of(qemu: &Qemu, machine: &Machine, sent: &[Sent]) -> Vec<String> {
     let mut args: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| args.extend(words.iter().map(|word| (*word).to_owned()));
     let (size, copy) = (machine.shape.memory_bytes, machine.template.is_some());
+    let opened = |what| number(what, sent).map(|number| format!("/proc/self/fd/{number}"));
+    let socket = |what, name: &str| {
+        let fd = number(what, sent).unwrap_or(-1);
+        format!("socket,id={name},fd={fd},server=on,wait=off")
+    };
     add(&["-name", &machine.name, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     add(&["-M", "microvm,memory-backend=memory,ioapic2=on,x-option-roms=off"]);
     match qemu.acceleration {
         Acceleration::Kvm => add(&["-accel", "kvm", "-cpu", "host,migratable=on,+invtsc"]),
         Acceleration::Emulated => {
-            let threads = if machine.shape.cpus > 1 { "multi" } else { "single" };
             // The level that distributions are built for (x86-64-v2), and a timer that does not end a sleep of the processor.
             let cpu = "qemu64,+arat,+cx16,+lahf-lm,+popcnt,+sse4.1,+sse4.2,+ssse3";
-            add(&["-accel", &format!("tcg,thread={threads},tb-size={TRANSLATED}"), "-cpu", cpu]);
+            // A thread for each processor, also for a single one: plugins are told only by such that it idles.
+            add(&["-accel", &format!("tcg,thread=multi,tb-size={TRANSLATED}"), "-cpu", cpu]);
+            if let Some(plugin) = opened(Sent::Lean) {
+                let held = number(Sent::Held, sent).map_or_else(String::new, |number| format!(",held={number}"));
+                add(&["-plugin", &format!("file={plugin}{held}")]);
+            }
         }
     }
     add(&["-smp", &machine.shape.cpus.to_string(), "-m", &format!("{}k", size >> 10)]);
     // What one that is to be a template writes is what its copies begin with.
     let share = if machine.to_be_saved { "on" } else { "off" };
-    let memory = format!("memory-backend-file,id=memory,size={size},mem-path=/proc/self/fd/{MEMORY},share={share}");
+    let place = opened(Sent::Memory).unwrap_or_default();
+    let memory = format!("memory-backend-file,id=memory,size={size},mem-path={place},share={share}");
     add(&["-object", &memory]);
     if copy {
         add(&["-incoming", "defer"]);
     } else {
         add(&["-kernel", KERNEL, "-initrd", INITRAMFS, "-append", &command_line(qemu)]);
     }
-    add(&["-chardev", &format!("socket,id=qmp,fd={QMP},server=on,wait=off"), "-mon", "chardev=qmp,mode=control"]);
+    add(&["-chardev", &socket(Sent::Qmp, "qmp"), "-mon", "chardev=qmp,mode=control"]);
     add(&["-chardev", &format!("ringbuf,id=console,size={CONSOLE}"), "-serial", "chardev:console"]);
     add(&["-device", "virtio-serial-device,max_ports=2"]);
-    add(&["-chardev", &format!("socket,id=port,fd={PORT},server=on,wait=off")]);
+    add(&["-chardev", &socket(Sent::Port, "port")]);
     add(&["-device", &format!("virtserialport,nr=1,chardev=port,name={}", joey_api::guest::PORT)]);
-    if machine.disk_key.is_some() {
-        let number = if copy { STATE + 1 } else { STATE };
-        add(&["-object", &format!("secret,id=key,file=/proc/self/fd/{number}")]);
+    if let Some(key) = opened(Sent::Key) {
+        add(&["-object", &format!("secret,id=key,file={key}")]);
     }
     for slot in 0..SLOTS {
         for node in nodes(machine, slot) {
@@ -116,8 +141,9 @@ pub(super) fn slot_node(slot: u32, below: &str) -> serde_json::Value {
 
 /// The kernel's. What is said of the time is for machines that have no other clock to compare with; a machine that cannot go on ends.
 fn command_line(qemu: &Qemu) -> String {
-    let mut line =
-        "quiet console=ttyS0 rdinit=/init panic=-1 reboot=t random.trust_cpu=on cryptomgr.notests".to_owned();
+    let mut line = "quiet console=ttyS0 rdinit=/init panic=-1 reboot=t random.trust_cpu=on cryptomgr.notests \
+                    page_reporting.page_reporting_order=2"
+        .to_owned();
     if qemu.acceleration == Acceleration::Emulated {
         line.push_str(&format!(" tsc_early_khz={} tsc=reliable no_timer_check", qemu.tsc_khz));
     }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use tokio::sync::{Mutex, watch};
 use super::{LIMIT, arguments, port_of, qmp_of};
 use crate::jail::errors_of;
 use crate::qmp::Qmp;
+use crate::template::memory_file;
 use crate::{Given, HypervisorError, Vm, jail, layout};
 
 /// Between two looks at what takes milliseconds.
@@ -47,6 +48,8 @@ pub(super) struct QemuVm {
     qmp: Mutex<Option<Qmp>>,
     /// The memory of one that booted.
     memory: Option<OwnedFd>,
+    /// As long as it is open, the monitor keeps what it translated: the machine is ready for somebody.
+    held: std::sync::Mutex<Option<OwnedFd>>,
 }
 
 impl QemuVm {
@@ -60,7 +63,17 @@ impl QemuVm {
             gone.send_replace(Some(watched.reap()));
         });
         let (place, starter) = (std::sync::Mutex::new(Place { name, dir }), starter.to_owned());
-        Self { place, starter, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory }
+        let held = std::sync::Mutex::default();
+        Self { place, starter, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory, held }
+    }
+
+    /// Nobody's, for as long as this is open.
+    pub(super) fn hold(&self, held: OwnedFd) {
+        self.held().replace(held);
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn place(&self) -> MutexGuard<'_, Place> {
@@ -129,13 +142,16 @@ impl QemuVm {
         }
     }
 
-    /// Has a machine that was just started run.
-    pub(super) async fn begin(&self, copy: bool) -> Result<(), HypervisorError> {
-        if !copy {
+    /// Has a machine that was just started run; `state` is the number of that of its template.
+    pub(super) async fn begin(&self, state: Option<i32>) -> Result<(), HypervisorError> {
+        let Some(state) = state else {
             return self.ask("start", "query-status", json!({})).await.map(drop);
-        }
+        };
         self.share_memory().await?;
-        let uri = format!("fd:{}", arguments::STATE);
+        // It moved from nowhere. Linux may wait for ever when its interface goes down while it announces where it is (6.12,
+        // `virtnet_close`).
+        self.ask("copy the template", "migrate-set-parameters", json!({ "announce-rounds": 0 })).await?;
+        let uri = format!("fd:{state}");
         self.ask("copy the template", "migrate-incoming", json!({ "uri": uri })).await?;
         let running = async {
             loop {
@@ -242,7 +258,9 @@ impl Vm for QemuVm {
             let order = Giving { pid: self.pid, cgroup, limits, longest_file, network };
             jail::give(&self.starter, &order, &self.process).await.map_err(self.host("give the network"))
         };
-        tokio::try_join!(own, outside).map(drop)
+        tokio::try_join!(own, outside)?;
+        self.held().take();
+        Ok(())
     }
 
     async fn answers(&self) -> Result<(), HypervisorError> {
@@ -266,20 +284,10 @@ impl Vm for QemuVm {
         let host = self.host("save the template");
         let memory = self.memory.as_ref().ok_or_else(|| host(io::Error::other("it is a copy itself")))?;
         let memory = memory.try_clone().map_err(&host)?;
-        let state = memory_file().map_err(&host)?;
+        let state = memory_file(c"joey-state", 0).map_err(&host)?;
         self.state_into(&state).await?;
         let (mut file, mut bytes) = (File::from(state), Vec::new());
         file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(host)?;
         Ok((memory, bytes))
-    }
-}
-
-fn memory_file() -> io::Result<OwnedFd> {
-    // SAFETY: a C string and flags; the descriptor is new and nobody else's.
-    unsafe {
-        match libc::memfd_create(c"joey-state".as_ptr(), libc::MFD_CLOEXEC) {
-            fd if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
-            _ => Err(io::Error::last_os_error()),
-        }
     }
 }

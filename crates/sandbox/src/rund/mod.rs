@@ -33,7 +33,7 @@ use joey_api::agent::{AgentConfig, VERSION};
 use joey_api::guest::{self, LAYERS};
 use joey_api::instance::Resources;
 use joey_hypervisor::{Boot, DiskKey, Given, Hypervisor, Machine, Shape, Template, Vm, parts};
-use joey_model::InstanceId;
+use joey_model::{InstanceId, checkpoint};
 use joey_process::cgroup;
 use joey_rpc::{Client, RpcError};
 
@@ -148,6 +148,15 @@ impl Source {
             Self::Boot => START_LIMIT,
         }
     }
+
+    /// What is said when it fails and another one is tried.
+    fn failed(&self) -> &'static str {
+        match self {
+            Self::Warm(_) => "the machine that was kept ready could not be taken, and another one was made",
+            Self::Copy(_) => "no copy of a template could be made, and the machine was booted",
+            Self::Boot => "the machine could not be booted",
+        }
+    }
 }
 
 /// How far a start is.
@@ -196,9 +205,12 @@ impl SandboxClass for Rund {
             self.templates.get(shape, boot).map(Source::Copy),
             Some(Source::Boot),
         ];
-        let mut made = Err(SandboxError::Agent { instance: request.instance.clone(), message: String::new() });
+        let mut made = Err(SandboxError::Agent {
+            instance: request.instance.clone(),
+            message: "no machine could be made for it".to_owned(),
+        });
         for source in sources.into_iter().flatten() {
-            let (copied, limit) = (matches!(source, Source::Copy(_)), source.limit());
+            let (copied, limit, failed) = (matches!(source, Source::Copy(_)), source.limit(), source.failed());
             let taken = tokio::time::timeout(limit, self.make(&request, guest, source, remark.take())).await;
             let late = || SandboxError::Agent {
                 instance: request.instance.clone(),
@@ -207,9 +219,9 @@ impl SandboxClass for Rund {
             made = taken.unwrap_or_else(|_| Err(late()));
             let Err(error) = &made else { break };
             tracing::warn!(instance = %request.instance, ?error, "a machine was not made");
+            remark = Some(format!("{failed}: {error}"));
             if copied {
                 self.templates.forget(shape, boot);
-                remark = Some(format!("no copy of a template could be made: {error}; the machine is booted"));
             }
             if let Err(error) = self.destroy(&request.instance, &request.dir).await {
                 tracing::warn!(instance = %request.instance, %error, "a half-made sandbox could not be taken down");
@@ -228,7 +240,6 @@ impl SandboxClass for Rund {
     }
 
     async fn destroy(&self, instance: &InstanceId, dir: &Path) -> Result<(), SandboxError> {
-        let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         if let Some(sandbox) = self.adopted(instance, dir).await? {
             sandbox.collecting.last().await;
             // Asked first: those who follow a log get the rest of it.
@@ -239,14 +250,7 @@ impl SandboxClass for Rund {
             };
             let _ = tokio::time::timeout(END_LIMIT, asked).await;
         }
-        let name = self.cgroup(instance, dir);
-        let emptied = tokio::time::timeout(KILL_LIMIT, cgroup::kill_all(&name)).await;
-        emptied
-            .map_err(|_| SandboxError::Unkillable { instance: instance.clone() })?
-            .map_err(host("end the processes"))?;
-        cgroup::remove(&name).await.map_err(host("remove the cgroups"))?;
-        self.open().remove(instance);
-        remove(&vm_dir(dir)).map_err(host("remove the machine's files"))
+        self.clear(instance, dir).await
     }
 }
 
@@ -280,19 +284,30 @@ impl Rund {
         let found = self.config.hypervisor.adopt(instance.as_str(), &vm_dir(dir)).await;
         let found = found.map_err(|source| SandboxError::Machine { instance: instance.clone(), source })?;
         let Some(vm) = found else { return Ok(None) };
+        let client = client(&vm, instance.as_str());
+        if !state::is_kept(dir) && !state::is_told(&client).await {
+            // Its maker ended before it was anything: nothing of the instance has run in it.
+            self.clear(instance, dir).await?;
+            return Ok(None);
+        }
         let slots = slots_of(dir).unwrap_or_default();
         let room = self.config.hypervisor.room();
-        let sandbox = Arc::new(RundSandbox::new(
-            instance.clone(),
-            vm.clone(),
-            client(&vm, instance.as_str()),
-            room,
-            dir,
-            slots,
-            true,
-        ));
+        let sandbox = Arc::new(RundSandbox::new(instance.clone(), vm, client, room, dir, slots, true));
         self.open().insert(instance.clone(), sandbox.clone());
         Ok(Some(sandbox))
+    }
+
+    /// Ends what an instance has here, and removes it.
+    async fn clear(&self, instance: &InstanceId, dir: &Path) -> Result<(), SandboxError> {
+        let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
+        let name = self.cgroup(instance, dir);
+        let emptied = tokio::time::timeout(KILL_LIMIT, cgroup::kill_all(&name)).await;
+        emptied
+            .map_err(|_| SandboxError::Unkillable { instance: instance.clone() })?
+            .map_err(host("end the processes"))?;
+        cgroup::remove(&name).await.map_err(host("remove the cgroups"))?;
+        self.open().remove(instance);
+        remove(&vm_dir(dir)).map_err(host("remove the machine's files"))
     }
 
     fn shape(&self, request: &CreateRequest) -> Shape {
@@ -340,12 +355,14 @@ impl Rund {
         phases.done(phase);
         let mut sandbox = RundSandbox::new(instance.clone(), vm, client, room, &request.dir, slots, false);
         sandbox.keep_slots().map_err(host("record the disks"))?;
+        checkpoint::reached("machine.made");
         let mut plan = plan(request, &disks).map_err(host("plan the machine"))?;
         (plan.core_bytes, plan.modules) = (self.config.core_bytes, modules);
         let message = tokio::select! {
             // The first answer of all: a machine that boots has none before.
             begun = sandbox.client.call::<_, guest::Begun>(Method::PUT, "/v1/sandbox", Some(&plan)) => match begun {
                 Ok(begun) => {
+                    checkpoint::reached("machine.told");
                     phases.done("guest");
                     let inside = begun.phases.into_iter().map(|(name, micros)| (format!("guest.{name}"), micros));
                     (sandbox.phases, sandbox.remark) = (phases.done.into_iter().chain(inside).collect(), remark);

@@ -13,10 +13,26 @@ use joey_rpc::{Client, RpcError};
 
 use crate::AgentClient;
 
+/// The file in an instance's directory.
+const KEPT: &str = "state.json";
 /// Between two attempts to hear an agent that does not speak.
 const AGAIN: Duration = Duration::from_millis(200);
 /// Between two states that are kept.
 const PACE: Duration = Duration::from_millis(20);
+
+/// How long an agent that is found may take to say what it is for.
+const FOUND_LIMIT: Duration = Duration::from_secs(2);
+
+/// Whether the agent of a sandbox has told anything yet.
+pub(super) fn is_kept(dir: &Path) -> bool {
+    dir.join(KEPT).exists()
+}
+
+/// Whether an agent knows what it is for. One that does not answer, when nothing it told is kept, was being started.
+pub(super) async fn is_told(client: &Client) -> bool {
+    let agent = AgentClient::new(client.clone());
+    matches!(tokio::time::timeout(FOUND_LIMIT, agent.watch()).await, Ok(Ok(_)))
+}
 
 /// Keeps it until the machine has ended. One that has begun anew is ended: some monitors have a machine go on that restarts, and its
 /// agent then knows of no instance. `begun`: it had been told of one when this process found it.
@@ -64,7 +80,7 @@ async fn follow(agent: &AgentClient, dir: &Path, mut begun: bool) -> bool {
 fn write(dir: &Path, state: &AgentState) -> io::Result<()> {
     let temporary = dir.join("state.json.new");
     std::fs::write(&temporary, serde_json::to_vec(state)?)?;
-    std::fs::rename(temporary, dir.join("state.json"))
+    std::fs::rename(temporary, dir.join(KEPT))
 }
 
 #[cfg(test)]

@@ -1,0 +1,46 @@
+//! The plugin (`plugin/lean.rs`) by which an emulated machine's monitor gives back the memory of what it translated when the machine
+//! idles: 45 MiB of 95, for what takes 60 ms more the next time.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use super::LIMIT;
+use crate::template::{memory_file, seal};
+
+/// As `build.rs` builds it.
+static LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lean.so"));
+/// What the program says when the plugin answered a probe (`PROBED` there).
+const PROBED: &str = "returned error code 77";
+
+/// The plugin as a file in memory, which every monitor loads.
+#[derive(Debug, Clone)]
+pub(super) struct Lean(Arc<OwnedFd>);
+
+impl Lean {
+    /// `None` for a program that takes no plugins, or none of this kind: its machines keep what they translated.
+    pub(super) async fn open(program: &Path) -> io::Result<Option<Self>> {
+        let mut file = File::from(memory_file(c"joey-lean", libc::MFD_ALLOW_SEALING)?);
+        file.write_all(LIBRARY)?;
+        seal(file.as_fd())?;
+        let lean = Self(Arc::new(file.into()));
+        let place = format!("file=/proc/{}/fd/{},probe=on", std::process::id(), lean.0.as_raw_fd());
+        let mut command = tokio::process::Command::new(program);
+        command.args(["-M", "none", "-no-user-config", "-nodefaults", "-display", "none", "-plugin", &place]);
+        command.env_clear().stdin(Stdio::null()).kill_on_drop(true);
+        let told = tokio::time::timeout(LIMIT, command.output()).await??;
+        let words = String::from_utf8_lossy(&told.stderr);
+        if !words.contains(PROBED) {
+            tracing::info!(words = words.trim(), "QEMU takes no plugin: emulated machines keep what they translated");
+            return Ok(None);
+        }
+        Ok(Some(lean))
+    }
+
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

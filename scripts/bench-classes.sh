@@ -4,6 +4,7 @@
 # Memory is that of Pods that have idled for 45 s and, the hundred, for a minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/start-joey.sh
 
 count=${COUNT:-15}
 image=registry.example/joey/hello:1
@@ -25,13 +26,7 @@ demo/build.sh .run/demo
 mkdir -p "$work/joey"
 [ -z "$guests" ] || cp -a "$guests" "$work/joey/guests"
 
-"$joey" up --data-dir "$work/joey" --listen 127.0.0.1:0 --pod-range 198.19.0.0/16 >"$work/joey.log" 2>&1 &
-joey_pid=$!
-for _ in $(seq 300); do
-    "$joey" host ls --data-dir "$work/joey" >/dev/null 2>&1 && break
-    kill -0 "$joey_pid" 2>/dev/null || { cat "$work/joey.log" >&2; exit 1; }
-    sleep 0.1
-done
+start_joey "$joey" "$work"
 tar -C .run/demo -cf "$work/hello.tar" .
 "$joey" image import --data-dir "$work/joey" "$work/hello.tar" "$image" >&2
 round() { "$joey" bench start --data-dir "$work/joey" --image "$image" -o json "$@"; }

@@ -3,6 +3,7 @@
 # file to benches/results/ and prints the ratios. COUNT sets how many Pods each round starts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/start-joey.sh
 
 count=${COUNT:-100}
 registry=127.0.0.1:5056
@@ -32,13 +33,7 @@ scripts/registry.sh start "$work/registry" "$registry"
 skopeo copy -q --dest-tls-verify=false oci:.run/demo:hello "docker://$image"
 
 echo "joey: $count Pods, one and eight at a time" >&2
-"$joey" up --data-dir "$work/joey" --listen 127.0.0.1:0 --pod-range 198.19.0.0/16 >"$work/joey.log" 2>&1 &
-joey_pid=$!
-for _ in $(seq 300); do
-    "$joey" host ls --data-dir "$work/joey" >/dev/null 2>&1 && break
-    kill -0 "$joey_pid" 2>/dev/null || { cat "$work/joey.log" >&2; exit 1; }
-    sleep 0.1
-done
+start_joey "$joey" "$work"
 "$joey" image pull --data-dir "$work/joey" "$image" >&2
 for parallel in 1 8; do
     "$joey" bench start --data-dir "$work/joey" --image "$image" --count "$count" --parallel $parallel -o json >"$work/joey-$parallel.json"

@@ -104,6 +104,25 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// One that boots, with nothing but that and without limits.
+    pub fn new(name: String, dir: PathBuf, cgroup: String, shape: Shape, boot: Boot) -> Self {
+        Self {
+            name,
+            dir,
+            cgroup,
+            limits: Resources::default(),
+            shape,
+            boot,
+            template: None,
+            disk: None,
+            disk_key: None,
+            layers: BTreeMap::new(),
+            network: None,
+            to_be_saved: false,
+            longest_disk: 0,
+        }
+    }
+
     /// Whether it is nobody's yet.
     pub(crate) fn is_to_be_given(&self) -> bool {
         self.longest_disk > 0

@@ -14,7 +14,6 @@ mod clock;
 mod lean;
 mod machine;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -22,7 +21,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use joey_api::instance::Resources;
 use joey_api::vmm::{Bind, Interface, Jail};
 use joey_process::Process;
 
@@ -58,14 +56,14 @@ impl Qemu {
     pub async fn open(program: PathBuf, starter: PathBuf, acceleration: Acceleration) -> io::Result<Self> {
         let mut command = tokio::process::Command::new(&program);
         command.arg("--version").env_clear().stdin(std::process::Stdio::null()).kill_on_drop(true);
-        let (told, tsc_khz) = tokio::join!(tokio::time::timeout(LIMIT, command.output()), clock::tsc_khz());
+        let told = tokio::time::timeout(LIMIT, command.output());
+        let (told, tsc_khz, lean) = tokio::join!(told, clock::tsc_khz(), Lean::open(&program));
         let told = told??;
         let version = String::from_utf8_lossy(&told.stdout).lines().next().unwrap_or_default().to_owned();
         if !told.status.success() || !version.starts_with("QEMU emulator version ") {
             return Err(io::Error::other(format!("{} is no QEMU: it says \"{version}\"", program.display())));
         }
-        let lean = Lean::open(&program).await?;
-        Ok(Self { program, starter, acceleration, version, tsc_khz, lean })
+        Ok(Self { lean: lean?, program, starter, acceleration, version, tsc_khz })
     }
 
     /// One that starts nothing, for a host that has none: machines of before are found and ended all the same.
@@ -250,21 +248,8 @@ pub async fn kvm_works(qemu: &Qemu, boot: &crate::Boot, dir: &Path, cgroup: &str
     if !Path::new("/dev/kvm").exists() {
         return false;
     }
-    let machine = Machine {
-        name: "probe".to_owned(),
-        dir: dir.to_owned(),
-        cgroup: cgroup.to_owned(),
-        limits: Resources::default(),
-        shape: Shape { cpus: 1, memory_bytes: 128 << 20 },
-        boot: boot.clone(),
-        template: None,
-        disk: None,
-        disk_key: None,
-        layers: BTreeMap::new(),
-        network: None,
-        to_be_saved: false,
-        longest_disk: 0,
-    };
+    let shape = Shape { cpus: 1, memory_bytes: 128 << 20 };
+    let machine = Machine::new("probe".to_owned(), dir.to_owned(), cgroup.to_owned(), shape, boot.clone());
     let Ok(vm) = probe.start(machine).await else { return false };
     let works = matches!(tokio::time::timeout(PROBE, vm.connect()).await, Ok(Ok(_)));
     vm.kill();

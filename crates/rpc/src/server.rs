@@ -47,10 +47,7 @@ where
     B: hyper::body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    builder()
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
-        .await
-        .map_err(|source| RpcError::Serve { source })
+    serve_until(stream, service, std::future::pending()).await
 }
 
 /// As [`serve`], until `over` resolves: then calls that run are let run to their end, and no other begins.

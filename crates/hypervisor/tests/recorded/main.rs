@@ -6,13 +6,11 @@ mod document;
 mod firecracker;
 mod server;
 
-use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use joey_api::instance::Resources;
 use joey_hypervisor::{Boot, Hypervisor, HypervisorError, Machine, Network, Shape, Template, Vm};
 use server::Stage;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -52,21 +50,9 @@ impl Bench {
         let dir = self.dir.path().join(name);
         std::fs::create_dir(&dir).unwrap();
         let (kernel, initramfs) = (self.dir.path().join("kernel"), self.dir.path().join("initramfs"));
-        Machine {
-            name: name.to_owned(),
-            dir,
-            cgroup: "/none".to_owned(),
-            limits: Resources::default(),
-            shape: Shape { cpus: 2, memory_bytes: MEMORY },
-            boot: Boot { id: "guest".to_owned(), kernel, initramfs },
-            template: None,
-            disk: None,
-            disk_key: None,
-            to_be_saved: true,
-            longest_disk: 0,
-            layers: BTreeMap::new(),
-            network: None,
-        }
+        let shape = Shape { cpus: 2, memory_bytes: MEMORY };
+        let boot = Boot { id: "guest".to_owned(), kernel, initramfs };
+        Machine { to_be_saved: true, ..Machine::new(name.to_owned(), dir, "/none".to_owned(), shape, boot) }
     }
 
     /// One with all that an instance's has, and two layers.

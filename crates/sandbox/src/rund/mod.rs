@@ -432,20 +432,15 @@ impl Rund {
         let disk_key = self.disk(request, &disk).await?;
         let cgroup = format!("{}/{}", self.config.cgroup_root, request.instance);
         keep(&dir, &cgroup, &boot.id)?;
+        let (name, vmm) = (request.instance.to_string(), vmm_of(&cgroup));
         Ok(Machine {
-            name: request.instance.to_string(),
-            dir,
-            cgroup: vmm_of(&cgroup),
             limits: self.limits(request),
-            shape: self.shape(request),
-            boot: boot.clone(),
             template,
             disk: Some(disk),
             disk_key,
             layers: slots.clone(),
             network: network(request),
-            to_be_saved: false,
-            longest_disk: 0,
+            ..Machine::new(name, dir, vmm, self.shape(request), boot.clone())
         })
     }
 

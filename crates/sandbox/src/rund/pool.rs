@@ -7,7 +7,7 @@
 //!
 //! Those that are ready end with the process that made them, or with the next one ([`Pool::clear_left`]).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -257,20 +257,13 @@ impl Pool {
         let made = std::fs::DirBuilder::new().mode(0o700).create(dir).and_then(|()| self.disks.rehearsal(&disk));
         made.map_err(|error| error.to_string())?;
         let memory = shape.memory_bytes + self.hypervisor.overhead_bytes(shape);
+        let vmm = super::vmm_of(cgroup);
         let machine = Machine {
-            name: name.to_owned(),
-            dir: dir.to_owned(),
-            cgroup: format!("{cgroup}/vmm"),
             limits: Resources { memory_bytes: Some(memory), pids: Some(THREADS), ..Resources::default() },
-            shape,
-            boot: boot.clone(),
             template: Some(template),
             disk: Some(disk),
-            disk_key: None,
-            layers: BTreeMap::new(),
-            network: None,
-            to_be_saved: false,
             longest_disk: USUAL,
+            ..Machine::new(name.to_owned(), dir.to_owned(), vmm, shape, boot.clone())
         };
         let vm = self.hypervisor.start(machine).await.map_err(|error| error.to_string())?;
         let client = super::client(&vm, name);

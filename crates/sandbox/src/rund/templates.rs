@@ -1,14 +1,13 @@
 //! Templates by the machines' shape: made in the background when a shape is asked for that has none, kept on the disk for the next
 //! daemon, and in memory for copies.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use joey_api::instance::Resources;
 use joey_hypervisor::{Boot, Hypervisor, Machine, Shape, Template, Vm};
 
 use super::disk::Disks;
@@ -141,21 +140,8 @@ impl Templates {
             let disk = self.hypervisor.gives().then(|| dir.join("disk"));
             disk.iter().try_for_each(|disk| self.disks.rehearsal(disk)).map_err(|error| error.to_string())?;
             let rehearses = disk.is_some();
-            let machine = Machine {
-                name: name.clone(),
-                dir: dir.clone(),
-                cgroup: cgroup.clone(),
-                limits: Resources::default(),
-                shape,
-                boot: boot.clone(),
-                template: None,
-                disk,
-                disk_key: None,
-                layers: BTreeMap::new(),
-                network: None,
-                to_be_saved: true,
-                longest_disk: 0,
-            };
+            let machine = Machine::new(name.clone(), dir.clone(), cgroup.clone(), shape, boot.clone());
+            let machine = Machine { disk, to_be_saved: true, ..machine };
             let vm = self.hypervisor.start(machine).await.map_err(|error| error.to_string())?;
             let _ends = Ends(vm.clone());
             // It answers when it has booted; nobody is connected when it is saved.

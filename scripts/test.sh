@@ -8,8 +8,9 @@ export PATH="$PATH:$HOME/.cargo/bin"
 scripts/packages.sh bsdutils procps openssl gdb tcpdump tshark busybox-static erofs-utils
 # For class rund; its tests say loudly that they were skipped where there is none.
 scripts/packages.sh qemu-system-x86 qemu-utils || true
-# The same for class gvisor.
+# The same for class gvisor; and for a release of it that is newer than Debian's.
 scripts/packages.sh runsc || true
+scripts/newer-runsc.sh
 scripts/check.sh
 scripts/kubectl.sh >/dev/null
 scripts/debian-files.sh .tools/docker-registry docker-registry

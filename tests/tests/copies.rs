@@ -1,6 +1,9 @@
 //! Copies of templates that fail, of class `rund` on the whole system: the Pod runs all the same, in a machine that is booted, and its
 //! events say why.
 
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use joey_tests::arena::{Arena, Class};
@@ -8,6 +11,7 @@ use joey_tests::{Joey, holds, pause, seconds, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 /// Pods after each other until one of them was to be a copy: a machine that is booted, or was kept ready, is none.
 const TRIES: usize = 5;
@@ -64,31 +68,72 @@ fn until_one_fails(arena: &Arena, image: &str, apply: impl Fn(&Value)) {
     panic!("no copy failed: {seen:#?}");
 }
 
-/// Turns over bits of a file all through it.
+/// Turns over bits of a file all through its first MiB.
 fn damage(path: &Path) {
-    let mut bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = File::options().read(true).write(true).open(path);
+    let file = file.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let mut bytes = vec![0; 1 << 20];
+    let count = file.read_at(&mut bytes, 0).expect("it can be read");
     bytes.iter_mut().skip(64).step_by(97).for_each(|byte| *byte ^= 0x55);
-    std::fs::write(path, bytes).expect("it can be written");
+    file.write_all_at(&bytes[..count], 0).expect("it can be written");
 }
 
-#[test]
-fn a_template_that_was_damaged_is_given_up() {
-    let Some((mut arena, image, template)) = with_template() else { return };
-    arena.joey.kill();
-    let before = std::fs::read(template.join("state")).expect("a state");
-    damage(&template.join("state"));
-    arena.joey.up();
-    until_one_fails(&arena, &image, |object| drop(arena.joey.apply(object)));
-    // Another one is made in its place, of which there are copies again.
+/// Another template is made in the place of one that is not whole, of which there are copies again.
+fn until_there_are_copies_again(arena: &Arena, image: &str) {
     wait_until("there are copies again", seconds(120), || {
         let name = joey_tests::unique("again");
-        arena.run_pod(&name, &image, &[]);
+        arena.run_pod(&name, image, &[]);
         let phases = phases(&arena.joey, &name);
         arena.joey.delete_pod(&name);
         holds(phases.contains("sandbox.copy") || phases.contains("sandbox.give"), phases)
     });
-    let after = std::fs::read(template.join("state")).expect("a state");
+}
+
+#[test]
+fn a_template_that_was_damaged_on_the_disk_is_made_again() {
+    let Some((mut arena, image, template)) = with_template() else { return };
+    for file in ["memory", "state"] {
+        arena.joey.kill();
+        let before = std::fs::metadata(template.join("key")).expect("a key").modified().expect("a time");
+        damage(&template.join(file));
+        arena.joey.up();
+        until_there_are_copies_again(&arena, &image);
+        let after = std::fs::metadata(template.join("key")).expect("a key").modified().expect("a time");
+        assert!(after > before, "{file}: another one");
+    }
+}
+
+#[test]
+fn a_template_that_no_copy_can_be_made_of_is_given_up() {
+    let Some((mut arena, image, template)) = with_template() else { return };
+    arena.joey.kill();
+    // Whole as far as can be told, and nothing that a monitor can read.
+    let (key, state) = (template.join("key"), template.join("state"));
+    let before = std::fs::read(&state).expect("a state");
+    damage(&state);
+    let digest = digest(&template);
+    let text = std::fs::read_to_string(&key).expect("a key");
+    std::fs::write(&key, format!("{}\n{digest}", text.lines().next().expect("a line"))).expect("it can be written");
+    arena.joey.up();
+    until_one_fails(&arena, &image, |object| drop(arena.joey.apply(object)));
+    until_there_are_copies_again(&arena, &image);
+    let after = std::fs::read(&state).expect("a state");
     assert!(after.len().abs_diff(before.len()) < before.len(), "a whole one: {} and {}", before.len(), after.len());
+}
+
+/// What a template's key says of its contents.
+fn digest(template: &Path) -> String {
+    let mut hash = Sha256::new_with_prefix(std::fs::read(template.join("state")).expect("a state"));
+    let mut memory = BufReader::with_capacity(1 << 20, File::open(template.join("memory")).expect("memory"));
+    let (mut page, mut at) = ([0; 4096], 0_u64);
+    while memory.read_exact(&mut page).is_ok() {
+        if page != [0; 4096] {
+            hash.update(at.to_le_bytes());
+            hash.update(page);
+        }
+        at += 4096;
+    }
+    format!("{:x}", hash.finalize())
 }
 
 /// The monitors that instances have, and whether they were kept ready for whoever comes.

@@ -26,6 +26,10 @@ fn events(joey: &Joey, name: &str) -> String {
     joey.kubectl(&["get", "events", "-o", "json", "--field-selector", &format!("involvedObject.name={name}")]).ok()
 }
 
+fn seconds_since_epoch() -> u64 {
+    std::time::UNIX_EPOCH.elapsed().expect("a time after 1970").as_secs()
+}
+
 #[test]
 fn a_pod_in_a_machine_is_a_pod() {
     let Some((registry, joey)) = start() else { return };
@@ -56,6 +60,11 @@ fn a_pod_in_a_machine_is_a_pod() {
     assert_eq!(inside("side", "cat /work/first; hostname"), "from first\nwhole");
     assert_eq!(joey.kubectl(&["logs", "whole", "-c", "main"]).ok().lines().next(), Some("from first"));
     let address = ready["status"]["podIP"].as_str().expect("an address").to_owned();
+    // It took seconds to boot, and knows what time it is all the same.
+    let before = seconds_since_epoch();
+    let told: u64 = inside("main", "date +%s").parse().expect("seconds");
+    let after = seconds_since_epoch();
+    assert!((before - 1..=after + 1).contains(&told), "its clock says {told}, and the host's {before} to {after}");
     // From the host, from another Pod, and back.
     let page = joey_tests::run(std::process::Command::new("curl").args([
         "-fsS",

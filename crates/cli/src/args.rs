@@ -299,7 +299,7 @@ pub struct Run {
     /// Where cores of processes that crash are written inside, such as /data/core-%e-%p (core(5))
     #[arg(long, value_name = "PATTERN")]
     pub core_pattern: Option<String>,
-    /// Program instead of the image's entrypoint
+    /// Program instead of the image's entrypoint. As in a Pod, $(NAME) stands for a variable, here and in arguments, and $$ for $
     #[arg(long, value_name = "PROGRAM")]
     pub command: Option<String>,
     /// What to do when a container ends

@@ -32,6 +32,7 @@ use kube::runtime::wait::await_condition;
 use kube::runtime::watcher;
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
 
 use answers::Answers;
@@ -145,15 +146,18 @@ pub async fn start(service: &PoolClient, round: Round) -> Result<ExitCode, Failu
             .with_hint("start it with `joey up`, or name its data directory with --data-dir")
     })?;
     let client = client(&round.place.file("kubeconfig")).await?;
+    have_class(service, &round.class).await?;
     have_image(service, &round.image).await?;
     let bar = progress(round.count);
     bar.set_message("watching joey idle");
     let idle = idle(pid).await?;
 
     let namespace = format!("joey-bench-{:08x}", rand::random::<u32>());
+    let mut asked = signal(SignalKind::terminate())?;
     let measured = tokio::select! {
         measured = measure(service, &client, &namespace, &round, &bar) => measured.map(Some),
         interrupted = tokio::signal::ctrl_c() => interrupted.map(|()| None).map_err(Failure::from),
+        _ = asked.recv() => Ok(None),
     };
     // While the Pods are still there.
     let grown = measure::memory_kib(pid).unwrap_or_default().saturating_sub(idle.memory_kib);
@@ -196,6 +200,16 @@ async fn client(kubeconfig: &Path) -> Result<kube::Client, Failure> {
 }
 
 /// Pulls the image where it is missing, so that no Pod's time has a download in it.
+async fn have_class(service: &PoolClient, class: &str) -> Result<(), Failure> {
+    let hosts = service.hosts().await?;
+    if hosts.iter().flat_map(|host| &host.classes).any(|known| known == class) {
+        return Ok(());
+    }
+    let why = hosts.iter().find_map(|host| host.classes_missing.get(class)).map_or("it is not known", String::as_str);
+    Err(Failure::new(format!("no host makes sandboxes of class \"{class}\": {why}"))
+        .with_hint("`joey host ls` lists the classes of each host"))
+}
+
 async fn have_image(service: &PoolClient, image: &str) -> Result<(), Failure> {
     let reference = ImageRef::parse(image).map_err(|error| Failure::usage(error.to_string()))?.to_string();
     if service.images().await?.iter().any(|image| image.references.contains(&reference)) {

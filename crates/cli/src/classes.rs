@@ -12,7 +12,7 @@ use crate::failure::Failure;
 use crate::settings::HostSettings;
 
 /// Where programs are looked for.
-const PROGRAMS: [&str; 4] = ["/usr/bin", "/usr/local/bin", "/bin", "/usr/libexec"];
+const PROGRAMS: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/bin", "/usr/libexec"];
 
 /// What this host can do.
 pub struct Classes {
@@ -64,7 +64,7 @@ impl Classes {
 
 /// What runs containers of class gvisor here, with the platform that works; or why nothing does.
 async fn runtime(settings: &HostSettings) -> Result<Runtime, String> {
-    let runsc = program("runsc").ok_or("runsc is missing (Debian's package runsc)")?;
+    let runsc = program("runsc").ok_or("runsc is missing: install Debian's package runsc, and start joey again")?;
     let inside = settings.agent.clone();
     let dir = settings.place.file("gvisor");
     std::fs::create_dir_all(&dir).map_err(|error| format!("its platforms cannot be tried: {error}"))?;
@@ -102,8 +102,8 @@ fn current(guests: &Guests) -> Result<Guest, String> {
 
 /// What runs machines here; or why there is none.
 async fn hypervisor(settings: &HostSettings, guests: &Guests) -> Result<Qemu, String> {
-    let program =
-        program("qemu-system-x86_64").ok_or("qemu-system-x86_64 is missing (Debian's package qemu-system-x86)")?;
+    let program = program("qemu-system-x86_64")
+        .ok_or("qemu-system-x86_64 is missing: install Debian's package qemu-system-x86, and start joey again")?;
     let qemu = Qemu::open(program, settings.agent.clone(), Acceleration::Emulated).await;
     let qemu = qemu.map_err(|error| error.to_string())?;
     // Where there is no guest yet, there is nothing to try it with.

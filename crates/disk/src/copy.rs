@@ -1,7 +1,8 @@
-//! Copies of files with holes.
+//! Files with holes: what there is in them, and copies.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -10,25 +11,9 @@ const PIECE: u64 = 1 << 20;
 
 /// Copies what there is in a file, and leaves holes where there is nothing. `to` is empty.
 pub fn copy(from: &File, to: &File) -> io::Result<()> {
-    let length = from.metadata()?.len();
-    to.set_len(length)?;
-    let seek = |at: u64, whence| -> io::Result<Option<u64>> {
-        let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
-        // SAFETY: an open descriptor and integers.
-        match u64::try_from(unsafe { libc::lseek(from.as_raw_fd(), at, whence) }) {
-            Ok(found) => Ok(Some(found)),
-            Err(_) => match io::Error::last_os_error() {
-                // Nothing more than holes.
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error => Err(error),
-            },
-        }
-    };
+    to.set_len(from.metadata()?.len())?;
     let mut buffer = vec![0; PIECE as usize];
-    let mut at = 0;
-    while let Some(start) = seek(at, libc::SEEK_DATA)? {
-        at = start;
-        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(length);
+    for Range { start: mut at, end } in extents(from)? {
         while at < end {
             let count = from.read_at(&mut buffer[..(end - at).min(PIECE) as usize], at)?;
             if count == 0 {
@@ -39,6 +24,29 @@ pub fn copy(from: &File, to: &File) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Where there is something in a file, in its order.
+pub fn extents(file: &File) -> io::Result<Vec<Range<u64>>> {
+    let length = file.metadata()?.len();
+    let seek = |at: u64, whence| -> io::Result<Option<u64>> {
+        let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
+        // SAFETY: an open descriptor and integers.
+        match u64::try_from(unsafe { libc::lseek(file.as_raw_fd(), at, whence) }) {
+            Ok(found) => Ok(Some(found)),
+            Err(_) => match io::Error::last_os_error() {
+                // Nothing more than holes.
+                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                error => Err(error),
+            },
+        }
+    };
+    let (mut found, mut at) = (Vec::new(), 0);
+    while let Some(start) = seek(at, libc::SEEK_DATA)? {
+        at = seek(start, libc::SEEK_HOLE)?.unwrap_or(length);
+        found.push(start..at);
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

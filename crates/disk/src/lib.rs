@@ -20,7 +20,7 @@ use std::process::{Command, Stdio};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
 
-pub use copy::copy;
+pub use copy::{copy, extents};
 pub use loop_device::{Access, attach};
 
 const BLOCK: u64 = 4096;

@@ -8,9 +8,13 @@
 //! a processor idles ─► long enough, little time used, much translated? ─► reset ─► pages, free heap ─► twice as long before the next time
 //! ```
 //!
-//! Built by `build.rs` and loaded by QEMU, so it has neither the standard library nor anything of this workspace. Arguments: `held=N`, a
-//! pipe, as long as whose other end is held nothing is given back; `probe=on` has QEMU end with [`PROBED`]. Written to QEMU's description
-//! of version 1 of its interface for plugins (docs/devel/tcg-plugins.rst).
+//! What QEMU makes for itself before a processor executes anything is given no large pages: of two MiB that it asks for, a few KiB may be
+//! all that it writes.
+//!
+//! For machines with one processor alone: QEMU lets go of a plugin's calls while another processor may be in one. Built by `build.rs` and
+//! loaded by QEMU, so it has neither the standard library nor anything of this workspace. Arguments: `held=N`, a pipe, as long as whose
+//! other end is held nothing is given back; `probe=on` has QEMU end with [`PROBED`]. Written to QEMU's description of version 1 of its
+//! interface for plugins (docs/devel/tcg-plugins.rst).
 
 // As QEMU is under the GPL: SPDX-License-Identifier: Apache-2.0 OR MIT
 
@@ -41,6 +45,7 @@ const MADV_DONTNEED: c_int = 4;
 const MADV_HUGEPAGE: c_int = 14;
 const MADV_NOHUGEPAGE: c_int = 15;
 const POLLIN: i16 = 1;
+const PR_SET_THP_DISABLE: c_int = 41;
 const O_CLOEXEC: c_int = 0o2_000_000;
 
 #[repr(C)]
@@ -61,11 +66,13 @@ type PluginId = u64;
 // SAFETY: as QEMU's plugin interface and the C library declare them.
 unsafe extern "C" {
     fn qemu_plugin_register_vcpu_idle_cb(id: PluginId, call: extern "C" fn(PluginId, c_uint));
+    fn qemu_plugin_register_vcpu_resume_cb(id: PluginId, call: extern "C" fn(PluginId, c_uint));
     fn qemu_plugin_reset(id: PluginId, done: extern "C" fn(PluginId));
     fn clock_gettime(clock: c_int, time: *mut Timespec) -> c_int;
     fn madvise(start: *mut c_void, length: usize, advice: c_int) -> c_int;
     fn mincore(start: *mut c_void, length: usize, resident: *mut u8) -> c_int;
     fn malloc_trim(keep: usize) -> c_int;
+    fn prctl(option: c_int, ...) -> c_int;
     fn poll(fds: *mut Poll, count: u64, timeout: c_int) -> c_int;
     fn open(path: *const c_char, flags: c_int, ...) -> c_int;
     fn read(fd: c_int, to: *mut c_void, length: usize) -> isize;
@@ -83,8 +90,10 @@ static WINDOW_NOW: AtomicI64 = AtomicI64::new(WINDOW.0 * NANOS);
 /// When the window began, and what time of processors had been used then.
 static BEGAN: AtomicI64 = AtomicI64::new(0);
 static USED: AtomicI64 = AtomicI64::new(0);
-/// Where a call is in [`idles`]; processors idle side by side.
-static BUSY: AtomicBool = AtomicBool::new(false);
+/// Whether a processor has executed anything.
+static BEGUN: AtomicBool = AtomicBool::new(false);
+/// Whether it was held when it was last looked at.
+static WAS_HELD: AtomicBool = AtomicBool::new(false);
 /// The regions of translated code, found once: begin and length, as many as there are.
 static FOUND: AtomicUsize = AtomicUsize::new(usize::MAX);
 static PLACES: [AtomicUsize; REGIONS] = [const { AtomicUsize::new(0) }; REGIONS];
@@ -118,9 +127,26 @@ pub unsafe extern "C" fn qemu_plugin_install(
             None => {}
         }
     }
-    // SAFETY: the function lives as long as the plugin, which is never taken out.
-    unsafe { qemu_plugin_register_vcpu_idle_cb(id, idles) };
+    large_pages(false);
+    // SAFETY: the functions live as long as the plugin, which is never taken out.
+    unsafe {
+        qemu_plugin_register_vcpu_idle_cb(id, idles);
+        qemu_plugin_register_vcpu_resume_cb(id, resumes);
+    }
     0
+}
+
+/// Whether this process is given large pages from now on, where it asks for them.
+fn large_pages(given: bool) {
+    // SAFETY: integers, all five that the call looks at.
+    unsafe { prctl(PR_SET_THP_DISABLE, c_long::from(!given), 0 as c_long, 0 as c_long, 0 as c_long) };
+}
+
+/// A processor has something to do; the first time, QEMU has made what it needs.
+extern "C" fn resumes(_id: PluginId, _processor: c_uint) {
+    if !BEGUN.swap(true, Relaxed) {
+        large_pages(true);
+    }
 }
 
 fn decimal(digits: &[u8]) -> i32 {
@@ -141,13 +167,15 @@ fn now(clock: c_int) -> i64 {
 extern "C" fn idles(id: PluginId, _processor: c_uint) {
     let now_is = now(CLOCK_MONOTONIC);
     let lasted = now_is - BEGAN.load(Relaxed);
-    if lasted < WINDOW_NOW.load(Relaxed) || BUSY.swap(true, Relaxed) {
+    if lasted < WINDOW_NOW.load(Relaxed) {
         return;
     }
     let used_now = now(CLOCK_PROCESS_CPUTIME_ID);
     let used = used_now - USED.swap(used_now, Relaxed);
     let first = BEGAN.swap(now_is, Relaxed) == 0;
-    if !first && !is_held() {
+    let held = is_held();
+    // What was held until now has just begun what it is for: it has a whole window.
+    if !WAS_HELD.swap(held, Relaxed) && !held && !first {
         if used >= lasted / IDLE_PART {
             // As QEMU has it: what executes much is faster with large pages.
             advise(MADV_HUGEPAGE);
@@ -156,7 +184,6 @@ extern "C" fn idles(id: PluginId, _processor: c_uint) {
             unsafe { qemu_plugin_reset(id, forgotten) };
         }
     }
-    BUSY.store(false, Relaxed);
 }
 
 /// Whether somebody holds the other end of the pipe.

@@ -127,7 +127,7 @@ impl Hypervisor for CloudHypervisor {
     }
 
     fn room(&self) -> Room {
-        Room { slots: 1..SLOTS, files: 1 }
+        Room { slots: 1..SLOTS, at_start: SLOTS as usize - 1, files: 1 }
     }
 
     async fn start(&self, machine: Machine) -> Result<Arc<dyn Vm>, HypervisorError> {

@@ -47,6 +47,9 @@ pub struct Qemu {
     version: String,
     /// Thousands of cycles a second of the counter that machines tell the time by.
     tsc_khz: u64,
+    /// Which kind of processor it runs on: copies of what was saved on another one would tell the time wrongly, or execute what there is
+    /// not.
+    processor: String,
     /// Where the program takes it.
     lean: Option<Lean>,
 }
@@ -63,13 +66,14 @@ impl Qemu {
         if !told.status.success() || !version.starts_with("QEMU emulator version ") {
             return Err(io::Error::other(format!("{} is no QEMU: it says \"{version}\"", program.display())));
         }
-        Ok(Self { lean: lean?, program, starter, acceleration, version, tsc_khz })
+        let processor = clock::processor(&std::fs::read_to_string("/proc/cpuinfo")?, tsc_khz);
+        Ok(Self { lean, program, starter, acceleration, version, tsc_khz, processor })
     }
 
     /// One that starts nothing, for a host that has none: machines of before are found and ended all the same.
     pub fn absent(starter: PathBuf) -> Self {
-        let (program, version) = (PathBuf::from("qemu-system-x86_64"), String::new());
-        Self { program, starter, acceleration: Acceleration::Emulated, version, tsc_khz: 0, lean: None }
+        let (program, version, processor) = (PathBuf::from("qemu-system-x86_64"), String::new(), String::new());
+        Self { program, starter, acceleration: Acceleration::Emulated, version, tsc_khz: 0, processor, lean: None }
     }
 
     /// The same, its machines executed by this.
@@ -82,9 +86,10 @@ impl Qemu {
         &self.version
     }
 
-    /// The plugin of a machine that something translates for.
-    fn lean(&self) -> Option<&Lean> {
-        self.lean.as_ref().filter(|_| self.acceleration == Acceleration::Emulated)
+    /// The plugin of a machine that something translates for. QEMU 7.2 lets go of a plugin's calls, when it is reset, while another
+    /// processor may be in one: only machines with one processor have it.
+    fn lean(&self, shape: Shape) -> Option<&Lean> {
+        self.lean.as_ref().filter(|_| self.acceleration == Acceleration::Emulated && shape.cpus == 1)
     }
 
     fn jail(&self, machine: &Machine, args: Vec<String>) -> Jail {
@@ -172,12 +177,12 @@ impl Hypervisor for Qemu {
     }
 
     fn version(&self) -> String {
-        format!("{} {} {}", self.version, self.acceleration, arguments::FORM)
+        format!("{} {} {} {}", self.version, self.acceleration, arguments::FORM, self.processor)
     }
 
     fn room(&self) -> Room {
-        // When it starts, a machine has one disk of layers at most; a partition table of 255 is the guest's bound.
-        Room { slots: 1..arguments::SLOTS, files: 255 }
+        // A partition table of 255 is the guest's bound.
+        Room { slots: 1..arguments::SLOTS, at_start: 1, files: 255 }
     }
 
     fn gives(&self) -> bool {
@@ -199,6 +204,7 @@ impl Hypervisor for Qemu {
         };
         let state = machine.template.as_ref().map(|template| template.state()).transpose();
         let state = state.map_err(host("pass the template"))?;
+        let lean = self.lean(machine.shape);
         let (waits, held) = std::io::pipe().map_err(host("make a pipe"))?;
         let sent = [
             (Sent::Qmp, Some(qmp.as_fd())),
@@ -209,8 +215,8 @@ impl Hypervisor for Qemu {
             ),
             (Sent::State, state.as_ref().map(AsFd::as_fd)),
             (Sent::Key, machine.disk_key.as_ref().map(DiskKey::descriptor)),
-            (Sent::Lean, self.lean().map(Lean::descriptor)),
-            (Sent::Held, self.lean().filter(|_| machine.is_to_be_given()).map(|_| waits.as_fd())),
+            (Sent::Lean, lean.map(Lean::descriptor)),
+            (Sent::Held, lean.filter(|_| machine.is_to_be_given()).map(|_| waits.as_fd())),
         ];
         let sent: Vec<(Sent, BorrowedFd<'_>)> = sent.into_iter().filter_map(|(what, fd)| Some((what, fd?))).collect();
         let (names, descriptors): (Vec<Sent>, Vec<BorrowedFd<'_>>) = sent.into_iter().unzip();

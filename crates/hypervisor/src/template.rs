@@ -3,7 +3,7 @@
 //! ```text
 //! DIR/memory   as long as the machine's memory, with holes
 //! DIR/state    of the devices
-//! DIR/key      what it was made from; written last
+//! DIR/key      what it was made from, and in a second line the SHA-256 of the other two; written last
 //! ```
 //!
 //! Copies get the memory as a sealed file: nobody, and no monitor that was taken over, can change what the others begin with.
@@ -11,8 +11,10 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
+
+use sha2::{Digest, Sha256};
 
 /// Bytes of a page of memory.
 const PAGE: usize = 4096;
@@ -61,24 +63,57 @@ impl Template {
             File::open(dir.join(name))?.sync_all()?;
         }
         let mut last = new("key")?;
-        last.write_all(key.as_bytes())?;
+        last.write_all(format!("{key}\n{}", self.digest()?).as_bytes())?;
         last.sync_all()
+    }
+
+    /// Whether something was stored under this key.
+    pub fn is_stored(dir: &Path, key: &str) -> bool {
+        matches!(stored_digest(dir, key), Ok(Some(_)))
     }
 
     /// What was stored under this key; `None`: nothing whole.
     pub fn load(dir: &Path, key: &str) -> io::Result<Option<Self>> {
-        match fs::read_to_string(dir.join("key")) {
-            Ok(found) if found == key => {}
-            Ok(_) => return Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        }
+        let Some(digest) = stored_digest(dir, key)? else { return Ok(None) };
         let mut state = Vec::new();
         File::open(dir.join("state"))?.read_to_end(&mut state)?;
         let stored = File::open(dir.join("memory"))?;
         let memory = File::from(memory(stored.metadata()?.len())?);
         joey_disk::copy(&stored, &memory)?;
-        Self::new(memory.into(), state).map(Some)
+        let found = Self::new(memory.into(), state)?;
+        let whole = found.digest()? == digest;
+        if !whole {
+            tracing::warn!(dir = %dir.display(), "a template that was kept is damaged, and another one is made");
+        }
+        Ok(Some(found).filter(|_| whole))
+    }
+
+    /// Of the state, and of what there is in the memory, page by page.
+    fn digest(&self) -> io::Result<String> {
+        let memory = File::from(self.memory.try_clone()?);
+        let (mut hash, mut page) = (Sha256::new_with_prefix(&self.state), [0; PAGE]);
+        for extent in joey_disk::extents(&memory)? {
+            for at in extent.step_by(PAGE) {
+                memory.read_exact_at(&mut page, at)?;
+                // Whether there is a hole in its place is the file system's affair.
+                if page != [0; PAGE] {
+                    hash.update(at.to_le_bytes());
+                    hash.update(page);
+                }
+            }
+        }
+        Ok(format!("{:x}", hash.finalize()))
+    }
+}
+
+/// The digest of what was stored under this key.
+fn stored_digest(dir: &Path, key: &str) -> io::Result<Option<String>> {
+    match fs::read_to_string(dir.join("key")) {
+        Ok(found) => {
+            Ok(found.split_once('\n').filter(|(stored, _)| *stored == key).map(|(_, digest)| digest.to_owned()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -100,7 +135,6 @@ pub(crate) fn memory(bytes: u64) -> io::Result<OwnedFd> {
 
 /// Memory out of a file that a monitor wrote it into, with holes where there is nothing.
 pub(crate) fn memory_from(file: &File) -> io::Result<OwnedFd> {
-    use std::os::unix::fs::FileExt;
     let memory = File::from(memory(file.metadata()?.len())?);
     let (mut page, mut at) = (vec![0; PAGE], 0);
     loop {
@@ -137,7 +171,7 @@ pub(crate) fn seal(memory: BorrowedFd<'_>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::os::unix::fs::MetadataExt;
 
     use super::*;
 
@@ -163,6 +197,13 @@ mod tests {
         let mut state = String::new();
         File::from(back.state().unwrap()).read_to_string(&mut state).unwrap();
         assert_eq!(state, "devices");
+        for (name, at) in [("memory", 40 << 20), ("memory", 50 << 20), ("state", 2)] {
+            template.store(&dir, "one").unwrap();
+            File::options().write(true).open(dir.join(name)).unwrap().write_all_at(b"X", at).unwrap();
+            assert!(Template::load(&dir, "one").unwrap().is_none(), "{name} is damaged at {at}");
+        }
+        template.store(&dir, "one").unwrap();
+        assert!(Template::load(&dir, "one").unwrap().is_some());
         fs::remove_file(dir.join("key")).unwrap();
         assert!(Template::load(&dir, "one").unwrap().is_none(), "one that was cut off is none");
         remove(&dir).unwrap();

@@ -182,9 +182,10 @@ impl Life {
     /// Pulls and makes, with growing pauses after failures.
     async fn make(&mut self) -> Result<Arc<dyn Sandbox>, Turn> {
         let mut pause = PAUSE.0;
-        self.began = Instant::now();
-        self.status.timings.clear();
         loop {
+            // What took how long is told of the attempt that succeeds.
+            self.began = Instant::now();
+            self.status.timings.clear();
             self.publish();
             let failed = match self.pull().await? {
                 Ok(images) => {

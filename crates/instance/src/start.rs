@@ -60,6 +60,9 @@ pub(crate) async fn make(life: &mut Life, images: Images) -> Result<Arc<dyn Sand
     for (done, step) in STEPS.into_iter().enumerate() {
         if let Err(fault) = perform(life, &mut made, step).await {
             tracing::warn!(instance = %life.id, ?step, %fault, "step of creation failed");
+            if step == Step::Sandbox {
+                life.event(true, "FailedCreatePodSandBox", format!("Failed to create pod sandbox: {fault}"), None);
+            }
             for step in STEPS[..=done].iter().rev() {
                 undo(life, *step).await?;
             }

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a machine is looked at, the first time and at most: what is read again soon is let go of less and less often.
 const WINDOW: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(640));
@@ -13,23 +13,39 @@ const WINDOW: (Duration, Duration) = (Duration::from_secs(10), Duration::from_se
 const IDLE_PART: u64 = 20;
 /// Bytes that are worth letting go of.
 const WORTH: u64 = 2 << 20;
+/// How long after its begin what a machine has read counts as that of its start.
+const START: Duration = Duration::from_secs(60);
+/// Bytes that are let go of at a time, and how long others have the processor in between: the kernel looks for them meanwhile.
+const STEP: u64 = 1 << 20;
+const BREATH: Duration = Duration::from_millis(5);
 
 /// Lets go of what the processes of this cgroup have read, whenever the machine idles.
 pub async fn let_go_when_idle(cgroup: &Path) -> Infallible {
-    let (mut window, mut before) = (WINDOW.0, Times::now().unwrap_or_default());
+    let (began, mut window, mut before) = (Instant::now(), WINDOW.0, Times::now().unwrap_or_default());
     loop {
         tokio::time::sleep(window).await;
         let now = Times::now().unwrap_or_default();
         let files =
             fs::read_to_string(cgroup.join("memory.stat")).map_or_else(|_| Files::default(), |stat| Files::of(&stat));
-        // The first time it is what a start took, mapped or not: what is used again is mapped again.
-        let bytes = if window == WINDOW.0 { files.all } else { files.all.saturating_sub(files.mapped) };
+        // What a start took goes, mapped or not: what is used again is mapped again.
+        let bytes = if began.elapsed() < START { files.all } else { files.all.saturating_sub(files.mapped) };
         if now.idled_since(before) && bytes > WORTH {
-            // The kernel takes what was not used for longest; an error says that there was less.
-            let _ = fs::write(cgroup.join("memory.reclaim"), bytes.to_string());
+            let_go(cgroup, bytes).await;
             window = (window * 2).min(WINDOW.1);
         }
-        before = now;
+        before = Times::now().unwrap_or_default();
+    }
+}
+
+/// Has the kernel let go of so much, of what was not used for longest.
+async fn let_go(cgroup: &Path, bytes: u64) {
+    for at in (0..bytes).step_by(STEP as usize) {
+        let step = STEP.min(bytes - at);
+        // An error says that there was less.
+        if fs::write(cgroup.join("memory.reclaim"), step.to_string()).is_err() {
+            return;
+        }
+        tokio::time::sleep(BREATH).await;
     }
 }
 

@@ -235,6 +235,11 @@ impl Client {
         }
     }
 
+    /// Resolves when there is a connection to the peer, which may take as long as an answer.
+    pub async fn connected(&self) -> Result<(), RpcError> {
+        self.in_time(async { self.connection().await.map(drop) }).await
+    }
+
     async fn connection(&self) -> Result<SendRequest<Body>, RpcError> {
         let mut slot = self.shared.connection.lock().await;
         if let Some(connection) = slot.as_ref().filter(|connection| !connection.is_closed()) {

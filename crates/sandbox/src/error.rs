@@ -14,7 +14,7 @@ pub enum SandboxError {
     #[error("agent of instance {instance} did not come up: {message}")]
     Agent { instance: InstanceId, message: String },
     /// The machine could not be made or changed.
-    #[error("machine of instance {instance} cannot be used")]
+    #[error("machine of instance {instance} could not be made or changed")]
     Machine { instance: InstanceId, source: HypervisorError },
     /// There is no place for the disks of so many layers.
     #[error("instance {instance} has no place for {layers} further layers of images")]
@@ -47,6 +47,7 @@ impl From<SandboxError> for Fault {
         // The agent's own words may hold paths of the host: they go to the platform's log, not to the tenant.
         let message = match &error {
             SandboxError::Agent { instance, .. } => format!("agent of instance {instance} did not come up"),
+            SandboxError::Machine { .. } => format!("{error}: the log of its host says why"),
             other => other.to_string(),
         };
         tracing::warn!(error = %error, source = ?std::error::Error::source(&error), "sandbox operation failed");

@@ -22,7 +22,18 @@ pub(super) struct Lean(Arc<OwnedFd>);
 
 impl Lean {
     /// `None` for a program that takes no plugins, or none of this kind: its machines keep what they translated.
-    pub(super) async fn open(program: &Path) -> io::Result<Option<Self>> {
+    pub(super) async fn open(program: &Path) -> Option<Self> {
+        let why = match Self::probed(program).await {
+            Ok(Ok(lean)) => return Some(lean),
+            Ok(Err(words)) => words,
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(why, "QEMU takes no plugin: emulated machines keep what they translated");
+        None
+    }
+
+    /// The plugin, where the program takes it; otherwise what it says.
+    async fn probed(program: &Path) -> io::Result<Result<Self, String>> {
         let mut file = File::from(memory_file(c"joey-lean", libc::MFD_ALLOW_SEALING)?);
         file.write_all(LIBRARY)?;
         seal(file.as_fd())?;
@@ -33,11 +44,7 @@ impl Lean {
         command.env_clear().stdin(Stdio::null()).kill_on_drop(true);
         let told = tokio::time::timeout(LIMIT, command.output()).await??;
         let words = String::from_utf8_lossy(&told.stderr);
-        if !words.contains(PROBED) {
-            tracing::info!(words = words.trim(), "QEMU takes no plugin: emulated machines keep what they translated");
-            return Ok(None);
-        }
-        Ok(Some(lean))
+        Ok(if words.contains(PROBED) { Ok(lean) } else { Err(words.trim().to_owned()) })
     }
 
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {

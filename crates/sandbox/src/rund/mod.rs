@@ -15,6 +15,7 @@ mod modules;
 mod pool;
 mod sandbox;
 mod shape;
+mod source;
 mod state;
 mod templates;
 
@@ -22,7 +23,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -32,20 +33,22 @@ use jiff::Timestamp;
 use joey_api::agent::{AgentConfig, VERSION};
 use joey_api::guest::{self, LAYERS};
 use joey_api::instance::Resources;
-use joey_hypervisor::{Boot, DiskKey, Given, Hypervisor, Machine, Shape, Template, Vm, parts};
+use joey_hypervisor::{Boot, DiskKey, Given, Hypervisor, HypervisorError, Machine, Shape, Template, Vm, parts};
 use joey_model::{InstanceId, checkpoint};
 use joey_process::cgroup;
 use joey_rpc::{Client, RpcError};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{AgentClient, CreateRequest, Layer, Loss, Sandbox, SandboxClass, SandboxError};
 use pool::{Pool, Warm};
 use sandbox::{RundSandbox, slots_of};
-use templates::Templates;
+use source::{Failure, Phases, Source};
+use templates::{Copied, Templates};
 
 /// How long a machine may take until its agent has taken in what it is for: a boot by emulation on a busy host.
 const START_LIMIT: Duration = Duration::from_secs(60);
-/// How long a copy may take, before a boot is tried instead.
-const COPY_LIMIT: Duration = Duration::from_secs(10);
+/// How long it may take to read a template that is kept on the disk.
+const LOAD_LIMIT: Duration = Duration::from_secs(2);
 /// How long an agent may take to end when it is asked to.
 const END_LIMIT: Duration = Duration::from_secs(2);
 /// How long killed processes may take to be gone.
@@ -85,10 +88,11 @@ pub type CurrentGuest = Arc<dyn Fn() -> Result<Guest, String> + Send + Sync>;
 pub async fn rund(config: RundConfig) -> io::Result<Arc<dyn SandboxClass>> {
     let disks = Arc::new(disk::Disks::open(&config.dir)?);
     let templates = Templates::open(&config, &disks)?;
-    templates.clear_left().await.map_err(io::Error::other)?;
+    templates.clear_left().await;
     let pool = Pool::open(&config, &templates, &disks)?;
-    pool.begin().await.map_err(io::Error::other)?;
-    Ok(Arc::new(Rund { templates, disks, pool, config, open: Mutex::default() }))
+    pool.begin().await?;
+    let booting = Semaphore::new(std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
+    Ok(Arc::new(Rund { templates, disks, pool, booting, config, open: Mutex::default() }))
 }
 
 /// The talk with the agent in a machine.
@@ -111,7 +115,8 @@ async fn rehearse(client: &Client) -> Result<(), String> {
 /// Ends what is in the cgroup, and removes that and the machine's directory.
 async fn clear(dir: &Path, cgroup: &str) -> Result<(), String> {
     let failed = |error: io::Error| error.to_string();
-    cgroup::kill_all(cgroup).await.map_err(failed)?;
+    let ended = tokio::time::timeout(KILL_LIMIT, cgroup::kill_all(cgroup)).await;
+    ended.map_err(|_| format!("the processes of cgroup {cgroup} do not end"))?.map_err(failed)?;
     cgroup::remove(cgroup).await.map_err(failed)?;
     remove(dir).map_err(failed)
 }
@@ -123,58 +128,20 @@ struct Rund {
     templates: Arc<Templates>,
     disks: Arc<disk::Disks>,
     pool: Arc<Pool>,
-}
-
-/// Where a machine comes from.
-enum Source {
-    Warm(Warm),
-    Copy(Arc<Template>),
-    Boot,
-}
-
-impl Source {
-    /// What it is called among the phases of a start.
-    fn phase(&self) -> &'static str {
-        match self {
-            Self::Warm(_) => "give",
-            Self::Copy(_) => "copy",
-            Self::Boot => "start",
-        }
-    }
-
-    fn limit(&self) -> Duration {
-        match self {
-            Self::Warm(_) | Self::Copy(_) => COPY_LIMIT,
-            Self::Boot => START_LIMIT,
-        }
-    }
-
-    /// What is said when it fails and another one is tried.
-    fn failed(&self) -> &'static str {
-        match self {
-            Self::Warm(_) => "the machine that was kept ready could not be taken, and another one was made",
-            Self::Copy(_) => "no copy of a template could be made, and the machine was booted",
-            Self::Boot => "the machine could not be booted",
-        }
-    }
-}
-
-/// How far a start is.
-struct Phases {
-    began: Instant,
-    done: Vec<(String, u64)>,
-}
-
-impl Phases {
-    fn done(&mut self, name: &str) {
-        let before: u64 = self.done.iter().map(|(_, micros)| micros).sum();
-        let micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.done.push((name.to_owned(), micros.saturating_sub(before)));
-    }
+    /// A turn for each machine that may boot at a time, one for each processor: each needs one, and a template that is being made would
+    /// otherwise be the last.
+    booting: Semaphore,
 }
 
 /// What is in the slots of layers.
 type Slots = BTreeMap<u32, Vec<PathBuf>>;
+
+/// What a machine finds on its disks when it starts.
+struct Contents {
+    layers: Vec<(u32, Vec<Layer>)>,
+    modules: Option<guest::ModuleDisk>,
+    slots: Slots,
+}
 
 #[async_trait]
 impl SandboxClass for Rund {
@@ -195,40 +162,44 @@ impl SandboxClass for Rund {
         let guest = &guest.map_err(|message| SandboxError::Agent { instance: request.instance.clone(), message })?;
         let boot = &guest.boot;
         let shape = self.shape(&request);
+        let contents = self.contents(&request, guest)?;
         let _starting = self.pool.starting();
         let mut remark = None;
-        let sources = [
-            (disk::is_usual(request.disk_bytes) && !request.encrypted_disk)
-                .then(|| self.pool.take(shape, boot))
-                .flatten()
-                .map(Source::Warm),
-            self.templates.get(shape, boot).map(Source::Copy),
-            Some(Source::Boot),
-        ];
-        let mut made = Err(SandboxError::Agent {
-            instance: request.instance.clone(),
-            message: "no machine could be made for it".to_owned(),
-        });
+        let usual = disk::is_usual(request.disk_bytes) && !request.encrypted_disk;
+        let warm = usual.then(|| self.pool.take(shape, boot)).flatten();
+        let mut turn = None;
+        let template = match self.templates.get(shape, boot) {
+            None if warm.is_none() => self.template_or_turn(shape, boot, &mut turn).await,
+            known => known,
+        };
+        let sources = [warm.map(Source::Warm), template.map(Source::Copy), Some(Source::Boot)];
+        let mut last = self.silent(&request.instance, "no machine could be made for it").error;
         for source in sources.into_iter().flatten() {
-            let (copied, limit, failed) = (matches!(source, Source::Copy(_)), source.limit(), source.failed());
-            let taken = tokio::time::timeout(limit, self.make(&request, guest, source, remark.take())).await;
-            let late = || SandboxError::Agent {
-                instance: request.instance.clone(),
-                message: "it did not answer in time".to_owned(),
+            let (is_copy, failed) = (matches!(source, Source::Copy(_)), source.failed());
+            let limit = source.limit(shape::cpu_limit(&request.config));
+            if matches!(source, Source::Boot) && turn.is_none() {
+                turn = self.booting.acquire().await.ok();
+            }
+            let made = self.make(&request, &contents, boot, source, remark.take());
+            let made = tokio::time::timeout(limit, made).await;
+            let made = made.unwrap_or_else(|_| Err(self.silent(&request.instance, "it did not answer in time")));
+            let copied = made.as_ref().map_or_else(|failure| failure.copied, |_| Some(Copied::Answered));
+            if let Some(copied) = copied.filter(|_| is_copy) {
+                self.templates.copied(shape, boot, copied);
+            }
+            let error = match made {
+                Ok(sandbox) => return Ok(sandbox),
+                Err(failure) => failure.error,
             };
-            made = taken.unwrap_or_else(|_| Err(late()));
-            let Err(error) = &made else { break };
             tracing::warn!(instance = %request.instance, ?error, "a machine was not made");
             remark = Some(format!("{failed}: {error}"));
-            if copied {
-                self.templates.forget(shape, boot);
-            }
+            last = error;
             if let Err(error) = self.destroy(&request.instance, &request.dir).await {
                 tracing::warn!(instance = %request.instance, %error, "a half-made sandbox could not be taken down");
                 break;
             }
         }
-        made
+        Err(last)
     }
 
     async fn adopt(&self, instance: &InstanceId, dir: &Path) -> Result<Option<Arc<dyn Sandbox>>, SandboxError> {
@@ -285,13 +256,13 @@ impl Rund {
         let found = found.map_err(|source| SandboxError::Machine { instance: instance.clone(), source })?;
         let Some(vm) = found else { return Ok(None) };
         let client = client(&vm, instance.as_str());
-        if !state::is_kept(dir) && !state::is_told(&client).await {
-            // Its maker ended before it was anything: nothing of the instance has run in it.
+        if state::is_unused(&client, dir, &vm_dir(dir)).await {
+            // Its maker ended before it was anything.
             self.clear(instance, dir).await?;
             return Ok(None);
         }
-        let slots = slots_of(dir).unwrap_or_default();
         let room = self.config.hypervisor.room();
+        let slots = slots_of(dir, &room);
         let sandbox = Arc::new(RundSandbox::new(instance.clone(), vm, client, room, dir, slots, true));
         self.open().insert(instance.clone(), sandbox.clone());
         Ok(Some(sandbox))
@@ -314,28 +285,67 @@ impl Rund {
         shape::of(&request.config, self.config.hypervisor.acceleration())
     }
 
+    /// What the machine of an instance finds on its disks.
+    fn contents(&self, request: &CreateRequest, guest: &Guest) -> Result<Contents, SandboxError> {
+        let (instance, room) = (&request.instance, self.config.hypervisor.room());
+        let full = || SandboxError::Full { instance: instance.clone(), layers: request.layers.len() };
+        let layers = room.spread_at_start(request.layers.clone()).ok_or_else(full)?;
+        let mut slots: Slots = layers.iter().map(|(slot, layers)| (*slot, images(layers))).collect();
+        let modules = modules::put(&request.config, &guest.nfs_modules, &room, &mut slots);
+        let operation = "give the machine its modules";
+        let modules = modules.map_err(|source| SandboxError::Host { instance: instance.clone(), operation, source })?;
+        Ok(Contents { layers, modules, slots })
+    }
+
+    /// The template that is on its way; or a turn to boot, whichever is there first. One that is kept on the disk is there sooner than
+    /// any machine boots.
+    async fn template_or_turn<'a>(
+        &'a self,
+        shape: Shape,
+        boot: &Boot,
+        turn: &mut Option<SemaphorePermit<'a>>,
+    ) -> Option<Arc<Template>> {
+        let coming = self.templates.coming(shape, boot);
+        if self.templates.is_kept(shape, boot) {
+            return tokio::time::timeout(LOAD_LIMIT, coming).await.ok().flatten();
+        }
+        tokio::select! {
+            biased;
+            // Closed never: it lives as long as the class.
+            permit = self.booting.acquire() => { *turn = permit.ok(); None }
+            template = coming => template,
+        }
+    }
+
+    fn silent(&self, instance: &InstanceId, message: &str) -> Failure {
+        let error = SandboxError::Agent { instance: instance.clone(), message: message.to_owned() };
+        Failure { error, copied: Some(Copied::Silent) }
+    }
+
     /// Makes the sandbox out of this, with what there is to say of that.
     async fn make(
         &self,
         request: &CreateRequest,
-        guest: &Guest,
+        contents: &Contents,
+        boot: &Boot,
         source: Source,
         remark: Option<String>,
-    ) -> Result<Arc<dyn Sandbox>, SandboxError> {
-        let mut phases = Phases { began: Instant::now(), done: Vec::new() };
+    ) -> Result<Arc<dyn Sandbox>, Failure> {
+        let mut phases = Phases::begin();
         let instance = &request.instance;
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         let machine = |source| SandboxError::Machine { instance: instance.clone(), source };
-        let room = self.config.hypervisor.room();
-        let full = || SandboxError::Full { instance: instance.clone(), layers: request.layers.len() };
-        let disks = room.spread(request.layers.clone(), std::iter::empty()).ok_or_else(full)?;
-        let mut slots: Slots = disks.iter().map(|(slot, layers)| (*slot, images(layers))).collect();
-        let modules = modules::put(&request.config, &guest.nfs_modules, &room, &mut slots);
-        let modules = modules.map_err(host("give the machine its modules"))?;
+        let (room, slots) = (self.config.hypervisor.room(), &contents.slots);
         let phase = source.phase();
         let (vm, client) = match source {
             Source::Warm(warm) => {
-                let given = self.given(request, &warm, &slots).await.map_err(host("prepare the machine"))?;
+                let given = match self.given(request, &warm, slots).await {
+                    Ok(given) => given,
+                    Err(source) => {
+                        warm.end().await;
+                        return Err(host("prepare the machine")(source).into());
+                    }
+                };
                 // What goes wrong from here on is the instance's: its directory is.
                 let (vm, client) = warm.keep();
                 phases.done("files");
@@ -344,37 +354,60 @@ impl Rund {
             }
             Source::Copy(_) | Source::Boot => {
                 let template = if let Source::Copy(template) = source { Some(template) } else { None };
-                let made =
-                    self.machine(request, &guest.boot, template, &slots).await.map_err(host("prepare the machine"))?;
+                let made = self.machine(request, boot, template, slots).await.map_err(host("prepare the machine"))?;
                 phases.done("files");
-                let vm = self.config.hypervisor.start(made).await.map_err(machine)?;
+                let vm = self.config.hypervisor.start(made).await.map_err(|source| Failure {
+                    copied: match source {
+                        HypervisorError::Host { .. } => None,
+                        HypervisorError::Monitor { .. } => Some(Copied::Unreadable),
+                        HypervisorError::Silent { .. } => Some(Copied::Silent),
+                    },
+                    error: machine(source),
+                })?;
                 let client = client(&vm, instance.as_str());
                 (vm, client)
             }
         };
         phases.done(phase);
-        let mut sandbox = RundSandbox::new(instance.clone(), vm, client, room, &request.dir, slots, false);
+        let mut sandbox = RundSandbox::new(instance.clone(), vm, client, room, &request.dir, slots.clone(), false);
         sandbox.keep_slots().map_err(host("record the disks"))?;
         checkpoint::reached("machine.made");
-        let mut plan = plan(request, &disks).map_err(host("plan the machine"))?;
-        (plan.core_bytes, plan.modules) = (self.config.core_bytes, modules);
-        let message = tokio::select! {
-            // The first answer of all: a machine that boots has none before.
-            begun = sandbox.client.call::<_, guest::Begun>(Method::PUT, "/v1/sandbox", Some(&plan)) => match begun {
-                Ok(begun) => {
-                    checkpoint::reached("machine.told");
-                    phases.done("guest");
-                    let inside = begun.phases.into_iter().map(|(name, micros)| (format!("guest.{name}"), micros));
-                    (sandbox.phases, sandbox.remark) = (phases.done.into_iter().chain(inside).collect(), remark);
-                    let sandbox = Arc::new(sandbox);
-                    self.open().insert(instance.clone(), sandbox.clone());
-                    return Ok(sandbox);
-                }
-                Err(error) => said(&error),
-            },
-            _ = sandbox.vm.ended() => "the machine ended".to_owned(),
+        let begun = tokio::select! {
+            begun = self.told(&sandbox, request, contents, &mut phases) => begun?,
+            _ = sandbox.vm.ended() => return Err(self.silent(instance, "the machine ended")),
         };
-        Err(SandboxError::Agent { instance: instance.clone(), message })
+        checkpoint::reached("machine.told");
+        phases.done("guest");
+        let inside = begun.phases.into_iter().map(|(name, micros)| (format!("guest.{name}"), micros));
+        (sandbox.phases, sandbox.remark) = (phases.done.into_iter().chain(inside).collect(), remark);
+        let sandbox = Arc::new(sandbox);
+        self.open().insert(instance.clone(), sandbox.clone());
+        Ok(sandbox)
+    }
+
+    /// Tells the agent of a machine what it is for, when it can be spoken to.
+    async fn told(
+        &self,
+        sandbox: &RundSandbox,
+        request: &CreateRequest,
+        contents: &Contents,
+        phases: &mut Phases,
+    ) -> Result<guest::Begun, Failure> {
+        let instance = &request.instance;
+        let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
+        let failed = |error: RpcError| match &error {
+            RpcError::Remote(fault) => {
+                SandboxError::Agent { instance: instance.clone(), message: fault.message.clone() }.into()
+            }
+            other => self.silent(instance, &other.to_string()),
+        };
+        // A machine that boots takes its time until then, and is told what time it is afterwards.
+        sandbox.client.connected().await.map_err(failed)?;
+        phases.done("answer");
+        state::tells(&vm_dir(&request.dir)).map_err(host("record the machine"))?;
+        let mut plan = plan(request, &contents.layers).map_err(host("plan the machine"))?;
+        (plan.core_bytes, plan.modules) = (self.config.core_bytes, contents.modules.clone());
+        sandbox.client.call(Method::PUT, "/v1/sandbox", Some(&plan)).await.map_err(failed)
     }
 
     fn limits(&self, request: &CreateRequest) -> Resources {
@@ -395,7 +428,7 @@ impl Rund {
         std::fs::rename(&warm.dir, &dir)?;
         let disk = dir.join("disk");
         std::fs::remove_file(&disk)?;
-        self.disk(request, &disk).await?;
+        self.disk(request, &disk, "given").await?;
         Ok(Given {
             name: request.instance.to_string(),
             dir,
@@ -407,15 +440,18 @@ impl Rund {
         })
     }
 
-    /// Makes the disk that the instance writes; the key to it, where it is encrypted.
-    async fn disk(&self, request: &CreateRequest, place: &Path) -> io::Result<Option<DiskKey>> {
-        let (disks, place) = (self.disks.clone(), place.to_owned());
+    /// Makes the disk that the instance writes; the key to it, where it is encrypted. It has another name until it is whole: one that
+    /// was given up may still be being made when the next one is.
+    async fn disk(&self, request: &CreateRequest, place: &Path, attempt: &str) -> io::Result<Option<DiskKey>> {
+        let new = place.with_extension(attempt);
+        let (disks, made) = (self.disks.clone(), new.clone());
         let (bytes, encrypted) = (request.disk_bytes, request.encrypted_disk);
         let made = tokio::task::spawn_blocking(move || {
             let key = encrypted.then(DiskKey::new).transpose()?;
-            disks.copy(&place, bytes, key.as_ref()).map(|()| key)
+            disks.copy(&made, bytes, key.as_ref()).map(|()| key)
         });
-        made.await.map_err(io::Error::other)?
+        let key = made.await.map_err(io::Error::other)??;
+        std::fs::rename(new, place).map(|()| key)
     }
 
     async fn machine(
@@ -429,7 +465,8 @@ impl Rund {
         let dir = vm_dir(&request.dir);
         std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
         let disk = dir.join("disk");
-        let disk_key = self.disk(request, &disk).await?;
+        let attempt = if template.is_some() { "copied" } else { "booted" };
+        let disk_key = self.disk(request, &disk, attempt).await?;
         let cgroup = format!("{}/{}", self.config.cgroup_root, request.instance);
         keep(&dir, &cgroup, &boot.id)?;
         let (name, vmm) = (request.instance.to_string(), vmm_of(&cgroup));

@@ -62,6 +62,15 @@ impl Warm {
         self.taken = true;
         (self.vm.clone(), self.client.clone())
     }
+
+    /// Ends it, and removes what it has.
+    pub(super) async fn end(self) {
+        let (dir, cgroup) = (self.dir.clone(), self.cgroup.clone());
+        drop(self);
+        if let Err(error) = clear(&dir, &cgroup).await {
+            tracing::warn!(dir = %dir.display(), error, "a machine that nobody wants could not be ended");
+        }
+    }
 }
 
 impl Drop for Warm {
@@ -139,10 +148,13 @@ impl Pool {
     }
 
     /// Ends those of an earlier process, and keeps as many ready as are wanted for as long as the pool is there.
-    pub(super) async fn begin(self: &Arc<Self>) -> Result<(), String> {
-        for entry in std::fs::read_dir(&self.dir).map_err(|error| error.to_string())?.flatten() {
+    pub(super) async fn begin(self: &Arc<Self>) -> io::Result<()> {
+        for entry in std::fs::read_dir(&self.dir)?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            clear(&entry.path(), &format!("{}/{name}", self.cgroup_root)).await?;
+            // Whatever it is that does not end, others can be made.
+            if let Err(error) = clear(&entry.path(), &format!("{}/{name}", self.cgroup_root)).await {
+                tracing::warn!(name, error, "a machine that was kept ready could not be ended");
+            }
         }
         let (pool, changed) = (Arc::downgrade(self), self.changed.clone());
         tokio::spawn(keep(pool, changed));
@@ -292,11 +304,7 @@ async fn keep(pool: Weak<Pool>, changed: Arc<Notify>) {
                     continue;
                 }
                 Step::End(warm) => {
-                    let (dir, cgroup) = (warm.dir.clone(), warm.cgroup.clone());
-                    drop(warm);
-                    if let Err(error) = clear(&dir, &cgroup).await {
-                        tracing::warn!(dir = %dir.display(), error, "a machine that nobody wants could not be ended");
-                    }
+                    warm.end().await;
                     continue;
                 }
                 Step::Wait(wait) => wait,

@@ -17,6 +17,7 @@ const MOST: u32 = 64;
 /// The shape of a machine for these containers.
 pub(super) fn of(config: &AgentConfig, acceleration: Acceleration) -> Shape {
     let memory = memory_limit(config).map_or(UNLIMITED, |bytes| bytes.saturating_add(KERNEL));
+    let memory = within(stepped(memory), host_memory());
     let host = std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(MOST));
     let cpus = match (cpu_limit(config), acceleration) {
         (Some(milli), _) => u32::try_from(milli.div_ceil(1000)).unwrap_or(MOST),
@@ -24,7 +25,21 @@ pub(super) fn of(config: &AgentConfig, acceleration: Acceleration) -> Shape {
         (None, Acceleration::Emulated) => 1,
         (None, Acceleration::Kvm) => host.min(MOST_UNASKED),
     };
-    Shape { cpus: cpus.clamp(1, host), memory_bytes: stepped(memory) }
+    Shape { cpus: cpus.clamp(1, host), memory_bytes: memory }
+}
+
+/// A limit may be above what the host has, as on any node; a machine that is larger than its host is not made.
+fn within(memory: u64, host: u64) -> u64 {
+    const PART: u64 = 2 << 20;
+    memory.min((host / PART * PART).max(LEAST))
+}
+
+/// Bytes of memory of this host.
+fn host_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map_or(u64::MAX, |kib| kib << 10)
 }
 
 /// The next size at or above: four between a power of two and the next one.
@@ -70,5 +85,12 @@ mod tests {
         let mib = |bytes: u64| bytes >> 20;
         let sizes: Vec<_> = [1, 256, 257, 385, 700, 1024, 1100, 2048, 5000].map(|size| mib(stepped(size << 20))).into();
         assert_eq!(sizes, [256, 256, 384, 512, 768, 1024, 1280, 2048, 5120]);
+    }
+
+    #[test]
+    fn no_machine_is_larger_than_its_host() {
+        assert_eq!(within(2 << 30, 8 << 30), 2 << 30);
+        assert_eq!(within(500 << 30, (8 << 30) + 12_345), 8 << 30);
+        assert!(host_memory() >= LEAST);
     }
 }

@@ -21,17 +21,27 @@ const AGAIN: Duration = Duration::from_millis(200);
 const PACE: Duration = Duration::from_millis(20);
 
 /// How long an agent that is found may take to say what it is for.
-const FOUND_LIMIT: Duration = Duration::from_secs(2);
+const FOUND_LIMIT: Duration = Duration::from_secs(10);
+/// The file in a machine's directory that is there before its agent is told of the instance.
+const TOLD: &str = "told";
 
-/// Whether the agent of a sandbox has told anything yet.
-pub(super) fn is_kept(dir: &Path) -> bool {
-    dir.join(KEPT).exists()
+/// Remembers that the agent of the machine of this directory is told of its instance now.
+pub(super) fn tells(vm_dir: &Path) -> io::Result<()> {
+    std::fs::write(vm_dir.join(TOLD), "")
 }
 
-/// Whether an agent knows what it is for. One that does not answer, when nothing it told is kept, was being started.
-pub(super) async fn is_told(client: &Client) -> bool {
+/// Whether nothing of the instance has run in a machine that is found: its agent was not told of it, or says so itself. One that is
+/// silent may have been.
+pub(super) async fn is_unused(client: &Client, dir: &Path, vm_dir: &Path) -> bool {
+    if dir.join(KEPT).exists() {
+        return false;
+    }
+    if !vm_dir.join(TOLD).exists() {
+        return true;
+    }
     let agent = AgentClient::new(client.clone());
-    matches!(tokio::time::timeout(FOUND_LIMIT, agent.watch()).await, Ok(Ok(_)))
+    let asked = tokio::time::timeout(FOUND_LIMIT, agent.watch()).await;
+    matches!(asked, Ok(Err(RpcError::Remote(fault))) if fault.reason == NO_INSTANCE)
 }
 
 /// Keeps it until the machine has ended. One that has begun anew is ended: some monitors have a machine go on that restarts, and its
@@ -63,11 +73,16 @@ async fn follow(agent: &AgentClient, dir: &Path, mut begun: bool) -> bool {
         if let Ok(mut states) = watched {
             begun = true;
             while let Some(Ok(state)) = states.next().await {
-                let dir: PathBuf = dir.to_owned();
-                let written = tokio::task::spawn_blocking(move || write(&dir, &state)).await;
-                if !matches!(written, Ok(Ok(()))) {
+                let place: PathBuf = dir.to_owned();
+                match tokio::task::spawn_blocking(move || write(&place, &state)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(dir = %dir.display(), %error, "what a machine's agent tells is not kept for now");
+                        // Who watches anew is told the state as it is then.
+                        break;
+                    }
                     // The instance's directory is gone with the instance.
-                    return false;
+                    _ => return false,
                 }
                 // One that says something all the time does not keep the host's disk busy; the last word is never missed.
                 tokio::time::sleep(PACE).await;
@@ -106,6 +121,35 @@ mod tests {
             }
         });
         AgentClient::new(Client::in_process("agent", service))
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_kept_now_is_kept_later() {
+        let service = tower::service_fn(|_: http::Request<hyper::body::Incoming>| async {
+            let state = r#"{"version": 1, "sequence": 1, "containers": [], "events": [], "stopping": false}"#;
+            let lines = futures::stream::iter([Ok(format!("{state}\n").into())]).chain(futures::stream::pending());
+            Ok::<_, Infallible>(joey_rpc::stream_answer(lines))
+        });
+        let agent = AgentClient::new(Client::in_process("agent", service));
+        let dir = tempfile::tempdir().unwrap();
+        // In the way of what is written.
+        let obstacle = dir.path().join("state.json.new");
+        std::fs::create_dir(&obstacle).unwrap();
+        let follows = follow(&agent, dir.path(), true);
+        tokio::pin!(follows);
+        let tried = tokio::time::timeout(AGAIN * 3, &mut follows).await;
+        assert!(tried.is_err() && !dir.path().join(KEPT).exists(), "it goes on");
+        std::fs::remove_dir(&obstacle).unwrap();
+        let kept = async {
+            while !dir.path().join(KEPT).exists() {
+                tokio::time::sleep(PACE).await;
+            }
+        };
+        let limit = Duration::from_secs(20);
+        tokio::select! {
+            forgotten = &mut follows => panic!("it ended: {forgotten}"),
+            kept = tokio::time::timeout(limit, kept) => kept.expect("it is kept in the end"),
+        }
     }
 
     #[tokio::test]

@@ -9,12 +9,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use joey_hypervisor::{Boot, Hypervisor, Machine, Shape, Template, Vm};
+use tokio::sync::Notify;
 
 use super::disk::Disks;
 use super::{RundConfig, clear, client, rehearse};
 
 /// How long a machine may take to boot.
 const LIMIT: Duration = Duration::from_secs(60);
+/// Copies one after another that began to run and did not answer, after which another template is made.
+const SILENT: u32 = 3;
 
 pub(super) struct Templates {
     hypervisor: Arc<dyn Hypervisor>,
@@ -26,6 +29,8 @@ pub(super) struct Templates {
     left: Mutex<Vec<String>>,
     /// One is made at a time: it takes a processor.
     making: tokio::sync::Mutex<()>,
+    /// Told when one was made, or could not be.
+    made: Notify,
 }
 
 /// Ends a machine that is given up, also when this process ends in the middle.
@@ -41,6 +46,18 @@ impl Drop for Ends {
 struct Known {
     ready: HashMap<(Shape, String), Arc<Template>>,
     making: HashSet<Shape>,
+    /// How many copies were silent since one was not.
+    silent: HashMap<Shape, u32>,
+}
+
+/// What became of a copy, as far as that tells of its template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Copied {
+    Answered,
+    /// It ran, and did not answer in time or at all. That may be the host's fault.
+    Silent,
+    /// Its monitor could not read it.
+    Unreadable,
 }
 
 impl Templates {
@@ -58,17 +75,20 @@ impl Templates {
             disks: disks.clone(),
             known: Mutex::default(),
             making: tokio::sync::Mutex::new(()),
+            made: Notify::new(),
         }))
     }
 
     /// Ends what an earlier daemon was making.
-    pub(super) async fn clear_left(&self) -> Result<(), String> {
+    pub(super) async fn clear_left(&self) {
         let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
         for name in left {
             let cgroup = format!("{}/{}", self.cgroup_root, name.trim_start_matches('.'));
-            clear(&self.dir.join(name), &cgroup).await?;
+            // It is tried again before the next one of its shape is made.
+            if let Err(error) = clear(&self.dir.join(&name), &cgroup).await {
+                tracing::warn!(name, error, "a machine that was to be a template could not be ended");
+            }
         }
-        Ok(())
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, Known> {
@@ -95,15 +115,51 @@ impl Templates {
                     }
                     Err(error) => tracing::warn!(?shape, %error, "no template was made, machines are booted"),
                 }
+                drop(known);
+                all.made.notify_waiters();
             });
         }
         None
     }
 
-    /// Lets go of a template that no copy could be made of: another one is made when it is asked for.
-    pub(super) fn forget(&self, shape: Shape, boot: &Boot) {
-        self.known().ready.remove(&(shape, boot.id.clone()));
-        let _ = joey_hypervisor::remove_template(&self.place(shape));
+    /// The template of a shape that is on its way, when it is there; `None` when it could not be made.
+    pub(super) async fn coming(&self, shape: Shape, boot: &Boot) -> Option<Arc<Template>> {
+        loop {
+            let made = self.made.notified();
+            tokio::pin!(made);
+            // Before it is looked: what happens in between is not missed.
+            made.as_mut().enable();
+            let (ready, underway) = {
+                let known = self.known();
+                (known.ready.get(&(shape, boot.id.clone())).cloned(), known.making.contains(&shape))
+            };
+            if ready.is_some() || !underway {
+                return ready;
+            }
+            made.await;
+        }
+    }
+
+    /// Whether one is kept on the disk, as far as that can be told without reading it.
+    pub(super) fn is_kept(&self, shape: Shape, boot: &Boot) -> bool {
+        Template::is_stored(&self.place(shape), &self.key(boot))
+    }
+
+    fn key(&self, boot: &Boot) -> String {
+        format!("{} {}", self.hypervisor.version(), boot.id)
+    }
+
+    /// Takes in what became of a copy. A template that none can be made of is let go of: another one is made when it is asked for.
+    pub(super) fn copied(&self, shape: Shape, boot: &Boot, what: Copied) {
+        let mut known = self.known();
+        let silent = known.silent.entry(shape).or_default();
+        *silent = if what == Copied::Silent { *silent + 1 } else { 0 };
+        if what == Copied::Unreadable || *silent == SILENT {
+            *silent = 0;
+            known.ready.remove(&(shape, boot.id.clone()));
+            drop(known);
+            let _ = joey_hypervisor::remove_template(&self.place(shape));
+        }
     }
 
     fn place(&self, shape: Shape) -> PathBuf {
@@ -112,7 +168,7 @@ impl Templates {
 
     async fn find_or_make(&self, shape: Shape, boot: &Boot) -> Result<Template, String> {
         let _turn = self.making.lock().await;
-        let (place, key) = (self.place(shape), format!("{} {}", self.hypervisor.version(), boot.id));
+        let (place, key) = (self.place(shape), self.key(boot));
         let (stored, wanted) = (place.clone(), key.clone());
         let found = tokio::task::spawn_blocking(move || Template::load(&stored, &wanted)).await;
         if let Ok(Ok(Some(template))) = found {

@@ -62,6 +62,7 @@ impl Ground {
             longest_file: 1 << 20,
             program: PathBuf::from("/bin/sh"),
             args: vec!["-c".to_owned(), LOOK.to_owned()],
+            env: Vec::new(),
         };
         let jailer = Jailer { program: PathBuf::from(env!("CARGO_BIN_EXE_joey-agent")) };
         let started = jailer.start(&jail, &[], &self.dir.join("errors")).await.unwrap();

@@ -45,6 +45,8 @@ pub struct Jail {
     pub longest_file: u64,
     pub program: PathBuf,
     pub args: Vec<String>,
+    /// Its environment, `NAME=VALUE` each.
+    pub env: Vec<String>,
 }
 
 /// What the program is told that gives a machine which runs already what an instance has (`joey-agent give`): a message on its standard

@@ -199,7 +199,6 @@ async fn client(kubeconfig: &Path) -> Result<kube::Client, Failure> {
     kube::Client::try_from(config.map_err(|error| unusable(&error))?).map_err(|error| unusable(&error))
 }
 
-/// Pulls the image where it is missing, so that no Pod's time has a download in it.
 async fn have_class(service: &PoolClient, class: &str) -> Result<(), Failure> {
     let hosts = service.hosts().await?;
     if hosts.iter().flat_map(|host| &host.classes).any(|known| known == class) {
@@ -210,6 +209,7 @@ async fn have_class(service: &PoolClient, class: &str) -> Result<(), Failure> {
         .with_hint("`joey host ls` lists the classes of each host"))
 }
 
+/// Pulls the image where it is missing, so that no Pod's time has a download in it.
 async fn have_image(service: &PoolClient, image: &str) -> Result<(), Failure> {
     let reference = ImageRef::parse(image).map_err(|error| Failure::usage(error.to_string()))?.to_string();
     if service.images().await?.iter().any(|image| image.references.contains(&reference)) {

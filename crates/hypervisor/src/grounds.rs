@@ -125,6 +125,7 @@ pub(crate) fn jail(machine: &Machine, program: &Path, interface: Interface, args
         longest_file: longest.max(machine.longest_disk).max(machine.shape.memory_bytes),
         program: program.to_owned(),
         args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+        env: Vec::new(),
     }
 }
 

@@ -35,6 +35,9 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// What a monitor takes for itself: its heap, its stacks, and what it translates the machine's instructions into.
 const OVERHEAD: u64 = 64 << 20;
 const OVERHEAD_EMULATED: u64 = 128 << 20;
+/// Has GLib give back what it frees (before its version 2.76, which has no other way).
+const FREE_MEMORY: &str = "G_SLICE=always-malloc";
+
 /// The program, and what starts it.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -127,6 +130,7 @@ impl Qemu {
             longest_file: longest.max(machine.longest_disk).max(machine.shape.memory_bytes),
             program: self.program.clone(),
             args,
+            env: vec![FREE_MEMORY.to_owned()],
         }
     }
 

@@ -96,6 +96,12 @@ impl Layers {
         }
     }
 
+    /// Removes what there is of a download that broke off, once nobody writes it any more.
+    pub(crate) async fn forget(&self, blob: &Digest) {
+        let _writer = self.writers.lock(blob).await;
+        let _ = fs::remove_file(self.folders.partial(blob));
+    }
+
     /// The layer's flight and whether it was started here; `None`: the layer is stored.
     fn join(self: &Arc<Self>, registry: &Arc<Registry>, wanted: &Wanted) -> Option<(watch::Receiver<Flight>, bool)> {
         let mut flights = self.flights.lock().expect("no holder panics");

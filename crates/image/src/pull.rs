@@ -57,10 +57,21 @@ impl Images {
 
         let pins = inner.pin(&diff_ids);
         let limit = inner.config.max_layer_bytes.min(inner.config.max_image_bytes);
+        let digests: Vec<_> = blobs.iter().map(|blob| blob.digest.clone()).collect();
         let wanted =
             blobs.into_iter().zip(&diff_ids).map(|(blob, diff_id)| Wanted { blob, diff_id: diff_id.clone(), limit });
         let fetches = wanted.map(|wanted| self.fetch(&registry, wanted, progress));
-        futures::future::try_join_all(fetches).await?;
+        let fetched = futures::future::try_join_all(fetches).await;
+        if matches!(fetched, Err(Problem::Full { .. })) {
+            // What the other layers' downloads had is in the way too; each of them ends a moment after this.
+            let layers = inner.layers.clone();
+            tokio::spawn(async move {
+                for digest in digests {
+                    layers.forget(&digest).await;
+                }
+            });
+        }
+        fetched?;
         let size = inner.stored_size(&diff_ids)?;
         if size > inner.config.max_image_bytes {
             return Err(Problem::ImageTooLarge { limit: inner.config.max_image_bytes });

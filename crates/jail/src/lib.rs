@@ -131,6 +131,7 @@ fn become_monitor(jail: &Jail, tap: Option<OwnedFd>, sent: Vec<OwnedFd>) -> Resu
     enter(jail).or_else(told("enter the jail"))?;
     let argument = |text: &str| sys::c(text).or_else(told("pass an argument"));
     let program = sys::c(&jail.program).or_else(told("name the monitor"))?;
+    let env = jail.env.iter().map(|pair| argument(pair)).collect::<Result<Vec<_>, _>>()?;
     let mut args = vec![argument(&jail.title)?];
     for arg in &jail.args {
         args.push(argument(arg)?);
@@ -146,7 +147,7 @@ fn become_monitor(jail: &Jail, tap: Option<OwnedFd>, sent: Vec<OwnedFd>) -> Resu
         leave_files_whole().or_else(told("keep the memory's file whole"))?;
     }
     sys::default_signals();
-    let error = sys::execve(&program, &args, &[]);
+    let error = sys::execve(&program, &args, &env);
     told(format_args!("start {}", jail.program.display()))(error)
 }
 

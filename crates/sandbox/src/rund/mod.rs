@@ -163,7 +163,6 @@ impl SandboxClass for Rund {
         let boot = &guest.boot;
         let shape = self.shape(&request);
         let contents = self.contents(&request, guest)?;
-        let _starting = self.pool.starting();
         let mut remark = None;
         let usual = disk::is_usual(request.disk_bytes) && !request.encrypted_disk;
         let warm = usual.then(|| self.pool.take(shape, boot)).flatten();
@@ -172,11 +171,12 @@ impl SandboxClass for Rund {
             None if warm.is_none() => self.template_or_turn(shape, boot, &mut turn).await,
             known => known,
         };
+        let _starting = self.pool.starting();
         let sources = [warm.map(Source::Warm), template.map(Source::Copy), Some(Source::Boot)];
         let mut last = self.silent(&request.instance, "no machine could be made for it").error;
         for source in sources.into_iter().flatten() {
-            let (is_copy, failed) = (matches!(source, Source::Copy(_)), source.failed());
-            let limit = source.limit(shape::cpu_limit(&request.config));
+            let (limit, failed) = (source.limit(), source.failed());
+            let copied_of = if let Source::Copy(template) = &source { Some(template.clone()) } else { None };
             if matches!(source, Source::Boot) && turn.is_none() {
                 turn = self.booting.acquire().await.ok();
             }
@@ -184,8 +184,8 @@ impl SandboxClass for Rund {
             let made = tokio::time::timeout(limit, made).await;
             let made = made.unwrap_or_else(|_| Err(self.silent(&request.instance, "it did not answer in time")));
             let copied = made.as_ref().map_or_else(|failure| failure.copied, |_| Some(Copied::Answered));
-            if let Some(copied) = copied.filter(|_| is_copy) {
-                self.templates.copied(shape, boot, copied);
+            if let (Some(template), Some(copied)) = (copied_of, copied) {
+                self.templates.copied(&template, shape, boot, copied);
             }
             let error = match made {
                 Ok(sandbox) => return Ok(sandbox),
@@ -194,10 +194,11 @@ impl SandboxClass for Rund {
             tracing::warn!(instance = %request.instance, ?error, "a machine was not made");
             remark = Some(format!("{failed}: {error}"));
             last = error;
-            if let Err(error) = self.destroy(&request.instance, &request.dir).await {
+            if let Err(error) = self.clear(&request.instance, &request.dir).await {
                 tracing::warn!(instance = %request.instance, %error, "a half-made sandbox could not be taken down");
                 break;
             }
+            state::forget(&request.dir);
         }
         Err(last)
     }
@@ -305,21 +306,23 @@ impl Rund {
         boot: &Boot,
         turn: &mut Option<SemaphorePermit<'a>>,
     ) -> Option<Arc<Template>> {
-        let coming = self.templates.coming(shape, boot);
-        if self.templates.is_kept(shape, boot) {
-            return tokio::time::timeout(LOAD_LIMIT, coming).await.ok().flatten();
+        let coming = || self.templates.coming(shape, boot);
+        if self.templates.is_kept(shape, boot)
+            && let Ok(Some(template)) = tokio::time::timeout(LOAD_LIMIT, coming()).await
+        {
+            return Some(template);
         }
         tokio::select! {
             biased;
             // Closed never: it lives as long as the class.
             permit = self.booting.acquire() => { *turn = permit.ok(); None }
-            template = coming => template,
+            Some(template) = coming() => Some(template),
         }
     }
 
     fn silent(&self, instance: &InstanceId, message: &str) -> Failure {
         let error = SandboxError::Agent { instance: instance.clone(), message: message.to_owned() };
-        Failure { error, copied: Some(Copied::Silent) }
+        Failure { error, copied: Some(Copied::Failed) }
     }
 
     /// Makes the sandbox out of this, with what there is to say of that.
@@ -359,8 +362,7 @@ impl Rund {
                 let vm = self.config.hypervisor.start(made).await.map_err(|source| Failure {
                     copied: match source {
                         HypervisorError::Host { .. } => None,
-                        HypervisorError::Monitor { .. } => Some(Copied::Unreadable),
-                        HypervisorError::Silent { .. } => Some(Copied::Silent),
+                        HypervisorError::Monitor { .. } | HypervisorError::Silent { .. } => Some(Copied::Failed),
                     },
                     error: machine(source),
                 })?;
@@ -397,7 +399,7 @@ impl Rund {
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         let failed = |error: RpcError| match &error {
             RpcError::Remote(fault) => {
-                SandboxError::Agent { instance: instance.clone(), message: fault.message.clone() }.into()
+                Failure { copied: Some(Copied::Answered), ..self.silent(instance, &fault.message) }
             }
             other => self.silent(instance, &other.to_string()),
         };
@@ -414,7 +416,7 @@ impl Rund {
         let shape = self.shape(request);
         Resources {
             memory_bytes: Some(shape.memory_bytes + self.config.hypervisor.overhead_bytes(shape)),
-            cpu_milli: shape::cpu_limit(&request.config),
+            cpu_milli: shape::cpu_limit_of_machine(&request.config),
             pids: Some(THREADS),
             ..Resources::default()
         }

@@ -10,6 +10,8 @@ const KERNEL: u64 = 64 << 20;
 const LEAST: u64 = 256 << 20;
 /// What containers without a limit get.
 const UNLIMITED: u64 = 2 << 30;
+/// Thousandths of a processor that a machine has at least, whatever its containers may use inside: less would not start it in time.
+const LEAST_CPU: u64 = 250;
 /// Processors of a machine whose containers have no limit, where the processor executes it.
 const MOST_UNASKED: u32 = 4;
 const MOST: u32 = 64;
@@ -56,8 +58,13 @@ fn memory_limit(config: &AgentConfig) -> Option<u64> {
     limit(config, config.limits.memory_bytes, |container| container.resources.memory_bytes)
 }
 
+/// Thousandths of a processor that a machine may use.
+pub(super) fn cpu_limit_of_machine(config: &AgentConfig) -> Option<u64> {
+    cpu_limit(config).map(|milli| milli.max(LEAST_CPU))
+}
+
 /// Thousandths of a processor that all containers may use together.
-pub(super) fn cpu_limit(config: &AgentConfig) -> Option<u64> {
+fn cpu_limit(config: &AgentConfig) -> Option<u64> {
     limit(config, config.limits.cpu_milli, |container| container.resources.cpu_milli)
 }
 

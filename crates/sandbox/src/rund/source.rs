@@ -12,8 +12,6 @@ use crate::SandboxError;
 
 /// How long a copy may take, before a boot is tried instead.
 const COPY_LIMIT: Duration = Duration::from_secs(10);
-/// Thousandths of a processor below which a machine has no more time to start than with these.
-const LEAST_CPU: u64 = 20;
 
 /// Where a machine comes from.
 pub(super) enum Source {
@@ -32,13 +30,11 @@ impl Source {
         }
     }
 
-    /// How long it may take, on so many thousandths of a processor.
-    pub(super) fn limit(&self, cpu_milli: Option<u64>) -> Duration {
-        let whole = match self {
+    pub(super) fn limit(&self) -> Duration {
+        match self {
             Self::Warm(_) | Self::Copy(_) => COPY_LIMIT,
             Self::Boot => START_LIMIT,
-        };
-        whole.mul_f64(1000.0 / cpu_milli.unwrap_or(1000).clamp(LEAST_CPU, 1000) as f64)
+        }
     }
 
     /// What is said when it fails and another one is tried.

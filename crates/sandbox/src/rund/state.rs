@@ -30,6 +30,11 @@ pub(super) fn tells(vm_dir: &Path) -> io::Result<()> {
     std::fs::write(vm_dir.join(TOLD), "")
 }
 
+/// Forgets what the agent of a machine told that became no sandbox.
+pub(super) fn forget(dir: &Path) {
+    let _ = std::fs::remove_file(dir.join(KEPT));
+}
+
 /// Whether nothing of the instance has run in a machine that is found: its agent was not told of it, or says so itself. One that is
 /// silent may have been.
 pub(super) async fn is_unused(client: &Client, dir: &Path, vm_dir: &Path) -> bool {

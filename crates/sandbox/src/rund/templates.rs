@@ -16,8 +16,8 @@ use super::{RundConfig, clear, client, rehearse};
 
 /// How long a machine may take to boot.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Copies one after another that began to run and did not answer, after which another template is made.
-const SILENT: u32 = 3;
+/// Copies that fail one after another, after which another template is made: one may have failed for want of a processor.
+const FAILED: u32 = 3;
 
 pub(super) struct Templates {
     hypervisor: Arc<dyn Hypervisor>,
@@ -46,18 +46,16 @@ impl Drop for Ends {
 struct Known {
     ready: HashMap<(Shape, String), Arc<Template>>,
     making: HashSet<Shape>,
-    /// How many copies were silent since one was not.
-    silent: HashMap<Shape, u32>,
+    /// How many copies have failed since one answered.
+    failed: HashMap<Shape, u32>,
 }
 
 /// What became of a copy, as far as that tells of its template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Copied {
     Answered,
-    /// It ran, and did not answer in time or at all. That may be the host's fault.
-    Silent,
-    /// Its monitor could not read it.
-    Unreadable,
+    /// Its monitor could not make it, or it did not answer in time or at all.
+    Failed,
 }
 
 impl Templates {
@@ -149,16 +147,23 @@ impl Templates {
         format!("{} {}", self.hypervisor.version(), boot.id)
     }
 
-    /// Takes in what became of a copy. A template that none can be made of is let go of: another one is made when it is asked for.
-    pub(super) fn copied(&self, shape: Shape, boot: &Boot, what: Copied) {
-        let mut known = self.known();
-        let silent = known.silent.entry(shape).or_default();
-        *silent = if what == Copied::Silent { *silent + 1 } else { 0 };
-        if what == Copied::Unreadable || *silent == SILENT {
-            *silent = 0;
-            known.ready.remove(&(shape, boot.id.clone()));
-            drop(known);
-            let _ = joey_hypervisor::remove_template(&self.place(shape));
+    /// Takes in what became of a copy of this template. One that none can be made of is let go of: another one is made when it is asked
+    /// for.
+    pub(super) fn copied(&self, template: &Arc<Template>, shape: Shape, boot: &Boot, what: Copied) {
+        let (mut known, key) = (self.known(), (shape, boot.id.clone()));
+        if known.ready.get(&key).is_none_or(|current| !Arc::ptr_eq(current, template)) {
+            return;
+        }
+        let failed = known.failed.entry(shape).or_default();
+        *failed = if what == Copied::Failed { *failed + 1 } else { 0 };
+        if *failed == FAILED {
+            *failed = 0;
+            tracing::warn!(?shape, "no copies can be made of a template, and another one is made");
+            known.ready.remove(&key);
+            // One that is being made, of another boot, takes its place.
+            if !known.making.contains(&shape) {
+                let _ = joey_hypervisor::remove_template(&self.place(shape));
+            }
         }
     }
 
@@ -167,13 +172,13 @@ impl Templates {
     }
 
     async fn find_or_make(&self, shape: Shape, boot: &Boot) -> Result<Template, String> {
-        let _turn = self.making.lock().await;
         let (place, key) = (self.place(shape), self.key(boot));
         let (stored, wanted) = (place.clone(), key.clone());
         let found = tokio::task::spawn_blocking(move || Template::load(&stored, &wanted)).await;
         if let Ok(Ok(Some(template))) = found {
             return Ok(template);
         }
+        let _turn = self.making.lock().await;
         let template = self.make(shape, boot).await?;
         // What is not kept is made again by the next daemon.
         let template = tokio::task::spawn_blocking(move || {

@@ -164,14 +164,18 @@ impl SandboxClass for Rund {
         let shape = self.shape(&request);
         let contents = self.contents(&request, guest)?;
         let mut remark = None;
+        // From before one is taken: the next one is not made at its expense.
+        let starting = self.pool.starting();
         let usual = disk::is_usual(request.disk_bytes) && !request.encrypted_disk;
         let warm = usual.then(|| self.pool.take(shape, boot)).flatten();
         let mut turn = None;
-        let template = match self.templates.get(shape, boot) {
-            None if warm.is_none() => self.template_or_turn(shape, boot, &mut turn).await,
-            known => known,
+        let (template, _starting) = match self.templates.get(shape, boot) {
+            None if warm.is_none() => {
+                drop(starting);
+                (self.template_or_turn(shape, boot, &mut turn).await, self.pool.starting())
+            }
+            known => (known, starting),
         };
-        let _starting = self.pool.starting();
         let sources = [warm.map(Source::Warm), template.map(Source::Copy), Some(Source::Boot)];
         let mut last = self.silent(&request.instance, "no machine could be made for it").error;
         for source in sources.into_iter().flatten() {

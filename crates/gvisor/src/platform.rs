@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use joey_kernel::sys;
+
 use crate::command::log_of;
 use crate::{Runsc, monitor, spec};
 
@@ -52,6 +54,9 @@ fn works(program: &Path, inside: &Path, dir: &Path, platform: &str) -> Result<()
     tried
 }
 
+/// What releases of 2026 mount below their state where there is no network, and leave there.
+const LEFT_MOUNTED: &str = "state/null-netns";
+
 fn ended(child: &mut Child) -> io::Result<Result<(), String>> {
     let end = Instant::now() + LIMIT;
     loop {
@@ -70,6 +75,8 @@ fn ended(child: &mut Child) -> io::Result<Result<(), String>> {
 }
 
 fn remove(dir: &Path) -> io::Result<()> {
+    // An error says that nothing is mounted, or the removal says what is.
+    let _ = sys::unmount(dir.join(LEFT_MOUNTED));
     match std::fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

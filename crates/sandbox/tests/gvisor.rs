@@ -33,6 +33,7 @@ fn ground(name: &str, at: usize, program: &Path) -> Option<Ground> {
     static PLATFORMS: [OnceLock<String>; RELEASES.len()] = [const { OnceLock::new() }; RELEASES.len()];
     let choose = || joey_sandbox::choose(program, &inside, &dir.join("probe")).expect("a platform works");
     let platform = PLATFORMS[at].get_or_init(choose).clone();
+    assert!(!dir.join("probe").exists(), "nothing is left of what it was tried with");
     let config = RuncConfig { agent_binary, cgroup_root: cgroup_root.clone() };
     let class = gvisor(config, Ok(Runtime { program: program.to_owned(), platform, inside }));
     let folder = |folder: PathBuf| vec![joey_sandbox::Layer { image: folder.clone(), path: folder }];

@@ -162,6 +162,15 @@ async fn one_that_is_ready_is_taken() {
     assert!(!Path::new("/sys/fs/cgroup").join(place.trim_start_matches('/')).exists(), "{place} is left");
 }
 
+/// An instance that runs and does nothing, and the talk with its agent.
+async fn sleeping(bench: &conformance::Bench, number: u64) -> (CreateRequest, Arc<dyn Sandbox>, AgentClient) {
+    let request = bench.request(number, "sleep 1000");
+    let sandbox = bench.create(&request).await;
+    let agent = AgentClient::new(sandbox.agent().clone());
+    running(&agent).await;
+    (request, sandbox, agent)
+}
+
 #[tokio::test]
 async fn one_that_ended_while_it_was_ready_is_none() {
     let _turn = TURN.lock().await;
@@ -180,9 +189,7 @@ async fn one_that_ended_while_it_was_ready_is_none() {
     // SAFETY: integers; the process is the test's own machine.
     assert_eq!(unsafe { libc::kill(killed, libc::SIGKILL) }, 0);
     for number in 1..4 {
-        let request = bench.request(number, "sleep 1000");
-        let sandbox = bench.create(&request).await;
-        running(&AgentClient::new(sandbox.agent().clone())).await;
+        let (request, sandbox, _) = sleeping(bench, number).await;
         assert_ne!(sandbox.pid(), u32::try_from(killed).ok());
         bench.destroy(&request).await;
     }
@@ -216,9 +223,7 @@ async fn one_that_hangs_when_it_is_taken_is_made_up_for_and_that_is_said() {
         let stopped = settled(&ground).await;
         // SAFETY: integers; the processes are the test's own machines.
         stopped.iter().for_each(|pid| assert_eq!(unsafe { libc::kill(*pid, libc::SIGSTOP) }, 0));
-        let request = bench.request(number, "sleep 1000");
-        let sandbox = bench.create(&request).await;
-        running(&AgentClient::new(sandbox.agent().clone())).await;
+        let (request, sandbox, _) = sleeping(bench, number).await;
         let (said, pid) = (sandbox.remark(), sandbox.pid().unwrap());
         bench.destroy(&request).await;
         // Those that were not taken yet end as ready ones do.
@@ -285,9 +290,7 @@ async fn ends_are_noticed_and_told_apart() {
     let ends =
         [(1, libc::SIGKILL, "MachineKilled"), (2, libc::SIGSTOP, "MachineHung"), (3, libc::SIGTERM, "MachineCrashed")];
     for (number, signal, reason) in ends {
-        let request = bench.request(number, "sleep 1000");
-        let sandbox = bench.create(&request).await;
-        running(&AgentClient::new(sandbox.agent().clone())).await;
+        let (request, sandbox, _) = sleeping(bench, number).await;
         let pid = i32::try_from(sandbox.pid().unwrap()).unwrap();
         let began = Instant::now();
         // SAFETY: integers; the process is the test's own machine.
@@ -335,10 +338,8 @@ async fn one_that_idles_gives_back_what_was_translated_and_one_that_is_ready_doe
     let Some(ground) = ground("lean").await else { return };
     let bench = &ground.0;
     warm(&ground).await;
-    let request = bench.request(1, "sleep 1000");
-    let sandbox = bench.create(&request).await;
-    let (agent, pid) = (AgentClient::new(sandbox.agent().clone()), sandbox.pid().unwrap());
-    running(&agent).await;
+    let (request, sandbox, agent) = sleeping(bench, 1).await;
+    let pid = sandbox.pid().unwrap();
     let (translated_at_first, own) = (translated(pid), own_memory(pid));
     assert!(translated_at_first > 16 << 20, "{translated_at_first}");
     let given_back = async {
@@ -365,10 +366,8 @@ async fn memory_that_is_free_inside_comes_back() {
     let Some(ground) = ground("memory").await else { return };
     let bench = &ground.0;
     warm(&ground).await;
-    let request = bench.request(1, "sleep 1000");
-    let sandbox = bench.create(&request).await;
-    let (agent, pid) = (AgentClient::new(sandbox.agent().clone()), sandbox.pid().unwrap());
-    running(&agent).await;
+    let (request, sandbox, agent) = sleeping(bench, 1).await;
+    let pid = sandbox.pid().unwrap();
     let before = own_memory(pid);
     exec(&agent, &FILL).await;
     let filled = own_memory(pid);
@@ -388,10 +387,7 @@ async fn one_that_the_host_has_no_memory_for_is_told_from_others() {
     let _turn = TURN.lock().await;
     let Some(ground) = ground("short").await else { return };
     let bench = &ground.0;
-    let request = bench.request(1, "sleep 1000");
-    let sandbox = bench.create(&request).await;
-    let agent = AgentClient::new(sandbox.agent().clone());
-    running(&agent).await;
+    let (request, sandbox, agent) = sleeping(bench, 1).await;
     let vmm = format!("{}/{}/vmm", bench.cgroup_root, request.instance);
     let files = [
         (format!("/sys/fs/cgroup/memory{vmm}"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -448,10 +444,7 @@ async fn crashes_leave_cores() {
     let _turn = TURN.lock().await;
     let Some(ground) = ground("cores").await else { return };
     let bench = &ground.0;
-    let request = bench.request(1, "sleep 1000");
-    let sandbox = bench.create(&request).await;
-    let agent = AgentClient::new(sandbox.agent().clone());
-    running(&agent).await;
+    let (request, _sandbox, agent) = sleeping(bench, 1).await;
     assert_eq!(crash(&agent, "kill -SEGV $$").await, Cores::default(), "nobody asked for it");
     let keep = CoreSettings { enabled: true, pattern: None };
     agent.cores(Some(&keep)).await.expect("they are kept");
@@ -488,10 +481,7 @@ async fn packets_are_captured() {
     let _turn = TURN.lock().await;
     let Some(ground) = ground("packets").await else { return };
     let bench = &ground.0;
-    let request = bench.request(1, "sleep 1000");
-    let sandbox = bench.create(&request).await;
-    let agent = AgentClient::new(sandbox.agent().clone());
-    running(&agent).await;
+    let (request, _sandbox, agent) = sleeping(bench, 1).await;
     let wanted = CaptureRequest { port: Some(4711), packets: Some(1), ..CaptureRequest::default() };
     let capture = agent.capture(&wanted, futures::stream::pending()).await.expect("a capture");
     exec(&agent, &["nc", "127.0.0.1", "4711"]).await;

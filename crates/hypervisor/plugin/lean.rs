@@ -1,27 +1,38 @@
-//! A plugin of QEMU's that gives the memory of translated code back to the host when its machine idles.
+//! A plugin of QEMU's that gives memory back to the host when its machine idles: that of translated code, and pages that are as they
+//! would be without (`pages.rs`).
 //!
 //! An emulated machine translates far more while it starts than it executes afterwards, and QEMU keeps all of it. A plugin that is reset
 //! has QEMU forget what it translated (`qemu_plugin_reset`, while no processor executes anything), but the pages stay; they are let go of
 //! here, and what is executed again is translated again.
 //!
 //! ```text
-//! a processor idles ─► long enough, little time used, much translated? ─► reset ─► pages, free heap ─► twice as long before the next time
+//! a processor idles ─► long enough, little time used, much translated? ─► pages, reset ─► code, free heap ─► twice as long before the next
 //! ```
 //!
-//! What QEMU makes for itself before a processor executes anything is given no large pages: of two MiB that it asks for, a few KiB may be
-//! all that it writes.
+//! What QEMU makes for itself before a processor executes anything has no large pages: of two MiB that it asks for, a few KiB may be all
+//! that it writes.
 //!
 //! For machines with one processor alone: QEMU lets go of a plugin's calls while another processor may be in one. Built by `build.rs` and
 //! loaded by QEMU, so it has neither the standard library nor anything of this workspace. Arguments: `held=N`, a pipe, as long as whose
-//! other end is held nothing is given back; `probe=on` has QEMU end with [`PROBED`]. Written to QEMU's description of version 1 of its
+//! other end is held nothing is given back; `memory=N`, the file that the machine's memory begins with; `probe=on` has QEMU end with [`PROBED`]. Written to QEMU's description of version 1 of its
 //! interface for plugins (docs/devel/tcg-plugins.rst).
 
 // As QEMU is under the GPL: SPDX-License-Identifier: Apache-2.0 OR MIT
 
 #![no_std]
 
+mod host;
+mod maps;
+mod pages;
+
 use core::ffi::{CStr, c_char, c_int, c_long, c_uint, c_void};
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use host::{
+    CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, PAGE, PR_SET_THP_DISABLE,
+    PluginId, abort, malloc_trim, mincore, now, prctl, qemu_plugin_register_vcpu_idle_cb,
+    qemu_plugin_register_vcpu_resume_cb, qemu_plugin_reset,
+};
 
 /// What the installation answers when it is probed.
 const PROBED: c_int = 77;
@@ -36,49 +47,11 @@ const KEPT: usize = 64 << 10;
 /// Mappings that may be executed and written are regions of translated code from this size on.
 const REGION: usize = 1 << 20;
 const REGIONS: usize = 64;
-const PAGE: usize = 4096;
 const NANOS: i64 = 1_000_000_000;
-
-const CLOCK_MONOTONIC: c_int = 1;
-const CLOCK_PROCESS_CPUTIME_ID: c_int = 2;
-const MADV_DONTNEED: c_int = 4;
-const MADV_HUGEPAGE: c_int = 14;
-const MADV_NOHUGEPAGE: c_int = 15;
-const POLLIN: i16 = 1;
-const PR_SET_THP_DISABLE: c_int = 41;
-const O_CLOEXEC: c_int = 0o2_000_000;
-
-#[repr(C)]
-struct Timespec {
-    seconds: i64,
-    nanos: c_long,
-}
-
-#[repr(C)]
-struct Poll {
-    fd: c_int,
-    events: i16,
-    seen: i16,
-}
-
-type PluginId = u64;
-
-// SAFETY: as QEMU's plugin interface and the C library declare them.
-unsafe extern "C" {
-    fn qemu_plugin_register_vcpu_idle_cb(id: PluginId, call: extern "C" fn(PluginId, c_uint));
-    fn qemu_plugin_register_vcpu_resume_cb(id: PluginId, call: extern "C" fn(PluginId, c_uint));
-    fn qemu_plugin_reset(id: PluginId, done: extern "C" fn(PluginId));
-    fn clock_gettime(clock: c_int, time: *mut Timespec) -> c_int;
-    fn madvise(start: *mut c_void, length: usize, advice: c_int) -> c_int;
-    fn mincore(start: *mut c_void, length: usize, resident: *mut u8) -> c_int;
-    fn malloc_trim(keep: usize) -> c_int;
-    fn prctl(option: c_int, ...) -> c_int;
-    fn poll(fds: *mut Poll, count: u64, timeout: c_int) -> c_int;
-    fn open(path: *const c_char, flags: c_int, ...) -> c_int;
-    fn read(fd: c_int, to: *mut c_void, length: usize) -> isize;
-    fn close(fd: c_int) -> c_int;
-    fn abort() -> !;
-}
+/// Seconds until the pages are looked through that could not be the last time.
+const AGAIN: i64 = 2;
+/// From this size on a mapping may be given large pages.
+const LARGE: usize = 2 << 20;
 
 /// Version of the interface that this is written to; QEMU reads it.
 #[unsafe(no_mangle)]
@@ -86,6 +59,7 @@ unsafe extern "C" {
 pub static qemu_plugin_version: c_int = 1;
 
 static HELD: AtomicI32 = AtomicI32::new(-1);
+static MEMORY: AtomicI32 = AtomicI32::new(-1);
 static WINDOW_NOW: AtomicI64 = AtomicI64::new(WINDOW.0 * NANOS);
 /// When the window began, and what time of processors had been used then.
 static BEGAN: AtomicI64 = AtomicI64::new(0);
@@ -94,6 +68,9 @@ static USED: AtomicI64 = AtomicI64::new(0);
 static BEGUN: AtomicBool = AtomicBool::new(false);
 /// Whether it was held when it was last looked at.
 static WAS_HELD: AtomicBool = AtomicBool::new(false);
+/// Whether the pages could not be looked through the last time, and when that was.
+static UNSEEN: AtomicBool = AtomicBool::new(false);
+static TRIED: AtomicI64 = AtomicI64::new(0);
 /// The regions of translated code, found once: begin and length, as many as there are.
 static FOUND: AtomicUsize = AtomicUsize::new(usize::MAX);
 static PLACES: [AtomicUsize; REGIONS] = [const { AtomicUsize::new(0) }; REGIONS];
@@ -121,10 +98,13 @@ pub unsafe extern "C" fn qemu_plugin_install(
     for at in 0..usize::try_from(argc).unwrap_or(0) {
         // SAFETY: the caller's promise.
         let argument = unsafe { CStr::from_ptr(*argv.add(at)) }.to_bytes();
-        match argument.strip_prefix(b"held=") {
-            Some(number) => HELD.store(decimal(number), Relaxed),
-            None if argument == b"probe=on" => return PROBED,
-            None => {}
+        if argument == b"probe=on" {
+            return PROBED;
+        }
+        for (name, number) in [(&b"held="[..], &HELD), (b"memory=", &MEMORY)] {
+            if let Some(digits) = argument.strip_prefix(name) {
+                number.store(decimal(digits), Relaxed);
+            }
         }
     }
     large_pages(false);
@@ -145,6 +125,13 @@ fn large_pages(given: bool) {
 /// A processor has something to do; the first time, QEMU has made what it needs.
 extern "C" fn resumes(_id: PluginId, _processor: c_uint) {
     if !BEGUN.swap(true, Relaxed) {
+        // QEMU asks for them also where it writes next to nothing, and the kernel gives them later.
+        maps::each(|mapping| {
+            if mapping.is_memory() && mapping.length() >= LARGE {
+                // SAFETY: it changes nothing that is read.
+                unsafe { host::advise(mapping.begin, mapping.length(), MADV_NOHUGEPAGE) };
+            }
+        });
         large_pages(true);
     }
 }
@@ -155,17 +142,12 @@ fn decimal(digits: &[u8]) -> i32 {
         .fold(0, |number: i32, digit| number.wrapping_mul(10).wrapping_add(i32::from(digit.wrapping_sub(b'0'))))
 }
 
-/// Nanoseconds of a clock.
-fn now(clock: c_int) -> i64 {
-    let mut time = Timespec { seconds: 0, nanos: 0 };
-    // SAFETY: the place lives through the call.
-    unsafe { clock_gettime(clock, &raw mut time) };
-    time.seconds * NANOS + time.nanos
-}
-
 /// A processor has nothing to do.
 extern "C" fn idles(id: PluginId, _processor: c_uint) {
     let now_is = now(CLOCK_MONOTONIC);
+    if UNSEEN.load(Relaxed) && now_is - TRIED.load(Relaxed) > AGAIN * NANOS {
+        look_through(now_is);
+    }
     let lasted = now_is - BEGAN.load(Relaxed);
     if lasted < WINDOW_NOW.load(Relaxed) {
         return;
@@ -173,24 +155,26 @@ extern "C" fn idles(id: PluginId, _processor: c_uint) {
     let used_now = now(CLOCK_PROCESS_CPUTIME_ID);
     let used = used_now - USED.swap(used_now, Relaxed);
     let first = BEGAN.swap(now_is, Relaxed) == 0;
-    let held = is_held();
+    let held = host::is_held(HELD.load(Relaxed));
     // What was held until now has just begun what it is for: it has a whole window.
     if !WAS_HELD.swap(held, Relaxed) && !held && !first {
         if used >= lasted / IDLE_PART {
             // As QEMU has it: what executes much is faster with large pages.
             advise(MADV_HUGEPAGE);
-        } else if translated() > WORTH {
-            // SAFETY: as above.
+            return;
+        }
+        if translated() > WORTH {
+            look_through(now_is);
+            // SAFETY: as at the installation.
             unsafe { qemu_plugin_reset(id, forgotten) };
         }
     }
 }
 
-/// Whether somebody holds the other end of the pipe.
-fn is_held() -> bool {
-    let mut held = Poll { fd: HELD.load(Relaxed), events: POLLIN, seen: 0 };
-    // SAFETY: one place, which lives through the call, which does not wait.
-    held.fd >= 0 && unsafe { poll(&raw mut held, 1, 0) } == 0
+/// Lets go of pages, or leaves it for another time.
+fn look_through(now_is: i64) {
+    TRIED.store(now_is, Relaxed);
+    UNSEEN.store(!pages::let_go(MEMORY.load(Relaxed)), Relaxed);
 }
 
 /// Bytes of memory that translated code takes.
@@ -221,8 +205,8 @@ fn regions() -> impl Iterator<Item = (usize, usize)> {
 /// written again.
 fn advise(advice: c_int) {
     for (place, length) in regions() {
-        // SAFETY: mapped for good.
-        unsafe { madvise(place as *mut c_void, length, advice) };
+        // SAFETY: mapped for good, and read by nobody who did not write it since.
+        unsafe { host::advise(place, length, advice) };
     }
 }
 
@@ -240,62 +224,16 @@ extern "C" fn forgotten(id: PluginId) {
     }
 }
 
-/// Reads the process's mappings, a line each: `BEGIN-END rwxp …` in hexadecimal digits. How many regions there are.
+/// How many regions there are.
 fn find_regions() -> usize {
-    // SAFETY: a C string and flags.
-    let maps = unsafe { open(c"/proc/self/maps".as_ptr(), O_CLOEXEC) };
-    let (mut buffer, mut found) = ([0_u8; 4096], 0);
-    let mut line = Line::default();
-    loop {
-        // SAFETY: the buffer lives through the call.
-        let count = unsafe { read(maps, buffer.as_mut_ptr().cast(), buffer.len()) };
-        let Ok(count @ 1..) = usize::try_from(count) else { break };
-        for byte in &buffer[..count] {
-            if let Some((place, length)) = line.take(*byte)
-                && found < REGIONS
-            {
-                let kept = if found == 0 { KEPT } else { 0 };
-                PLACES[found].store(place + kept, Relaxed);
-                LENGTHS[found].store((length - kept) as u64, Relaxed);
-                found += 1;
-            }
+    let mut found = 0;
+    maps::each(|mapping| {
+        if mapping.rights == *b"rwxp" && mapping.length() >= REGION && found < REGIONS {
+            let kept = if found == 0 { KEPT } else { 0 };
+            PLACES[found].store(mapping.begin + kept, Relaxed);
+            LENGTHS[found].store((mapping.length() - kept) as u64, Relaxed);
+            found += 1;
         }
-    }
-    // SAFETY: an integer.
-    unsafe { close(maps) };
+    });
     found
-}
-
-/// As much of a line as was read.
-#[derive(Default)]
-struct Line {
-    numbers: [usize; 2],
-    rights: [u8; 4],
-    /// Of the parts of the line, and in that one.
-    part: usize,
-    at: usize,
-}
-
-impl Line {
-    /// The region that the line tells of, when it ends.
-    fn take(&mut self, byte: u8) -> Option<(usize, usize)> {
-        match (byte, self.part) {
-            (b'\n', _) => {
-                let Self { numbers: [begin, end], rights, .. } = core::mem::take(self);
-                let length = end.saturating_sub(begin);
-                return (rights == *b"rwxp" && length >= REGION).then_some((begin, length));
-            }
-            (b'-', 0) | (b' ', _) => (self.part, self.at) = (self.part + 1, 0),
-            (_, 0 | 1) => {
-                let digit = (byte as char).to_digit(16).unwrap_or(0) as usize;
-                self.numbers[self.part] = (self.numbers[self.part] << 4) | digit;
-            }
-            (_, 2) if self.at < self.rights.len() => {
-                self.rights[self.at] = byte;
-                self.at += 1;
-            }
-            _ => {}
-        }
-        None
-    }
 }

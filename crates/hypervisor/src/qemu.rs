@@ -12,6 +12,7 @@
 mod arguments;
 mod clock;
 mod lean;
+mod library;
 mod machine;
 
 use std::io;
@@ -28,6 +29,7 @@ use crate::jail::{errors_of, record_of, user_of};
 use crate::{Acceleration, DiskKey, Hypervisor, HypervisorError, Machine, Room, Shape, Vm, jail, layout, template};
 use arguments::Sent;
 use lean::Lean;
+use library::Library;
 use machine::QemuVm;
 
 /// How long a monitor may take until it answers, and a copy to run.
@@ -55,6 +57,8 @@ pub struct Qemu {
     processor: String,
     /// Where the program takes it.
     lean: Option<Lean>,
+    /// Instead of libraries that are never called.
+    stand_ins: Vec<(Sent, Library)>,
 }
 
 impl Qemu {
@@ -63,20 +67,22 @@ impl Qemu {
         let mut command = tokio::process::Command::new(&program);
         command.arg("--version").env_clear().stdin(std::process::Stdio::null()).kill_on_drop(true);
         let told = tokio::time::timeout(LIMIT, command.output());
-        let (told, tsc_khz, lean) = tokio::join!(told, clock::tsc_khz(), Lean::open(&program));
-        let told = told??;
+        let (told, tsc_khz, lean, stand_ins) =
+            tokio::join!(told, clock::tsc_khz(), Lean::open(&program), library::stand_ins(&program));
+        let (told, stand_ins) = (told??, stand_ins?);
         let version = String::from_utf8_lossy(&told.stdout).lines().next().unwrap_or_default().to_owned();
         if !told.status.success() || !version.starts_with("QEMU emulator version ") {
             return Err(io::Error::other(format!("{} is no QEMU: it says \"{version}\"", program.display())));
         }
         let processor = clock::processor(&std::fs::read_to_string("/proc/cpuinfo")?, tsc_khz);
-        Ok(Self { lean, program, starter, acceleration, version, tsc_khz, processor })
+        Ok(Self { program, starter, acceleration, version, tsc_khz, processor, lean, stand_ins })
     }
 
     /// One that starts nothing, for a host that has none: machines of before are found and ended all the same.
     pub fn absent(starter: PathBuf) -> Self {
         let (program, version, processor) = (PathBuf::from("qemu-system-x86_64"), String::new(), String::new());
-        Self { program, starter, acceleration: Acceleration::Emulated, version, tsc_khz: 0, processor, lean: None }
+        let (acceleration, lean, stand_ins) = (Acceleration::Emulated, None, Vec::new());
+        Self { program, starter, acceleration, version, tsc_khz: 0, processor, lean, stand_ins }
     }
 
     /// The same, its machines executed by this.
@@ -95,7 +101,7 @@ impl Qemu {
         self.lean.as_ref().filter(|_| self.acceleration == Acceleration::Emulated && shape.cpus == 1)
     }
 
-    fn jail(&self, machine: &Machine, args: Vec<String>) -> Jail {
+    fn jail(&self, machine: &Machine, sent: &[Sent]) -> Jail {
         let Machine { dir, boot, template, disk, layers, network, .. } = machine;
         let mut files = Vec::new();
         let mut bind = |from: &Path, to: String, writable| {
@@ -115,6 +121,9 @@ impl Qemu {
             bind(layer, arguments::layer(number), false);
         }
         let longest = disk.as_ref().and_then(|disk| std::fs::metadata(disk).ok()).map_or(0, |meta| meta.len());
+        let mut env = vec![FREE_MEMORY.to_owned()];
+        let stand_ins = self.stand_ins.iter().filter_map(|(what, _)| arguments::opened(*what, sent));
+        env.push(library::instead(stand_ins));
         Jail {
             title: format!("qemu {}", machine.name),
             record: record_of(dir),
@@ -129,8 +138,8 @@ impl Qemu {
             shared_memory: machine.template.is_some(),
             longest_file: longest.max(machine.longest_disk).max(machine.shape.memory_bytes),
             program: self.program.clone(),
-            args,
-            env: vec![FREE_MEMORY.to_owned()],
+            args: arguments::of(self, machine, sent),
+            env,
         }
     }
 
@@ -222,10 +231,10 @@ impl Hypervisor for Qemu {
             (Sent::Lean, lean.map(Lean::descriptor)),
             (Sent::Held, lean.filter(|_| machine.is_to_be_given()).map(|_| waits.as_fd())),
         ];
-        let sent: Vec<(Sent, BorrowedFd<'_>)> = sent.into_iter().filter_map(|(what, fd)| Some((what, fd?))).collect();
-        let (names, descriptors): (Vec<Sent>, Vec<BorrowedFd<'_>>) = sent.into_iter().unzip();
-        let args = arguments::of(self, &machine, &names);
-        let (made, errors) = (self.jail(&machine, args), errors_of(&machine.dir));
+        let sent = sent.into_iter().filter_map(|(what, fd)| Some((what, fd?)));
+        let stand_ins = self.stand_ins.iter().map(|(what, library)| (*what, library.descriptor()));
+        let (names, descriptors): (Vec<Sent>, Vec<BorrowedFd<'_>>) = sent.chain(stand_ins).unzip();
+        let (made, errors) = (self.jail(&machine, &names), errors_of(&machine.dir));
         let process = jail::start(&self.starter, &made, &descriptors, &errors).await;
         let process = process.map_err(host("start the monitor"))?;
         let vm = QemuVm::new(&self.starter, machine.name.clone(), machine.dir.clone(), process.process, own);

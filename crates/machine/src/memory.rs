@@ -3,15 +3,15 @@
 
 use std::convert::Infallible;
 use std::fs;
-use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long a machine is looked at, the first time and at most: what is read again soon is let go of less and less often.
+/// How long a machine is looked at, the first time and at most: what is read again soon is let go of less and less often, and a look
+/// is work itself.
 const WINDOW: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(640));
 /// Below such a part of its processors' time a machine idles.
 const IDLE_PART: u64 = 20;
-/// Bytes that are worth letting go of.
+/// Bytes that are worth letting go of, and a change that is worth a closer look.
 const WORTH: u64 = 2 << 20;
 /// How long after its begin what a machine has read counts as that of its start.
 const START: Duration = Duration::from_secs(60);
@@ -21,20 +21,33 @@ const BREATH: Duration = Duration::from_millis(5);
 
 /// Lets go of what the processes of this cgroup have read, whenever the machine idles.
 pub async fn let_go_when_idle(cgroup: &Path) -> Infallible {
-    let (began, mut window, mut before) = (Instant::now(), WINDOW.0, Times::now().unwrap_or_default());
+    let processors = std::thread::available_parallelism().map_or(1, |number| number.get() as u64);
+    let (began, mut window, mut before) = (Instant::now(), WINDOW.0, Times::now(processors));
+    let mut looked_at = 0;
     loop {
         tokio::time::sleep(window).await;
-        let now = Times::now().unwrap_or_default();
-        let files =
-            fs::read_to_string(cgroup.join("memory.stat")).map_or_else(|_| Files::default(), |stat| Files::of(&stat));
-        // What a start took goes, mapped or not: what is used again is mapped again.
-        let bytes = if began.elapsed() < START { files.all } else { files.all.saturating_sub(files.mapped) };
-        if now.idled_since(before) && bytes > WORTH {
-            let_go(cgroup, bytes).await;
+        let idled = Times::now(processors).idled_since(before);
+        if idled && taken(cgroup).abs_diff(looked_at) > WORTH {
+            let files = fs::read_to_string(cgroup.join("memory.stat"));
+            let files = files.map_or_else(|_| Files::default(), |stat| Files::of(&stat));
+            // What a start took goes, mapped or not: what is used again is mapped again.
+            let bytes = if began.elapsed() < START { files.all } else { files.all.saturating_sub(files.mapped) };
+            if bytes > WORTH {
+                let_go(cgroup, bytes).await;
+            }
+            looked_at = taken(cgroup);
+        }
+        if idled {
             window = (window * 2).min(WINDOW.1);
         }
-        before = Times::now().unwrap_or_default();
+        before = Times::now(processors);
     }
+}
+
+/// Bytes of memory that the processes of a cgroup have taken: a number, where to tell what for is work.
+fn taken(cgroup: &Path) -> u64 {
+    let taken = fs::read_to_string(cgroup.join("memory.current")).ok();
+    taken.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
 }
 
 /// Has the kernel let go of so much, of what was not used for longest.
@@ -69,7 +82,7 @@ impl Files {
     }
 }
 
-/// What the processors have spent, in ticks.
+/// What the processors have had and what of it they have idled, in hundredths of seconds.
 #[derive(Debug, Clone, Copy, Default)]
 struct Times {
     all: u64,
@@ -77,17 +90,16 @@ struct Times {
 }
 
 impl Times {
-    fn now() -> io::Result<Self> {
-        fs::read_to_string("/proc/stat").map(|text| Self::of(&text))
+    /// `/proc/stat` would tell as much, after a walk through all interrupts that there could be.
+    fn now(processors: u64) -> Self {
+        fs::read_to_string("/proc/uptime").map_or_else(|_| Self::default(), |text| Self::of(&text, processors))
     }
 
-    /// The first line tells of all processors (proc_stat(5)).
-    fn of(text: &str) -> Self {
-        let numbers = text.lines().next().unwrap_or_default().split_whitespace().skip(1);
-        // What guests of this machine take is part of its own, and comes after the eighth.
-        let numbers: Vec<u64> = numbers.take(8).filter_map(|number| number.parse().ok()).collect();
-        // The fourth and the fifth: idle, also while a disk is waited for.
-        Self { all: numbers.iter().sum(), idle: numbers.iter().skip(3).take(2).sum() }
+    /// How long the machine has been up, and how long its processors have idled together (proc_uptime(5)).
+    fn of(text: &str, processors: u64) -> Self {
+        let mut numbers = text.split_whitespace().map(|number| number.replace('.', "").parse::<u64>().unwrap_or(0));
+        let mut next = || numbers.next().unwrap_or(0);
+        Self { all: next() * processors, idle: next() }
     }
 
     fn idled_since(self, before: Self) -> bool {
@@ -111,10 +123,11 @@ mod tests {
 
     #[test]
     fn a_machine_idles_when_its_processors_do() {
-        let at = |busy: u64, idle: u64| Times::of(&format!("cpu  {busy} 0 0 {idle} 0 0 0 0 50 50\ncpu0 1 2 3\n"));
-        assert!(at(104, 1996).idled_since(at(100, 1000)));
-        assert!(!at(200, 1900).idled_since(at(100, 1000)));
-        assert!(!at(100, 1000).idled_since(at(100, 1000)), "no time has passed");
-        assert!(!Times::of("nothing").idled_since(at(1, 1)));
+        let at = |up: &str, idle: &str| Times::of(&format!("{up} {idle}\n"), 2);
+        assert!(at("20.00", "39.10").idled_since(at("10.00", "20.00")));
+        assert!(!at("20.00", "39.00").idled_since(at("10.00", "20.00")), "a twentieth");
+        assert!(!at("10.00", "20.00").idled_since(at("10.00", "20.00")), "no time has passed");
+        assert!(!Times::of("nothing", 2).idled_since(at("0.01", "0.01")));
+        assert!(Times::now(1).all > 0, "this kernel tells");
     }
 }

@@ -21,6 +21,9 @@ use joey_sandbox::{AgentClient, CreateRequest, Guest, Layer, RundConfig, Sandbox
 mod ground;
 use ground::{Ground, Stuff, stuff};
 
+mod measure;
+use measure::{own_memory, same_as_in_template, translated};
+
 /// Most bytes of a core.
 const CORE: u64 = 2 << 20;
 /// How long a template may take until it is there.
@@ -315,22 +318,9 @@ async fn told(bench: &conformance::Bench, request: &CreateRequest, reason: &str)
     tokio::time::timeout(Duration::from_secs(5), told).await.expect("the right reason");
 }
 
-/// Bytes of memory that a process has for itself alone.
-fn own_memory(pid: u32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
-}
-
-/// Bytes of memory that translated instructions take in a monitor: what is written and executed.
-fn translated(pid: u32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
-    let sizes = text.split(" rwxp ").skip(1).filter_map(|region| {
-        let line = region.lines().find_map(|line| line.strip_prefix("Rss:"))?;
-        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
-    });
-    sizes.sum::<u64>() << 10
-}
+/// Writes files into memory: of a MiB of noise, of two MiB of nothing, and of pages of both kinds by turns.
+const WRITE: &str = "cd /dev/shm && dd if=/dev/urandom of=random bs=64k count=16 && dd if=/dev/zero of=zeros bs=64k count=32 \
+                     && for i in 1 2 3 4 5 6 7 8; do dd if=/dev/zero bs=4k count=1; dd if=/dev/urandom bs=4k count=1; done >mixed";
 
 #[tokio::test]
 async fn one_that_idles_gives_back_what_was_translated_and_one_that_is_ready_does_not() {
@@ -342,14 +332,23 @@ async fn one_that_idles_gives_back_what_was_translated_and_one_that_is_ready_doe
     let pid = sandbox.pid().unwrap();
     let (translated_at_first, own) = (translated(pid), own_memory(pid));
     assert!(translated_at_first > 16 << 20, "{translated_at_first}");
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    assert!(maps.contains("libglib") && !maps.contains("libcapstone") && !maps.contains("libpmem"), "{maps}");
+    // Pages that change, stay as they are in the template, and become so again.
+    let sums = ["sh", "-c", "cd /dev/shm && sha256sum random zeros mixed"];
+    let written = exec(&agent, &["sh", "-c", WRITE]).await;
+    assert_eq!(written.1.exit_code, Some(0), "{written:?}");
+    let before = exec(&agent, &sums).await;
+    assert_eq!(before.0.lines().count(), 3, "{before:?}");
     let given_back = async {
-        while translated(pid) > 8 << 20 {
+        while translated(pid) > 8 << 20 || same_as_in_template(pid) > 1 << 20 {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
     tokio::time::timeout(Duration::from_secs(60), given_back).await.expect("it is given back");
     assert!(own_memory(pid) + (10 << 20) < own, "{own} and {}", own_memory(pid));
     // It goes on as before.
+    assert_eq!(exec(&agent, &sums).await, before);
     assert_eq!(exec(&agent, &["sh", "-c", "echo $((6 * 7))"]).await.0, "42\n");
     bench.destroy(&request).await;
     // One that became ready before that has idled for longer than it takes.

@@ -7,7 +7,7 @@ use super::Qemu;
 use crate::{Acceleration, Machine};
 
 /// Changes with what is below, so that templates of another form are not taken.
-pub(super) const FORM: &str = "4";
+pub(super) const FORM: &str = "5";
 /// Places in the jail.
 pub(super) const KERNEL: &str = "/boot/kernel";
 pub(super) const INITRAMFS: &str = "/boot/initramfs";
@@ -31,6 +31,9 @@ pub(super) enum Sent {
     State,
     /// Of an encrypted disk.
     Key,
+    /// What stands in for libraries.
+    Capstone,
+    Pmem,
     /// The plugin, and the pipe by which it waits.
     Lean,
     Held,
@@ -40,6 +43,11 @@ pub(super) enum Sent {
 pub(super) fn number(what: Sent, sent: &[Sent]) -> Option<i32> {
     let at = sent.iter().position(|one| *one == what)?;
     i32::try_from(at).ok().map(|at| SENT + at)
+}
+
+/// The place of what was sent.
+pub(super) fn opened(what: Sent, sent: &[Sent]) -> Option<String> {
+    number(what, sent).map(|number| format!("/proc/self/fd/{number}"))
 }
 
 /// The place of a layer.
@@ -52,14 +60,15 @@ pub(super) fn of(qemu: &Qemu, machine: &Machine, sent: &[Sent]) -> Vec<String> {
     let mut args: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| args.extend(words.iter().map(|word| (*word).to_owned()));
     let (size, copy) = (machine.shape.memory_bytes, machine.template.is_some());
-    let opened = |what| number(what, sent).map(|number| format!("/proc/self/fd/{number}"));
+    let opened = |what| opened(what, sent);
     let socket = |what, name: &str| {
         let fd = number(what, sent).unwrap_or(-1);
         format!("socket,id={name},fd={fd},server=on,wait=off")
     };
     add(&["-name", &machine.name, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
-    add(&["-M", "microvm,memory-backend=memory,ioapic2=on,x-option-roms=off"]);
+    // Without a second controller of interrupts there are eight places for devices, of which seven are taken, instead of 24.
+    add(&["-M", "microvm,memory-backend=memory,ioapic2=off,x-option-roms=off"]);
     match qemu.acceleration {
         Acceleration::Kvm => add(&["-accel", "kvm", "-cpu", "host,migratable=on,+invtsc"]),
         Acceleration::Emulated => {
@@ -68,8 +77,13 @@ pub(super) fn of(qemu: &Qemu, machine: &Machine, sent: &[Sent]) -> Vec<String> {
             // A thread for each processor, also for a single one: plugins are told only by such that it idles.
             add(&["-accel", &format!("tcg,thread=multi,tb-size={TRANSLATED}"), "-cpu", cpu]);
             if let Some(plugin) = opened(Sent::Lean) {
-                let held = number(Sent::Held, sent).map_or_else(String::new, |number| format!(",held={number}"));
-                add(&["-plugin", &format!("file={plugin}{held}")]);
+                let mut plugin = format!("file={plugin}");
+                for (name, what) in [("memory", Sent::Memory), ("held", Sent::Held)] {
+                    if let Some(number) = number(what, sent) {
+                        plugin.push_str(&format!(",{name}={number}"));
+                    }
+                }
+                add(&["-plugin", &plugin]);
             }
         }
     }
@@ -141,8 +155,9 @@ pub(super) fn slot_node(slot: u32, below: &str) -> serde_json::Value {
 
 /// The kernel's. What is said of the time is for machines that have no other clock to compare with; a machine that cannot go on ends.
 fn command_line(qemu: &Qemu) -> String {
+    // Tables of names and files are as large as for 64 MiB: each entry that comes first takes a page of a copy.
     let mut line = "quiet console=ttyS0 rdinit=/init panic=-1 reboot=t random.trust_cpu=on cryptomgr.notests \
-                    page_reporting.page_reporting_order=2"
+                    page_reporting.page_reporting_order=2 dhash_entries=8192 ihash_entries=4096"
         .to_owned();
     if qemu.acceleration == Acceleration::Emulated {
         line.push_str(&format!(" tsc_early_khz={} tsc=reliable no_timer_check", qemu.tsc_khz));

@@ -1,24 +1,22 @@
 //! The plugin (`plugin/lean.rs`) by which an emulated machine's monitor gives back the memory of what it translated when the machine
 //! idles: 47 MiB of 98, for what takes 60 ms more the next time.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
 
 use super::LIMIT;
-use crate::template::{memory_file, seal};
+use super::library::Library;
 
 /// As `build.rs` builds it.
-static LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lean.so"));
+static PLUGIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lean.so"));
 /// What the program says when the plugin answered a probe (`PROBED` there).
 const PROBED: &str = "returned error code 77";
 
-/// The plugin as a file in memory, which every monitor loads.
+/// The plugin, for programs that take it.
 #[derive(Debug, Clone)]
-pub(super) struct Lean(Arc<OwnedFd>);
+pub(super) struct Lean(Library);
 
 impl Lean {
     /// `None` for a program that takes no plugins, or none of this kind: its machines keep what they translated.
@@ -34,11 +32,8 @@ impl Lean {
 
     /// The plugin, where the program takes it; otherwise what it says.
     async fn probed(program: &Path) -> io::Result<Result<Self, String>> {
-        let mut file = File::from(memory_file(c"joey-lean", libc::MFD_ALLOW_SEALING)?);
-        file.write_all(LIBRARY)?;
-        seal(file.as_fd())?;
-        let lean = Self(Arc::new(file.into()));
-        let place = format!("file=/proc/{}/fd/{},probe=on", std::process::id(), lean.0.as_raw_fd());
+        let lean = Self(Library::of(PLUGIN)?);
+        let place = format!("file={},probe=on", lean.0.place());
         let mut command = tokio::process::Command::new(program);
         command.args(["-M", "none", "-no-user-config", "-nodefaults", "-display", "none", "-plugin", &place]);
         command.env_clear().stdin(Stdio::null()).kill_on_drop(true);
@@ -48,6 +43,6 @@ impl Lean {
     }
 
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.0.descriptor()
     }
 }

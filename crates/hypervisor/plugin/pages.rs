@@ -1,0 +1,83 @@
+//! Pages that are as they would be if they were let go of: what the guest wrote and is as in the template again, and what QEMU copied of
+//! a device tree that is empty but for its first pages.
+//!
+//! While they are compared nobody writes them. The guest's only processor idles; QEMU's lock is held, which all threads take that write a
+//! machine's memory but those that read disks; and none of these is there (`USUAL` threads are).
+
+use core::ffi::c_int;
+
+use crate::host::{self, File, MADV_DONTNEED, PAGE};
+use crate::maps::{self, Mapping};
+
+/// Threads without those that read disks: the main loop, the monitor's, the one that frees what was read, and the processor.
+const USUAL: u32 = 4;
+/// The largest memory of a machine that is looked through, since QEMU does nothing else meanwhile.
+const MOST: usize = 8 << 30;
+/// Sizes of a mapping that may hold a device tree, which begins on a page after the allocator's words for it, with a word of its own and
+/// its size (Devicetree Specification, 5.2).
+const WITH_TREE: core::ops::Range<usize> = 1 << 20..16 << 20;
+const TREE_AT: usize = 16;
+const TREE: u32 = 0xd00d_feed;
+/// Of what the kernel tells of a page (Documentation/admin-guide/mm/pagemap.rst): it is there, and it is a file's.
+const IS_THERE: u64 = 1 << 63;
+const OF_FILE: u64 = 1 << 61;
+/// Pages that are asked about at once.
+const AT_ONCE: usize = 256;
+
+/// Lets go of the pages of a machine with this memory file, unless somebody could write them meanwhile.
+pub fn let_go(memory: c_int) -> bool {
+    if host::status(0, c"/proc/self/task").is_none_or(|tasks| tasks.links != USUAL + 2) {
+        return false;
+    }
+    let Some(file) = host::status(memory, c"").map(|file| file.identity()) else { return false };
+    let pages = File::open(c"/proc/self/pagemap");
+    maps::each(|mapping| {
+        if mapping.is_private() && mapping.file == file && mapping.length() <= MOST {
+            let mut below = [0; PAGE];
+            each_own(&mapping, &pages, |place| {
+                if host::read_at(memory, &mut below, mapping.offset + place - mapping.begin) && *bytes(place) == below {
+                    again(place);
+                }
+            });
+        } else if mapping.is_memory() && WITH_TREE.contains(&mapping.length()) {
+            let mut tree = 0..0;
+            each_own(&mapping, &pages, |place| {
+                let word = |at| bytes(place)[at..].first_chunk().map_or(0, |word| u32::from_be_bytes(*word));
+                if word(TREE_AT) == TREE {
+                    tree = place + PAGE..place + word(TREE_AT + 4) as usize;
+                } else if tree.contains(&(place + PAGE - 1)) && *bytes(place) == [0; PAGE] {
+                    again(place);
+                }
+            });
+        }
+    });
+    true
+}
+
+/// Tells of each page of a mapping that is the process's own.
+fn each_own(mapping: &Mapping, pages: &File, mut tell: impl FnMut(usize)) {
+    let mut told = [0_u64; AT_ONCE];
+    for at in (mapping.begin..mapping.end).step_by(AT_ONCE * PAGE) {
+        let told = &mut told[..((mapping.end - at) / PAGE).min(AT_ONCE)];
+        if !pages.read_at(told, at / PAGE * size_of::<u64>()) {
+            return;
+        }
+        for (number, told) in told.iter().enumerate() {
+            if told & (IS_THERE | OF_FILE) == IS_THERE {
+                tell(at + number * PAGE);
+            }
+        }
+    }
+}
+
+/// A page that was told of.
+fn bytes(place: usize) -> &'static [u8; PAGE] {
+    // SAFETY: it is there, and nobody writes it or takes it away while it is looked at (above).
+    unsafe { &*(place as *const [u8; PAGE]) }
+}
+
+/// Lets go of a page that has what it gets next.
+fn again(place: usize) {
+    // SAFETY: nobody writes it meanwhile.
+    unsafe { host::advise(place, PAGE, MADV_DONTNEED) };
+}

@@ -114,9 +114,9 @@ fn faster_caps_hold_too() {
     let registry = Registry::with_demo_image();
     let joey = Joey::start();
     let image = registry.demo();
-    for (cap, rate) in [("100M", 1e8), ("1G", 1e9)] {
+    for (cap, rate, tries) in [("100M", 1e8, 1), ("1G", 1e9, 5)] {
         joey.joey(&["run", &image, "--name", "fast", "--bandwidth", cap, "--command", "sh", "--", "-c", ENDS]).ok();
-        measure_tries(&address_of_instance(&joey, "fast"), rate, 5);
+        measure_tries(&address_of_instance(&joey, "fast"), rate, tries);
         joey.joey(&["rm", "fast", "--force"]).ok();
     }
 }
@@ -181,14 +181,14 @@ fn measure_tries(address: &str, cap: f64, tries: u32) {
 }
 
 fn reaches(when: &str, cap: f64, tries: u32, rates: impl Fn() -> (f64, f64)) {
-    let mut best = (0.0_f64, 0.0_f64);
+    let mut seen = Vec::new();
     for _ in 0..tries {
         let (out, into) = rates();
-        assert!(out.max(into) < cap * 1.1, "{when}: {:.2} Mbit/s out of the Pod, {:.2} into it", out / 1e6, into / 1e6);
-        best = (best.0.max(out), best.1.max(into));
-        if best.0.min(best.1) > cap * 0.9 {
+        seen.push(format!("{:.2} Mbit/s out of the Pod, {:.2} into it", out / 1e6, into / 1e6));
+        assert!(out.max(into) < cap * 1.1, "{when}: {seen:?}");
+        if out.min(into) > cap * 0.9 {
             return;
         }
     }
-    panic!("{when}, at best: {:.2} Mbit/s out of the Pod, {:.2} into it", best.0 / 1e6, best.1 / 1e6);
+    panic!("{when}: {seen:?}");
 }

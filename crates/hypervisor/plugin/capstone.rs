@@ -10,8 +10,8 @@
 
 use core::ffi::{c_int, c_void};
 
-/// Capstone's `CS_ERR_HANDLE`, which says that there is no such disassembler.
-const NONE: c_int = 3;
+/// Capstone's `CS_ERR_ARCH`, which says that it has no disassembler for this kind of processor.
+const NONE: c_int = 2;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -6,7 +6,7 @@
 //! here, and what is executed again is translated again.
 //!
 //! ```text
-//! a processor idles ─► long enough, little time used, much translated? ─► pages, reset ─► code, free heap ─► twice as long before the next
+//! a processor idles ─► long enough, little used, much translated? ─► pages, reset ─► code, free heap ─► longer before the next
 //! ```
 //!
 //! What QEMU makes for itself before a processor executes anything has no large pages: of two MiB that it asks for, a few KiB may be all
@@ -14,8 +14,9 @@
 //!
 //! For machines with one processor alone: QEMU lets go of a plugin's calls while another processor may be in one. Built by `build.rs` and
 //! loaded by QEMU, so it has neither the standard library nor anything of this workspace. Arguments: `held=N`, a pipe, as long as whose
-//! other end is held nothing is given back; `memory=N`, the file that the machine's memory begins with; `probe=on` has QEMU end with [`PROBED`]. Written to QEMU's description of version 1 of its
-//! interface for plugins (docs/devel/tcg-plugins.rst).
+//! other end is held nothing is given back; `memory=N`, the file that the machine's memory begins with, for a QEMU whose threads are known;
+//! `probe=on` has QEMU end with [`PROBED`]. Written to QEMU's description of version 1 of its interface for plugins
+//! (docs/devel/tcg-plugins.rst).
 
 // As QEMU is under the GPL: SPDX-License-Identifier: Apache-2.0 OR MIT
 
@@ -64,13 +65,16 @@ static WINDOW_NOW: AtomicI64 = AtomicI64::new(WINDOW.0 * NANOS);
 /// When the window began, and what time of processors had been used then.
 static BEGAN: AtomicI64 = AtomicI64::new(0);
 static USED: AtomicI64 = AtomicI64::new(0);
+/// Whether what was translated has been forgotten before.
+static FORGOT: AtomicBool = AtomicBool::new(false);
 /// Whether a processor has executed anything.
 static BEGUN: AtomicBool = AtomicBool::new(false);
 /// Whether it was held when it was last looked at.
 static WAS_HELD: AtomicBool = AtomicBool::new(false);
-/// Whether the pages could not be looked through the last time, and when that was.
+/// Whether the pages could not be looked through the last time, when that was, and what time of processors had been used then.
 static UNSEEN: AtomicBool = AtomicBool::new(false);
 static TRIED: AtomicI64 = AtomicI64::new(0);
+static TRIED_USED: AtomicI64 = AtomicI64::new(0);
 /// The regions of translated code, found once: begin and length, as many as there are.
 static FOUND: AtomicUsize = AtomicUsize::new(usize::MAX);
 static PLACES: [AtomicUsize; REGIONS] = [const { AtomicUsize::new(0) }; REGIONS];
@@ -145,14 +149,16 @@ fn decimal(digits: &[u8]) -> i32 {
 /// A processor has nothing to do.
 extern "C" fn idles(id: PluginId, _processor: c_uint) {
     let now_is = now(CLOCK_MONOTONIC);
-    if UNSEEN.load(Relaxed) && now_is - TRIED.load(Relaxed) > AGAIN * NANOS {
-        look_through(now_is);
-    }
-    let lasted = now_is - BEGAN.load(Relaxed);
-    if lasted < WINDOW_NOW.load(Relaxed) {
+    let (lasted, since_tried) = (now_is - BEGAN.load(Relaxed), now_is - TRIED.load(Relaxed));
+    let again = UNSEEN.load(Relaxed) && since_tried > AGAIN * NANOS;
+    if lasted < WINDOW_NOW.load(Relaxed) && !again {
         return;
     }
     let used_now = now(CLOCK_PROCESS_CPUTIME_ID);
+    if again {
+        look_again(now_is, used_now, since_tried);
+        return;
+    }
     let used = used_now - USED.swap(used_now, Relaxed);
     let first = BEGAN.swap(now_is, Relaxed) == 0;
     let held = host::is_held(HELD.load(Relaxed));
@@ -164,7 +170,7 @@ extern "C" fn idles(id: PluginId, _processor: c_uint) {
             return;
         }
         if translated() > WORTH {
-            look_through(now_is);
+            look_through(now_is, used_now);
             // SAFETY: as at the installation.
             unsafe { qemu_plugin_reset(id, forgotten) };
         }
@@ -172,9 +178,20 @@ extern "C" fn idles(id: PluginId, _processor: c_uint) {
 }
 
 /// Lets go of pages, or leaves it for another time.
-fn look_through(now_is: i64) {
+fn look_through(now_is: i64, used_now: i64) {
     TRIED.store(now_is, Relaxed);
+    TRIED_USED.store(used_now, Relaxed);
     UNSEEN.store(!pages::let_go(MEMORY.load(Relaxed)), Relaxed);
+}
+
+/// As `look_through`, where little was done since it was left for another time.
+fn look_again(now_is: i64, used_now: i64, since_tried: i64) {
+    if used_now - TRIED_USED.load(Relaxed) < since_tried / IDLE_PART {
+        look_through(now_is, used_now);
+    } else {
+        TRIED.store(now_is, Relaxed);
+        TRIED_USED.store(used_now, Relaxed);
+    }
 }
 
 /// Bytes of memory that translated code takes.
@@ -215,8 +232,10 @@ extern "C" fn forgotten(id: PluginId) {
     advise(MADV_DONTNEED);
     // The little that an idle machine executes would take large pages.
     advise(MADV_NOHUGEPAGE);
-    let next = (WINDOW_NOW.load(Relaxed) * 2).min(WINDOW.1 * NANOS);
-    WINDOW_NOW.store(next, Relaxed);
+    // After the first time comes what the guest does about its own memory, once.
+    if FORGOT.swap(true, Relaxed) {
+        WINDOW_NOW.store((WINDOW_NOW.load(Relaxed) * 2).min(WINDOW.1 * NANOS), Relaxed);
+    }
     // SAFETY: the first takes an integer; the second as above, since a reset takes all calls out.
     unsafe {
         malloc_trim(0);

@@ -2,7 +2,8 @@
 //! a device tree that is empty but for its first pages.
 //!
 //! While they are compared nobody writes them. The guest's only processor idles; QEMU's lock is held, which all threads take that write a
-//! machine's memory but those that read disks; and none of these is there (`USUAL` threads are).
+//! machine's memory but those that read disks; and none of these is there (`USUAL` threads are, as QEMU 7.2 has them). The device tree is
+//! written once; where it is, is looked for in memory that others may take away meanwhile, so that is read as a file.
 
 use core::ffi::c_int;
 
@@ -11,13 +12,16 @@ use crate::maps::{self, Mapping};
 
 /// Threads without those that read disks: the main loop, the monitor's, the one that frees what was read, and the processor.
 const USUAL: u32 = 4;
-/// The largest memory of a machine that is looked through, since QEMU does nothing else meanwhile.
+/// The largest memory of a machine that is looked through, and the most pages of it, since QEMU does nothing else meanwhile.
 const MOST: usize = 8 << 30;
+const MOST_PAGES: usize = 32 << 10;
 /// Sizes of a mapping that may hold a device tree, which begins on a page after the allocator's words for it, with a word of its own and
 /// its size (Devicetree Specification, 5.2).
 const WITH_TREE: core::ops::Range<usize> = 1 << 20..16 << 20;
 const TREE_AT: usize = 16;
 const TREE: u32 = 0xd00d_feed;
+/// QEMU's are of this size, whatever is in them.
+const TREE_SIZE: u32 = 1 << 20;
 /// Of what the kernel tells of a page (Documentation/admin-guide/mm/pagemap.rst): it is there, and it is a file's.
 const IS_THERE: u64 = 1 << 63;
 const OF_FILE: u64 = 1 << 61;
@@ -30,7 +34,7 @@ pub fn let_go(memory: c_int) -> bool {
         return false;
     }
     let Some(file) = host::status(memory, c"").map(|file| file.identity()) else { return false };
-    let pages = File::open(c"/proc/self/pagemap");
+    let (pages, memory_of_own) = (File::open(c"/proc/self/pagemap"), File::open(c"/proc/self/mem"));
     maps::each(|mapping| {
         if mapping.is_private() && mapping.file == file && mapping.length() <= MOST {
             let mut below = [0; PAGE];
@@ -40,13 +44,16 @@ pub fn let_go(memory: c_int) -> bool {
                 }
             });
         } else if mapping.is_memory() && WITH_TREE.contains(&mapping.length()) {
-            let mut tree = 0..0;
+            let (mut tree, mut words, mut page) = (0..0, [0_u32; 2], [0_u8; PAGE]);
             each_own(&mapping, &pages, |place| {
-                let word = |at| bytes(place)[at..].first_chunk().map_or(0, |word| u32::from_be_bytes(*word));
-                if word(TREE_AT) == TREE {
-                    tree = place + PAGE..place + word(TREE_AT + 4) as usize;
-                } else if tree.contains(&(place + PAGE - 1)) && *bytes(place) == [0; PAGE] {
-                    again(place);
+                if tree.contains(&(place + PAGE - 1)) {
+                    if memory_of_own.read_at(&mut page, place) && page == [0; PAGE] {
+                        again(place);
+                    }
+                } else if memory_of_own.read_at(&mut words, place + TREE_AT)
+                    && words.map(u32::from_be) == [TREE, TREE_SIZE]
+                {
+                    tree = place + PAGE..place + TREE_SIZE as usize;
                 }
             });
         }
@@ -56,7 +63,7 @@ pub fn let_go(memory: c_int) -> bool {
 
 /// Tells of each page of a mapping that is the process's own.
 fn each_own(mapping: &Mapping, pages: &File, mut tell: impl FnMut(usize)) {
-    let mut told = [0_u64; AT_ONCE];
+    let (mut told, mut left) = ([0_u64; AT_ONCE], MOST_PAGES);
     for at in (mapping.begin..mapping.end).step_by(AT_ONCE * PAGE) {
         let told = &mut told[..((mapping.end - at) / PAGE).min(AT_ONCE)];
         if !pages.read_at(told, at / PAGE * size_of::<u64>()) {
@@ -65,14 +72,18 @@ fn each_own(mapping: &Mapping, pages: &File, mut tell: impl FnMut(usize)) {
         for (number, told) in told.iter().enumerate() {
             if told & (IS_THERE | OF_FILE) == IS_THERE {
                 tell(at + number * PAGE);
+                left -= 1;
+                if left == 0 {
+                    return;
+                }
             }
         }
     }
 }
 
-/// A page that was told of.
+/// A page of the machine's memory.
 fn bytes(place: usize) -> &'static [u8; PAGE] {
-    // SAFETY: it is there, and nobody writes it or takes it away while it is looked at (above).
+    // SAFETY: it is mapped for good, and nobody writes it while it is looked at (above).
     unsafe { &*(place as *const [u8; PAGE]) }
 }
 

@@ -69,7 +69,7 @@ impl Qemu {
         let told = tokio::time::timeout(LIMIT, command.output());
         let (told, tsc_khz, lean, stand_ins) =
             tokio::join!(told, clock::tsc_khz(), Lean::open(&program), library::stand_ins(&program));
-        let (told, stand_ins) = (told??, stand_ins?);
+        let told = told??;
         let version = String::from_utf8_lossy(&told.stdout).lines().next().unwrap_or_default().to_owned();
         if !told.status.success() || !version.starts_with("QEMU emulator version ") {
             return Err(io::Error::other(format!("{} is no QEMU: it says \"{version}\"", program.display())));
@@ -99,6 +99,11 @@ impl Qemu {
     /// processor may be in one: only machines with one processor have it.
     fn lean(&self, shape: Shape) -> Option<&Lean> {
         self.lean.as_ref().filter(|_| self.acceleration == Acceleration::Emulated && shape.cpus == 1)
+    }
+
+    /// Whether its threads are those that the plugin knows, which looks through a machine's memory while none but them is there.
+    fn has_known_threads(&self) -> bool {
+        self.version.starts_with("QEMU emulator version 7.2")
     }
 
     fn jail(&self, machine: &Machine, sent: &[Sent]) -> Jail {

@@ -50,7 +50,12 @@ impl Qmp {
     ) -> io::Result<Value> {
         self.asked += 1;
         let id = self.asked;
-        let mut text = serde_json::to_vec(&json!({ "execute": command, "arguments": arguments, "id": id }))?;
+        let mut order = json!({ "execute": command, "id": id });
+        // QEMU reads byte by byte, with several system calls for each.
+        if arguments != json!({}) {
+            order["arguments"] = arguments;
+        }
+        let mut text = serde_json::to_vec(&order)?;
         text.push(b'\n');
         self.write(&text, descriptor).await?;
         for _ in 0..MOST {

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long a machine is looked at, the first time and at most: what is read again soon is let go of less and less often, and a look
-/// is work itself.
+/// How long a machine is looked at, when it has just done something and at most, for a look is work itself; and how long after files were
+/// let go of others are, the first time and at most: what is read again soon is let go of less and less often.
 const WINDOW: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(640));
 /// Below such a part of its processors' time a machine idles.
 const IDLE_PART: u64 = 20;
@@ -22,23 +22,28 @@ const BREATH: Duration = Duration::from_millis(5);
 /// Lets go of what the processes of this cgroup have read, whenever the machine idles.
 pub async fn let_go_when_idle(cgroup: &Path) -> Infallible {
     let processors = std::thread::available_parallelism().map_or(1, |number| number.get() as u64);
-    let (began, mut window, mut before) = (Instant::now(), WINDOW.0, Times::now(processors));
-    let mut looked_at = 0;
+    let began = Instant::now();
+    let (mut window, mut pause, mut not_before) = (WINDOW.0, WINDOW.0, began);
+    let (mut before, mut looked_at) = (Times::now(processors), 0);
     loop {
         tokio::time::sleep(window).await;
-        let idled = Times::now(processors).idled_since(before);
-        if idled && taken(cgroup).abs_diff(looked_at) > WORTH {
-            let files = fs::read_to_string(cgroup.join("memory.stat"));
-            let files = files.map_or_else(|_| Files::default(), |stat| Files::of(&stat));
-            // What a start took goes, mapped or not: what is used again is mapped again.
-            let bytes = if began.elapsed() < START { files.all } else { files.all.saturating_sub(files.mapped) };
-            if bytes > WORTH {
-                let_go(cgroup, bytes).await;
+        if Times::now(processors).idled_since(before) {
+            let changed = window == WINDOW.1 || taken(cgroup).abs_diff(looked_at) > WORTH;
+            if changed && Instant::now() >= not_before {
+                let files = fs::read_to_string(cgroup.join("memory.stat"));
+                let files = files.map_or_else(|_| Files::default(), |stat| Files::of(&stat));
+                // What a start took goes, mapped or not: what is used again is mapped again.
+                let bytes = if began.elapsed() < START { files.all } else { files.all.saturating_sub(files.mapped) };
+                if bytes > WORTH {
+                    let_go(cgroup, bytes).await;
+                    pause = (pause * 2).min(WINDOW.1);
+                    not_before = Instant::now() + pause;
+                }
+                looked_at = taken(cgroup);
             }
-            looked_at = taken(cgroup);
-        }
-        if idled {
             window = (window * 2).min(WINDOW.1);
+        } else {
+            window = WINDOW.0;
         }
         before = Times::now(processors);
     }
@@ -90,7 +95,7 @@ struct Times {
 }
 
 impl Times {
-    /// `/proc/stat` would tell as much, after a walk through all interrupts that there could be.
+    /// `/proc/stat` would tell more after a walk through all interrupts that there could be: here a disk that is waited for is work.
     fn now(processors: u64) -> Self {
         fs::read_to_string("/proc/uptime").map_or_else(|_| Self::default(), |text| Self::of(&text, processors))
     }

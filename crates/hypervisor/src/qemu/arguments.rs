@@ -78,10 +78,9 @@ pub(super) fn of(qemu: &Qemu, machine: &Machine, sent: &[Sent]) -> Vec<String> {
             add(&["-accel", &format!("tcg,thread=multi,tb-size={TRANSLATED}"), "-cpu", cpu]);
             if let Some(plugin) = opened(Sent::Lean) {
                 let mut plugin = format!("file={plugin}");
-                for (name, what) in [("memory", Sent::Memory), ("held", Sent::Held)] {
-                    if let Some(number) = number(what, sent) {
-                        plugin.push_str(&format!(",{name}={number}"));
-                    }
+                let memory = number(Sent::Memory, sent).filter(|_| qemu.has_known_threads());
+                for (name, number) in [("memory", memory), ("held", number(Sent::Held, sent))] {
+                    plugin.extend(number.map(|number| format!(",{name}={number}")));
                 }
                 add(&["-plugin", &plugin]);
             }

@@ -131,6 +131,7 @@ extern "C" fn resumes(_id: PluginId, _processor: c_uint) {
     if !BEGUN.swap(true, Relaxed) {
         // QEMU asks for them also where it writes next to nothing, and the kernel gives them later.
         maps::each(|mapping| {
+            pages::let_go_of_tree(&mapping);
             if mapping.is_memory() && mapping.length() >= LARGE {
                 // SAFETY: it changes nothing that is read.
                 unsafe { host::advise(mapping.begin, mapping.length(), MADV_NOHUGEPAGE) };

@@ -3,7 +3,8 @@
 //!
 //! While they are compared nobody writes them. The guest's only processor idles; QEMU's lock is held, which all threads take that write a
 //! machine's memory but those that read disks; and none of these is there (`USUAL` threads are, as QEMU 7.2 has them). The device tree is
-//! written once; where it is, is looked for in memory that others may take away meanwhile, so that is read as a file.
+//! written once, before the guest executes anything; it is looked for in memory that is read as a file, since others may take some of
+//! that away meanwhile.
 
 use core::ffi::c_int;
 
@@ -17,7 +18,7 @@ const MOST: usize = 8 << 30;
 const MOST_PAGES: usize = 32 << 10;
 /// Sizes of a mapping that may hold a device tree, which begins on a page after the allocator's words for it, with a word of its own and
 /// its size (Devicetree Specification, 5.2).
-const WITH_TREE: core::ops::Range<usize> = 1 << 20..16 << 20;
+const WITH_TREE: core::ops::Range<usize> = 1 << 20..4 << 20;
 const TREE_AT: usize = 16;
 const TREE: u32 = 0xd00d_feed;
 /// QEMU's are of this size, whatever is in them.
@@ -34,31 +35,35 @@ pub fn let_go(memory: c_int) -> bool {
         return false;
     }
     let Some(file) = host::status(memory, c"").map(|file| file.identity()) else { return false };
-    let (pages, memory_of_own) = (File::open(c"/proc/self/pagemap"), File::open(c"/proc/self/mem"));
+    let (pages, mut below) = (File::open(c"/proc/self/pagemap"), [0; PAGE]);
     maps::each(|mapping| {
         if mapping.is_private() && mapping.file == file && mapping.length() <= MOST {
-            let mut below = [0; PAGE];
             each_own(&mapping, &pages, |place| {
                 if host::read_at(memory, &mut below, mapping.offset + place - mapping.begin) && *bytes(place) == below {
                     again(place);
                 }
             });
-        } else if mapping.is_memory() && WITH_TREE.contains(&mapping.length()) {
-            let (mut tree, mut words, mut page) = (0..0, [0_u32; 2], [0_u8; PAGE]);
-            each_own(&mapping, &pages, |place| {
-                if tree.contains(&(place + PAGE - 1)) {
-                    if memory_of_own.read_at(&mut page, place) && page == [0; PAGE] {
-                        again(place);
-                    }
-                } else if memory_of_own.read_at(&mut words, place + TREE_AT)
-                    && words.map(u32::from_be) == [TREE, TREE_SIZE]
-                {
-                    tree = place + PAGE..place + TREE_SIZE as usize;
-                }
-            });
         }
     });
     true
+}
+
+/// Lets go of the pages of a mapping in which QEMU keeps a device tree and nothing of it, before the guest executes anything.
+pub fn let_go_of_tree(mapping: &Mapping) {
+    if !mapping.is_memory() || !WITH_TREE.contains(&mapping.length()) {
+        return;
+    }
+    let (pages, memory) = (File::open(c"/proc/self/pagemap"), File::open(c"/proc/self/mem"));
+    let (mut tree, mut words, mut page) = (0..0, [0_u32; 2], [0_u8; PAGE]);
+    each_own(mapping, &pages, |place| {
+        if tree.contains(&(place + PAGE - 1)) {
+            if memory.read_at(&mut page, place) && page == [0; PAGE] {
+                again(place);
+            }
+        } else if memory.read_at(&mut words, place + TREE_AT) && words.map(u32::from_be) == [TREE, TREE_SIZE] {
+            tree = place + PAGE..place + TREE_SIZE as usize;
+        }
+    });
 }
 
 /// Tells of each page of a mapping that is the process's own.

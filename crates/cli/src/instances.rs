@@ -194,14 +194,16 @@ pub async fn logs(service: &PoolClient, logs: Logs) -> Result<ExitCode, Failure>
     }
     let instance = service.get(&logs.name).await?;
     let container = one_container(&instance, logs.container)?;
-    let waits = instance.status.containers.iter().find(|known| known.name == container);
-    let reason = waits.and_then(|known| match &known.state {
-        ContainerState::Waiting { reason, message } if known.last_termination.is_none() => Some((reason, message)),
-        _ => None,
-    });
+    let known = instance.status.containers.iter().find(|known| known.name == container);
+    let reason = match known.map(|known| (&known.state, &known.last_termination)) {
+        // Nobody has begun with it yet.
+        None => Some(("ContainerCreating", "")),
+        Some((ContainerState::Waiting { reason, message }, None)) => Some((reason.as_str(), message.as_str())),
+        Some(_) => None,
+    };
     match reason {
         // Soon there will be something to follow.
-        Some((reason, _)) if reason == "ContainerCreating" && logs.follow => {
+        Some(("ContainerCreating", _)) if logs.follow => {
             crate::run::until_started(service, &instance).await?;
         }
         // What the hook says is in the log already.

@@ -32,8 +32,9 @@ pub(crate) fn configuration(config: &Config) -> Result<(), NetworkError> {
 /// No route of the host but the default one and those of interfaces with our `prefix` may share an address with the range:
 /// what it leads to would be out of the host's reach, or instances would be.
 pub(crate) async fn range_is_free(range: Ipv4Net, prefix: &str, links: &Links) -> Result<(), NetworkError> {
-    let routes = links.routes().await?;
+    // Before the routes are listed: one that goes meanwhile, as those of an earlier daemon may, takes its routes with it.
     let own: Vec<_> = Links::with_prefix(prefix).iter().filter_map(|name| if_nametoindex(name.as_str()).ok()).collect();
+    let routes = links.routes().await?;
     let stranger = routes.iter().find(|(net, interface)| {
         let overlaps = net.contains(&range) || range.contains(net);
         overlaps && !interface.is_some_and(|index| own.contains(&index))

@@ -299,14 +299,20 @@ fn no_log(pod: &Pod, instance: Option<&Instance>, container: &str, previous: boo
         _ if ran_before => return None,
         // What the hook says is in the log already.
         Some(ContainerState::Waiting { reason, .. }) if reason == joey_api::hooks::RUNS => return None,
-        Some(ContainerState::Waiting { reason, .. }) => reason,
+        Some(ContainerState::Waiting { reason, .. }) => reason.as_str(),
         Some(_) => return None,
-        None => pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()).find_map(|known| {
-            let waiting = known.state.as_ref()?.waiting.as_ref()?;
-            waiting.reason.as_ref().filter(|_| known.name == container)
-        })?,
+        None => {
+            let statuses =
+                pod.status.as_ref().and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
+            let waiting = statuses.iter().find_map(|known| {
+                let waiting = known.state.as_ref()?.waiting.as_ref()?;
+                waiting.reason.as_deref().filter(|_| known.name == container)
+            });
+            // Nobody has begun with it yet where nothing is said of any.
+            waiting.or_else(|| statuses.is_empty().then_some("ContainerCreating"))?
+        }
     };
-    let why = match reason.as_str() {
+    let why = match reason {
         "ErrImagePull" => "image can't be pulled",
         "ImagePullBackOff" => "trying and failing to pull image",
         reason => reason,

@@ -347,7 +347,7 @@ async fn one_that_idles_gives_back_what_was_translated_and_one_that_is_ready_doe
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), given_back).await.expect("it is given back");
+    tokio::time::timeout(Duration::from_secs(150), given_back).await.expect("it is given back");
     assert!(own_memory(pid) + (10 << 20) < own, "{own} and {}", own_memory(pid));
     // It goes on as before.
     assert_eq!(exec(&agent, &sums).await, before);

@@ -16,7 +16,7 @@ const AT_EMPTY_PATH: c_int = 0x1000;
 const AT_FDCWD: c_int = -100;
 const STATX_NLINK: c_uint = 4;
 const STATX_INO: c_uint = 0x100;
-const NANOS: i64 = 1_000_000_000;
+pub const NANOS: i64 = 1_000_000_000;
 
 #[repr(C)]
 struct Timespec {

@@ -30,8 +30,8 @@ use core::ffi::{CStr, c_char, c_int, c_long, c_uint, c_void};
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use host::{
-    CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, PAGE, PR_SET_THP_DISABLE,
-    PluginId, abort, malloc_trim, mincore, now, prctl, qemu_plugin_register_vcpu_idle_cb,
+    CLOCK_MONOTONIC, CLOCK_PROCESS_CPUTIME_ID, MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, NANOS, PAGE,
+    PR_SET_THP_DISABLE, PluginId, abort, malloc_trim, mincore, now, prctl, qemu_plugin_register_vcpu_idle_cb,
     qemu_plugin_register_vcpu_resume_cb, qemu_plugin_reset,
 };
 
@@ -48,7 +48,6 @@ const KEPT: usize = 64 << 10;
 /// Mappings that may be executed and written are regions of translated code from this size on.
 const REGION: usize = 1 << 20;
 const REGIONS: usize = 64;
-const NANOS: i64 = 1_000_000_000;
 /// Seconds until the pages are looked through that could not be the last time.
 const AGAIN: i64 = 2;
 /// From this size on a mapping may be given large pages.
@@ -157,7 +156,10 @@ extern "C" fn idles(id: PluginId, _processor: c_uint) {
     }
     let used_now = now(CLOCK_PROCESS_CPUTIME_ID);
     if again {
-        look_again(now_is, used_now, since_tried);
+        TRIED.store(now_is, Relaxed);
+        if used_now - TRIED_USED.swap(used_now, Relaxed) < since_tried / IDLE_PART {
+            look_through();
+        }
         return;
     }
     let used = used_now - USED.swap(used_now, Relaxed);
@@ -171,7 +173,9 @@ extern "C" fn idles(id: PluginId, _processor: c_uint) {
             return;
         }
         if translated() > WORTH {
-            look_through(now_is, used_now);
+            TRIED.store(now_is, Relaxed);
+            TRIED_USED.store(used_now, Relaxed);
+            look_through();
             // SAFETY: as at the installation.
             unsafe { qemu_plugin_reset(id, forgotten) };
         }
@@ -179,20 +183,8 @@ extern "C" fn idles(id: PluginId, _processor: c_uint) {
 }
 
 /// Lets go of pages, or leaves it for another time.
-fn look_through(now_is: i64, used_now: i64) {
-    TRIED.store(now_is, Relaxed);
-    TRIED_USED.store(used_now, Relaxed);
+fn look_through() {
     UNSEEN.store(!pages::let_go(MEMORY.load(Relaxed)), Relaxed);
-}
-
-/// As `look_through`, where little was done since it was left for another time.
-fn look_again(now_is: i64, used_now: i64, since_tried: i64) {
-    if used_now - TRIED_USED.load(Relaxed) < since_tried / IDLE_PART {
-        look_through(now_is, used_now);
-    } else {
-        TRIED.store(now_is, Relaxed);
-        TRIED_USED.store(used_now, Relaxed);
-    }
 }
 
 /// Bytes of memory that translated code takes.

@@ -29,12 +29,12 @@ const OF_FILE: u64 = 1 << 61;
 /// Pages that are asked about at once.
 const AT_ONCE: usize = 256;
 
-/// Lets go of the pages of a machine with this memory file, unless somebody could write them meanwhile.
+/// Lets go of the pages of a machine with this memory file, if there is one, unless somebody could write them meanwhile: then it says so.
 pub fn let_go(memory: c_int) -> bool {
+    let Some(file) = host::status(memory, c"").map(|file| file.identity()) else { return true };
     if host::status(0, c"/proc/self/task").is_none_or(|tasks| tasks.links != USUAL + 2) {
         return false;
     }
-    let Some(file) = host::status(memory, c"").map(|file| file.identity()) else { return false };
     let (pages, mut below) = (File::open(c"/proc/self/pagemap"), [0; PAGE]);
     maps::each(|mapping| {
         if mapping.is_private() && mapping.file == file && mapping.length() <= MOST {

@@ -103,7 +103,7 @@ impl Qemu {
 
     /// Whether its threads are those that the plugin knows, which looks through a machine's memory while none but them is there.
     fn has_known_threads(&self) -> bool {
-        self.version.starts_with("QEMU emulator version 7.2")
+        self.version.starts_with("QEMU emulator version 7.2.")
     }
 
     fn jail(&self, machine: &Machine, sent: &[Sent]) -> Jail {

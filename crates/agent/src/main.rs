@@ -3,7 +3,7 @@
 //!
 //! As the first process of a virtual machine it is told the same things over the machine's port ([`guest`]).
 //!
-//! Called as `joey-agent vmm` it starts a machine's monitor, called as `joey-agent give` it gives one what an instance has (`joey_jail`).
+//! Called as `joey-agent jail` it waits until it is to start a machine's monitor, or to give one what an instance has (`joey_jail`).
 //!
 //! Called as `joey-agent inside` it is the first process of a sandbox of gVisor's ([`inside`]).
 //!
@@ -57,14 +57,8 @@ fn main() -> ExitCode {
     if words.next_if(|word| word == "guest-core").is_some() {
         return ended(core_handler::run_in_guest(words));
     }
-    if words.next_if(|word| word == "vmm").is_some() {
-        let message = joey_jail::run();
-        eprintln!("{message}");
-        println!("{message}");
-        return ExitCode::FAILURE;
-    }
-    if words.next_if(|word| word == "give").is_some() {
-        return match joey_jail::give() {
+    if words.next_if(|word| word == "jail").is_some() {
+        return match joey_jail::run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(message) => {
                 println!("{message}");

@@ -13,6 +13,8 @@ use joey_hypervisor::{Jailer, Started, Starter};
 
 const USER: u32 = 0x6a00_1234;
 const MAC: [u8; 6] = [2, 0, 10, 88, 0, 9];
+/// Tests that start any are alone: they look at who waits.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 /// What it sees, and whether it can open the device that interfaces are named by.
 const LOOK: &str = "{ ls /sys/class/net 2>&- || cut -d: -f1 -s /proc/net/dev; ls -l /proc/self/fd/10 2>&-; \
                     (exec 3<>/dev/net/tun) 2>&- && echo opens; } > /run/seen.new; mv /run/seen.new /run/seen; \
@@ -46,6 +48,10 @@ impl Ground {
 
     /// Starts the shell, and reads what it saw.
     async fn look(&self, interface: Interface, has_netns: bool) -> (Started, String) {
+        self.look_by(&Jailer::new(PathBuf::from(env!("CARGO_BIN_EXE_joey-agent"))), interface, has_netns).await
+    }
+
+    async fn look_by(&self, jailer: &Jailer, interface: Interface, has_netns: bool) -> (Started, String) {
         let _ = fs::remove_file(self.dir.join("run/seen"));
         let jail = Jail {
             title: "sh".to_owned(),
@@ -64,8 +70,7 @@ impl Ground {
             args: vec!["-c".to_owned(), LOOK.to_owned()],
             env: Vec::new(),
         };
-        let jailer = Jailer { program: PathBuf::from(env!("CARGO_BIN_EXE_joey-agent")) };
-        let started = jailer.start(&jail, &[], &self.dir.join("errors")).await.unwrap();
+        let started = jailer.start(jail, &[], &self.dir.join("errors")).await.unwrap();
         let until = Instant::now() + Duration::from_secs(20);
         loop {
             if let Ok(seen) = fs::read_to_string(self.dir.join("run/seen")) {
@@ -104,6 +109,7 @@ fn interfaces(seen: &str) -> Vec<&str> {
 
 #[tokio::test]
 async fn the_interface_is_a_descriptor_comes_back_or_has_a_name() {
+    let _alone = ALONE.lock().await;
     let Some(ground) = Ground::new("interface") else { return };
     let (started, seen) = ground.look(Interface::Descriptor, true).await;
     assert!(seen.contains("/dev/net/tun") && started.tap.is_none(), "{seen}");
@@ -127,4 +133,50 @@ async fn the_interface_is_a_descriptor_comes_back_or_has_a_name() {
     let (started, seen) = ground.look(Interface::Named, false).await;
     assert!(interfaces(&seen) == ["tap"] && seen.contains("opens"), "{seen}");
     end(&ground, &started).await;
+}
+
+/// Those of this process's that wait for an order.
+fn waiting() -> Vec<u32> {
+    let tasks = format!("/proc/{}/task", std::process::id());
+    let children = |task: fs::DirEntry| fs::read_to_string(task.path().join("children")).unwrap_or_default();
+    let all: Vec<String> = fs::read_dir(tasks).unwrap().flatten().map(children).collect();
+    let is_called =
+        |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == b"joey-agent\0jail\0");
+    all.iter().flat_map(|line| line.split_whitespace()).filter_map(|pid| pid.parse().ok()).filter(is_called).collect()
+}
+
+async fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(Instant::now() < end, "{what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn one_waits_for_the_next_order_and_ends_with_who_would_give_it() {
+    let _alone = ALONE.lock().await;
+    let Some(ground) = Ground::new("ahead") else { return };
+    until("others wait", || waiting().is_empty().then_some(())).await;
+    let jailer = Jailer::new(PathBuf::from(env!("CARGO_BIN_EXE_joey-agent")));
+    let (started, _) = ground.look_by(&jailer, Interface::Descriptor, true).await;
+    end(&ground, &started).await;
+    let mine = |before: &[u32]| waiting().into_iter().find(|pid| !before.contains(pid));
+    let first = until("none waits", || mine(&[])).await;
+    let (started, _) = ground.look_by(&jailer, Interface::Descriptor, true).await;
+    end(&ground, &started).await;
+    assert!(!waiting().contains(&first), "it had the order");
+    // Without it another one is called.
+    let second = until("none waits", || mine(&[first])).await;
+    assert!(Command::new("kill").args(["-KILL", &second.to_string()]).status().unwrap().success());
+    let has_ended = || fs::read_to_string(format!("/proc/{second}/stat")).map_or(true, |stat| stat.contains(") Z "));
+    until("it does not end", || has_ended().then_some(())).await;
+    let (started, _) = ground.look_by(&jailer, Interface::Descriptor, true).await;
+    end(&ground, &started).await;
+    let third = until("none waits", || mine(&[first, second])).await;
+    drop(jailer);
+    until("it goes on waiting", || (!waiting().contains(&third)).then_some(())).await;
 }

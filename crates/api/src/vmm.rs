@@ -1,6 +1,5 @@
-//! What the program that starts virtual machine monitors is told (`joey-agent vmm`): a message on the socket that is its standard
-//! input, after one for each descriptor that the monitor gets. It makes the jail and becomes the monitor in it; what goes wrong before
-//! that it says on its standard output.
+//! What the program is told that makes jails for virtual machine monitors (`joey-agent jail`): a message on the socket that is its
+//! standard input, after one for each descriptor that goes with it. What goes wrong it says on its standard output.
 
 use std::path::PathBuf;
 
@@ -14,6 +13,16 @@ pub const TAP_NAME: &str = "tap";
 pub const TAP: i32 = 10;
 /// The first of the descriptors that were sent, in the order of their sending.
 pub const SENT: i32 = 11;
+
+/// What is to be done. It waits for one, however long that takes, and ends without one when the socket does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Order {
+    /// Make this jail and become the monitor in it; the descriptors are the monitor's.
+    Start(Box<Jail>),
+    /// Give a machine that runs already what an instance has; the descriptor is the monitor's network namespace.
+    Give(Giving),
+}
 
 /// The jail of one monitor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,8 +58,7 @@ pub struct Jail {
     pub env: Vec<String>,
 }
 
-/// What the program is told that gives a machine which runs already what an instance has (`joey-agent give`): a message on its standard
-/// input, after one with the descriptor of the monitor's network namespace. What goes wrong it says on its standard output.
+/// What a machine that runs already gets from outside of it when it becomes an instance's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Giving {

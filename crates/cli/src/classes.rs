@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use joey_guest::{Guest, Guests};
 use joey_hypervisor::qemu::{self, Qemu};
-use joey_hypervisor::{Acceleration, Boot};
+use joey_hypervisor::{Acceleration, Boot, Jailer};
 use joey_sandbox::{RuncConfig, RundConfig, Runtime, SandboxClass};
 
 use crate::failure::Failure;
@@ -30,7 +30,8 @@ impl Classes {
         let guests = Guests::open(settings.place.file("guests"));
         let guests = guests.map_err(|error| Failure::caused("guests cannot be looked after", &error))?;
         let found = hypervisor(settings, &guests).await;
-        let hypervisor = found.as_ref().map_or_else(|_| Qemu::absent(settings.agent.clone()), Clone::clone);
+        let hypervisor =
+            found.as_ref().map_or_else(|_| Qemu::absent(Jailer::new(settings.agent.clone())), Clone::clone);
         // Asked again for each machine: a guest that is made while this runs is taken up at once.
         let current = move || found.as_ref().map_err(Clone::clone).and_then(|_| current(&guests));
         let (boots, told) = (Arc::new(current), hypervisor.clone());
@@ -104,7 +105,7 @@ fn current(guests: &Guests) -> Result<Guest, String> {
 async fn hypervisor(settings: &HostSettings, guests: &Guests) -> Result<Qemu, String> {
     let program = program("qemu-system-x86_64")
         .ok_or("qemu-system-x86_64 is missing: install Debian's package qemu-system-x86, and start joey again")?;
-    let qemu = Qemu::open(program, settings.agent.clone(), Acceleration::Emulated).await;
+    let qemu = Qemu::open(program, Jailer::new(settings.agent.clone()), Acceleration::Emulated).await;
     let qemu = qemu.map_err(|error| error.to_string())?;
     // Where there is no guest yet, there is nothing to try it with.
     let guest = current(guests).map_err(|why| format!("{why}, and start joey again"))?;

@@ -99,7 +99,7 @@ impl CloudHypervisor {
             bind("template", TEMPLATE, false);
         }
         let descriptors: Vec<BorrowedFd<'_>> = machine.template.iter().map(|template| template.memory()).collect();
-        let started = self.starter.start(&jail, &descriptors, &errors_of(&machine.dir)).await?;
+        let started = self.starter.start(jail, &descriptors, &errors_of(&machine.dir)).await?;
         if machine.network.is_some() && started.tap.is_none() {
             started.process.kill();
             return Err(io::Error::other("the machine's interface did not come back"));

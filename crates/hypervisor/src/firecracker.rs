@@ -86,7 +86,7 @@ impl Firecracker {
         let mut descriptors: Vec<BorrowedFd<'_>> = Vec::new();
         descriptors.extend(machine.template.as_ref().map(|template| template.memory()));
         descriptors.extend(state.as_ref().map(AsFd::as_fd));
-        let started = self.starter.start(&jail, &descriptors, &errors_of(&machine.dir)).await?;
+        let started = self.starter.start(jail, &descriptors, &errors_of(&machine.dir)).await?;
         Ok(Monitor::new(&machine.name, &machine.dir, started.process))
     }
 }

@@ -1,13 +1,14 @@
-//! Starting a monitor in its jail, through the program that makes it (`joey-agent vmm`), and knowing it again: its user and its files.
+//! Starting a monitor in its jail, through the program that makes it (`joey-agent jail`), and knowing it again: its user and its files.
 
-use std::io;
+use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use joey_api::vmm::{Giving, Interface, Jail};
+use joey_api::vmm::{Giving, Interface, Jail, Order};
 use joey_process::Process;
 use nix::cmsg_space;
 use nix::sys::socket::{
@@ -15,6 +16,7 @@ use nix::sys::socket::{
 };
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
+use tokio::process::Child;
 
 /// How long making a jail may take. It takes milliseconds; this bounds a host in trouble.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -30,7 +32,7 @@ const FIRST_USER: u32 = 0x6a00_0000;
 #[async_trait]
 pub trait Starter: Send + Sync {
     /// Starts it in its jail with these descriptors; `errors` gets what is said for people. After an error there is no process.
-    async fn start(&self, jail: &Jail, descriptors: &[BorrowedFd<'_>], errors: &Path) -> io::Result<Started>;
+    async fn start(&self, jail: Jail, descriptors: &[BorrowedFd<'_>], errors: &Path) -> io::Result<Started>;
 }
 
 /// A monitor that was started.
@@ -40,17 +42,119 @@ pub struct Started {
     pub tap: Option<OwnedFd>,
 }
 
-/// The program that makes jails.
+/// The program that makes jails. One of it waits for the next order, so that who gives that one does not wait until it is there.
 #[derive(Debug, Clone)]
 pub struct Jailer {
     /// `joey-agent`
-    pub program: PathBuf,
+    program: PathBuf,
+    waiting: Arc<Mutex<Option<Called>>>,
+}
+
+/// One that waits for an order; it ends with this.
+#[derive(Debug)]
+struct Called {
+    process: Child,
+    orders: OwnedFd,
+    /// What it says for people, and the monitor after it.
+    said: PipeReader,
+}
+
+impl Called {
+    fn new(program: &Path) -> io::Result<Self> {
+        let (orders, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (said, log) = std::io::pipe()?;
+        let mut command = tokio::process::Command::new(program);
+        command.arg0("joey-agent").arg("jail").env_clear();
+        command.stdin(Stdio::from(far)).stdout(Stdio::piped()).stderr(log).kill_on_drop(true);
+        Ok(Self { process: command.spawn()?, orders, said })
+    }
+
+    /// Tells it what is to be done.
+    fn tell(&self, order: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        for descriptor in descriptors {
+            send(self.orders.as_fd(), b"fd", Some(*descriptor))?;
+        }
+        send(self.orders.as_fd(), order, None)
+    }
+}
+
+impl Jailer {
+    pub fn new(program: PathBuf) -> Self {
+        Self { program, waiting: Arc::default() }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<Called>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has an order done, to which these descriptors belong; `errors` gets what is said for people. The socket that it went by.
+    async fn order(&self, order: &Order, descriptors: &[BorrowedFd<'_>], errors: Option<&Path>) -> io::Result<OwnedFd> {
+        let message = serde_json::to_vec(order)?;
+        let waiting = self.waiting().take();
+        let mut called = match waiting {
+            // It may have ended meanwhile.
+            Some(called) if called.tell(&message, descriptors).is_ok() => called,
+            _ => {
+                let called = Called::new(&self.program)?;
+                called.tell(&message, descriptors)?;
+                called
+            }
+        };
+        if let Some(errors) = errors {
+            keep(called.said.into(), errors)?;
+        }
+        let words = async {
+            let mut words = String::new();
+            if let Some(out) = called.process.stdout.take() {
+                out.take(WORDS).read_to_string(&mut words).await?;
+            }
+            called.process.wait().await.map(|status| (words, status))
+        };
+        let told = tokio::time::timeout(LIMIT, words).await;
+        let (words, status) = told.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        self.call_ahead();
+        match words.trim() {
+            "" if status.success() => Ok(called.orders),
+            "" => Err(io::Error::other(format!("who makes jails ended: {status}"))),
+            words => Err(io::Error::other(words.to_owned())),
+        }
+    }
+
+    /// Has one wait for the next order.
+    pub(crate) fn call_ahead(&self) {
+        let jailer = self.clone();
+        tokio::spawn(async move {
+            let is_there = jailer.waiting().is_some();
+            // Where it cannot be called now, whoever has an order calls it.
+            if !is_there && let Ok(called) = Called::new(&jailer.program) {
+                jailer.waiting().replace(called);
+            }
+        });
+    }
+
+    /// Gives a monitor that runs what its machine gets from outside of it.
+    pub(crate) async fn give(&self, giving: Giving, process: &Process) -> io::Result<()> {
+        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", giving.pid))?;
+        // The number was its own when the file was opened if it still is.
+        if !process.is_there() {
+            return Err(io::Error::other("the monitor has ended"));
+        }
+        self.order(&Order::Give(giving), &[namespace.as_fd()], None).await.map(drop)
+    }
 }
 
 #[async_trait]
 impl Starter for Jailer {
-    async fn start(&self, jail: &Jail, descriptors: &[BorrowedFd<'_>], errors: &Path) -> io::Result<Started> {
-        start(&self.program, jail, descriptors, errors).await
+    async fn start(&self, jail: Jail, descriptors: &[BorrowedFd<'_>], errors: &Path) -> io::Result<Started> {
+        let (record, is_returned) =
+            (jail.record.clone(), jail.interface == Interface::Returned && jail.netns.is_some());
+        let orders = self.order(&Order::Start(Box::new(jail)), descriptors, Some(errors)).await?;
+        let process = Process::recorded(&record)?.ok_or_else(|| io::Error::other(last_words(errors)))?;
+        let tap = match is_returned {
+            true => received(orders.as_fd()).inspect_err(|_| process.kill())?,
+            false => None,
+        };
+        Ok(Started { process, tap })
     }
 }
 
@@ -66,69 +170,6 @@ pub(crate) fn errors_of(dir: &Path) -> PathBuf {
 pub(crate) fn user_of(name: &str) -> u32 {
     let hash = Sha256::digest(name);
     FIRST_USER | u32::from_be_bytes([0, hash[0], hash[1], hash[2]])
-}
-
-/// Gives a monitor that runs what its machine gets from outside of it.
-pub(crate) async fn give(starter: &Path, order: &Giving, process: &Process) -> io::Result<()> {
-    let namespace = std::fs::File::open(format!("/proc/{}/ns/net", order.pid))?;
-    // The number was its own when the file was opened if it still is.
-    if !process.is_there() {
-        return Err(io::Error::other("the monitor has ended"));
-    }
-    let message = serde_json::to_vec(order)?;
-    let (near, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    let mut command = tokio::process::Command::new(starter);
-    command.arg0("joey-agent").arg("give").env_clear();
-    command.stdin(Stdio::from(far)).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
-    let child = command.spawn()?;
-    drop(command);
-    send(near.as_fd(), b"fd", Some(namespace.as_fd()))?;
-    send(near.as_fd(), &message, None)?;
-    let told = tokio::time::timeout(LIMIT, child.wait_with_output()).await;
-    let told = told.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    match told.status.success() {
-        true => Ok(()),
-        false => Err(io::Error::other(String::from_utf8_lossy(&told.stdout).trim().to_owned())),
-    }
-}
-
-/// Starts the monitor with these descriptors. `starter` is the program; `errors` gets what both say for people.
-pub(crate) async fn start(
-    starter: &Path,
-    jail: &Jail,
-    descriptors: &[BorrowedFd<'_>],
-    errors: &Path,
-) -> io::Result<Started> {
-    let message = serde_json::to_vec(jail)?;
-    let (near, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    let (said, log) = std::io::pipe()?;
-    keep(said.into(), errors)?;
-    let mut command = tokio::process::Command::new(starter);
-    command.arg0("joey-agent").arg("vmm").env_clear();
-    command.stdin(Stdio::from(far)).stdout(Stdio::piped()).stderr(log).kill_on_drop(true);
-    let mut child = command.spawn()?;
-    drop(command);
-    for descriptor in descriptors {
-        send(near.as_fd(), b"fd", Some(*descriptor))?;
-    }
-    send(near.as_fd(), &message, None)?;
-    let words = async {
-        let mut words = String::new();
-        if let Some(out) = child.stdout.take() {
-            out.take(WORDS).read_to_string(&mut words).await?;
-        }
-        child.wait().await.map(|_| words)
-    };
-    let words = tokio::time::timeout(LIMIT, words).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    if !words.trim().is_empty() {
-        return Err(io::Error::other(words.trim().to_owned()));
-    }
-    let process = Process::recorded(&jail.record)?.ok_or_else(|| io::Error::other(last_words(errors)))?;
-    let tap = match jail.interface == Interface::Returned && jail.netns.is_some() {
-        true => received(near.as_fd()).inspect_err(|_| process.kill())?,
-        false => None,
-    };
-    Ok(Started { process, tap })
 }
 
 /// The descriptor that came back; it was sent before the monitor's process was there.

@@ -17,6 +17,7 @@ mod layout;
 mod monitor;
 pub mod qemu;
 mod qmp;
+mod quiet;
 mod rest;
 mod room;
 mod template;
@@ -37,6 +38,7 @@ pub use error::HypervisorError;
 pub use jail::{Jailer, Started, Starter};
 pub use joey_process::Ended;
 pub use layout::{Part, parts};
+pub use quiet::quiet;
 pub use room::Room;
 pub use template::{Template, remove as remove_template};
 

@@ -26,7 +26,10 @@ use joey_api::vmm::{Bind, Interface, Jail};
 use joey_process::Process;
 
 use crate::jail::{errors_of, record_of, user_of};
-use crate::{Acceleration, DiskKey, Hypervisor, HypervisorError, Machine, Room, Shape, Vm, jail, layout, template};
+use crate::{
+    Acceleration, DiskKey, Hypervisor, HypervisorError, Jailer, Machine, Room, Shape, Starter, Vm, jail, layout,
+    template,
+};
 use arguments::Sent;
 use lean::Lean;
 use library::Library;
@@ -40,13 +43,12 @@ const OVERHEAD_EMULATED: u64 = 128 << 20;
 /// Has GLib give back what it frees (before its version 2.76, which has no other way).
 const FREE_MEMORY: &str = "G_SLICE=always-malloc";
 
-/// The program, and what starts it.
+/// The program, and what starts it in its jail.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     /// `qemu-system-x86_64`
     pub program: PathBuf,
-    /// `joey-agent`
-    pub starter: PathBuf,
+    starter: Jailer,
     pub acceleration: Acceleration,
     /// What the program says of itself.
     version: String,
@@ -63,7 +65,7 @@ pub struct Qemu {
 
 impl Qemu {
     /// Finds out what the program is.
-    pub async fn open(program: PathBuf, starter: PathBuf, acceleration: Acceleration) -> io::Result<Self> {
+    pub async fn open(program: PathBuf, starter: Jailer, acceleration: Acceleration) -> io::Result<Self> {
         let mut command = tokio::process::Command::new(&program);
         command.arg("--version").env_clear().stdin(std::process::Stdio::null()).kill_on_drop(true);
         let told = tokio::time::timeout(LIMIT, command.output());
@@ -74,12 +76,13 @@ impl Qemu {
         if !told.status.success() || !version.starts_with("QEMU emulator version ") {
             return Err(io::Error::other(format!("{} is no QEMU: it says \"{version}\"", program.display())));
         }
+        starter.call_ahead();
         let processor = clock::processor(&std::fs::read_to_string("/proc/cpuinfo")?, tsc_khz);
         Ok(Self { program, starter, acceleration, version, tsc_khz, processor, lean, stand_ins })
     }
 
     /// One that starts nothing, for a host that has none: machines of before are found and ended all the same.
-    pub fn absent(starter: PathBuf) -> Self {
+    pub fn absent(starter: Jailer) -> Self {
         let (program, version, processor) = (PathBuf::from("qemu-system-x86_64"), String::new(), String::new());
         let (acceleration, lean, stand_ins) = (Acceleration::Emulated, None, Vec::new());
         Self { program, starter, acceleration, version, tsc_khz: 0, processor, lean, stand_ins }
@@ -239,13 +242,13 @@ impl Hypervisor for Qemu {
         let sent = sent.into_iter().filter_map(|(what, fd)| Some((what, fd?)));
         let stand_ins = self.stand_ins.iter().map(|(what, library)| (*what, library.descriptor()));
         let (names, descriptors): (Vec<Sent>, Vec<BorrowedFd<'_>>) = sent.chain(stand_ins).unzip();
-        let (made, errors) = (self.jail(&machine, &names), errors_of(&machine.dir));
-        let process = jail::start(&self.starter, &made, &descriptors, &errors).await;
+        let process = self.starter.start(self.jail(&machine, &names), &descriptors, &errors_of(&machine.dir)).await;
         let process = process.map_err(host("start the monitor"))?;
-        let vm = QemuVm::new(&self.starter, machine.name.clone(), machine.dir.clone(), process.process, own);
+        let vm = QemuVm::new(self.starter.clone(), machine.name.clone(), machine.dir.clone(), process.process, own);
         if machine.is_to_be_given() {
             vm.hold(held.into());
         }
+        vm.call();
         let started = vm.begin(arguments::number(Sent::State, &names)).await;
         if started.is_err() {
             vm.kill();
@@ -260,7 +263,7 @@ impl Hypervisor for Qemu {
             operation: "read the record",
             source,
         })?;
-        let vm = |process| QemuVm::new(&self.starter, name.to_owned(), dir.to_owned(), process, None);
+        let vm = |process| QemuVm::new(self.starter.clone(), name.to_owned(), dir.to_owned(), process, None);
         Ok(found.map(|process| Arc::new(vm(process)) as Arc<dyn Vm>))
     }
 }

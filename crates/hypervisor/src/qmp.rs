@@ -19,45 +19,58 @@ const MOST: usize = 10_000;
 /// A client.
 pub(crate) struct Qmp {
     stream: UnixStream,
+    /// What is said before anything else.
+    unsaid: Vec<u8>,
     /// What came after the line that was read last.
     rest: Vec<u8>,
     asked: u64,
 }
 
 impl Qmp {
-    /// Connects; resolves when the monitor is ready for commands.
+    /// Connects. That the monitor greets, and that it is to take commands, is not waited for: what is asked first goes with it.
     pub(crate) async fn connect(path: &Path) -> io::Result<Self> {
-        let mut qmp = Self { stream: joey_rpc::connect_unix(path).await?, rest: Vec::new(), asked: 0 };
-        let greeting = qmp.line().await?;
-        if greeting.get("QMP").is_none() {
-            return Err(io::Error::other("the monitor does not greet"));
-        }
-        qmp.ask("qmp_capabilities", json!({})).await?;
+        let stream = joey_rpc::connect_unix(path).await?;
+        let mut qmp = Self { stream, unsaid: Vec::new(), rest: Vec::new(), asked: 0 };
+        qmp.unsaid = qmp.line_of("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
-    /// Has the monitor execute a command; what it refuses is an error in its words.
-    pub(crate) async fn ask(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
-        self.ask_with(command, arguments, None).await
-    }
-
-    /// The same for a command that takes a descriptor.
-    pub(crate) async fn ask_with(
+    /// Has the monitor execute these, one after the other and not waited for in between; the last one's answer. What it refuses is an
+    /// error in its words. A descriptor goes with the first of them.
+    pub(crate) async fn ask(
         &mut self,
-        command: &str,
-        arguments: Value,
+        orders: Vec<(&str, Value)>,
         descriptor: Option<BorrowedFd<'_>>,
     ) -> io::Result<Value> {
+        let mut text = std::mem::take(&mut self.unsaid);
+        let first = self.asked + 1;
+        let mut names = Vec::new();
+        for (command, arguments) in orders {
+            text.extend(self.line_of(command, arguments)?);
+            names.push(command);
+        }
+        self.write(&text, descriptor).await?;
+        let mut answer = Value::Null;
+        for (id, command) in (first..).zip(names) {
+            answer = self.answer(id, command).await?;
+        }
+        Ok(answer)
+    }
+
+    /// A command as it is sent, with the next number.
+    fn line_of(&mut self, command: &str, arguments: Value) -> io::Result<Vec<u8>> {
         self.asked += 1;
-        let id = self.asked;
-        let mut order = json!({ "execute": command, "id": id });
+        let mut order = json!({ "execute": command, "id": self.asked });
         // QEMU reads byte by byte, with several system calls for each.
         if arguments != json!({}) {
             order["arguments"] = arguments;
         }
         let mut text = serde_json::to_vec(&order)?;
         text.push(b'\n');
-        self.write(&text, descriptor).await?;
+        Ok(text)
+    }
+
+    async fn answer(&mut self, id: u64, command: &str) -> io::Result<Value> {
         for _ in 0..MOST {
             let mut line = self.line().await?;
             if line.get("id").and_then(Value::as_u64) != Some(id) {

@@ -9,13 +9,12 @@ use joey_api::vmm::Giving;
 use joey_kernel::cgroup::Cgroup;
 use joey_kernel::sys;
 
-use crate::{bridge, receive, told};
+use crate::{bridge, told};
 
 /// Does it; comes back with what went wrong.
-pub fn run() -> Result<(), String> {
-    let (order, sent): (Giving, Vec<OwnedFd>) = receive().or_else(told("read what to give"))?;
+pub fn run(order: &Giving, sent: Vec<OwnedFd>) -> Result<(), String> {
     let [namespace] = sent.try_into().map_err(|_| "the monitor's network namespace is missing".to_owned())?;
-    limit_files(&order, &namespace).or_else(told("limit the monitor's files"))?;
+    limit_files(order, &namespace).or_else(told("limit the monitor's files"))?;
     Cgroup::new(&order.cgroup).limit(&order.limits).or_else(told("set the limits"))?;
     match &order.network {
         Some((netns, mac)) => {

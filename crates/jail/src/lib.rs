@@ -2,9 +2,9 @@
 //! its user, in namespaces that hold nothing else, with no right and no way to get one.
 //!
 //! ```text
-//! joey-agent vmm ── tap in the Pod's network namespace ── cgroup ── clone into new namespaces ──► files, user, limits ──► monitor
-//!                                                                        │
-//!                                                           record of who it is, end
+//! joey-agent jail ── order ── tap in the Pod's network namespace ── cgroup ── clone into new namespaces ──► files, user, limits ──► monitor
+//!                                                                                  │
+//!                                                                     record of who it is, end
 //! ```
 
 mod bridge;
@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-use joey_api::vmm::{Bind, Interface, Jail, SENT, TAP};
+use joey_api::vmm::{Bind, Interface, Jail, Order, SENT, TAP};
 use joey_kernel::cgroup::Cgroup;
 use joey_kernel::identity::{self, Identity};
 use joey_kernel::sys;
@@ -36,13 +36,12 @@ const NOSUID: u64 = 2;
 const NODEV: u64 = 4;
 const NOEXEC: u64 = 8;
 
-pub use give::run as give;
-
-/// Becomes the monitor; comes back only with what went wrong.
-pub fn run() -> String {
-    match start() {
-        Ok(never) => match never {},
-        Err(message) => message,
+/// Waits for an order and does it: becomes the monitor, or comes back with what went wrong. Without an order there is nothing to do.
+pub fn run() -> Result<(), String> {
+    let Some((order, sent)) = receive::<Order>().or_else(told("read what to do"))? else { return Ok(()) };
+    match order {
+        Order::Start(jail) => start(&jail, sent).map(|never| match never {}),
+        Order::Give(giving) => give::run(&giving, sent),
     }
 }
 
@@ -52,11 +51,10 @@ fn told<T>(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Result<T, 
     move |error| Err(format!("cannot {what}: {error}"))
 }
 
-fn start() -> Result<Never, String> {
-    let (jail, sent): (Jail, _) = receive().or_else(told("read what to start"))?;
+fn start(jail: &Jail, sent: Vec<OwnedFd>) -> Result<Never, String> {
     sys::setsid().or_else(told("make a session"))?;
     let tap = jail.netns.as_ref().map(|netns| bridge::tap(netns, jail.mac)).transpose();
-    let tap = tap.and_then(|tap| hand_over(&jail, tap)).or_else(told("make the machine's interface"))?;
+    let tap = tap.and_then(|tap| hand_over(jail, tap)).or_else(told("make the machine's interface"))?;
     let cgroup = Cgroup::new(&jail.cgroup);
     cgroup.make().and_then(|()| cgroup.limit(&jail.limits)).or_else(told("make the cgroup"))?;
     let entrance = cgroup.entrance().or_else(told("open the cgroup"))?;
@@ -66,7 +64,7 @@ fn start() -> Result<Never, String> {
     let spaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     let flags = (libc::CLONE_PARENT | spaces) as u64;
     match sys::clone(flags, entrance.as_ref().map(File::as_fd)).or_else(told("make the namespaces"))? {
-        sys::Cloned::Child => become_monitor(&jail, tap, sent),
+        sys::Cloned::Child => become_monitor(jail, tap, sent),
         sys::Cloned::Parent { pid, .. } => {
             let recorded = record(&jail.record, pid);
             if recorded.is_err() {
@@ -97,15 +95,15 @@ fn stay(jail: &Jail) -> io::Result<()> {
     }
 }
 
-/// The descriptors, each with a message of its own, and then what to do.
-fn receive<T: DeserializeOwned>() -> io::Result<(T, Vec<OwnedFd>)> {
+/// The descriptors, each with a message of its own, and then what to do; `None`: nobody wants anything any more.
+fn receive<T: DeserializeOwned>() -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let socket = io::stdin();
     let mut sent = Vec::new();
     loop {
         match sys::receive(socket.as_fd(), LONGEST)? {
             Some((_, Some(fd))) => sent.push(fd),
-            Some((bytes, None)) => return Ok((serde_json::from_slice(&bytes)?, sent)),
-            None => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Some((bytes, None)) => return Ok(Some((serde_json::from_slice(&bytes)?, sent))),
+            None => return Ok(None),
         }
     }
 }

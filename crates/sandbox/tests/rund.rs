@@ -13,7 +13,7 @@ use joey_api::instance::{ExecRequest, LogOptions};
 use joey_collect::Segments;
 use joey_guest::{Guests, Kernel, Request};
 use joey_hypervisor::qemu::Qemu;
-use joey_hypervisor::{Acceleration, Boot};
+use joey_hypervisor::{Acceleration, Boot, Jailer};
 use joey_sandbox::conformance::{self, exec, running, state_where};
 use joey_sandbox::{AgentClient, CreateRequest, Guest, Layer, RundConfig, Sandbox, SandboxClass, rund};
 
@@ -72,7 +72,7 @@ async fn class(dir: &Path, cgroup_root: &str, agent_binary: PathBuf) -> Option<A
         eprintln!("SKIPPED: needs Debian's qemu-system-x86");
         return None;
     }
-    let qemu = Qemu::open(program, agent_binary, Acceleration::Emulated).await.expect("it is a QEMU");
+    let qemu = Qemu::open(program, Jailer::new(agent_binary), Acceleration::Emulated).await.expect("it is a QEMU");
     let config = RundConfig {
         hypervisor: Arc::new(qemu),
         guest: Arc::new(move || Ok(Guest { boot: boot.clone(), nfs_modules: Vec::new() })),

@@ -7,7 +7,7 @@ use super::Qemu;
 use crate::{Acceleration, Machine};
 
 /// Changes with what is below, so that templates of another form are not taken.
-pub(super) const FORM: &str = "5";
+pub(super) const FORM: &str = "6";
 /// Places in the jail.
 pub(super) const KERNEL: &str = "/boot/kernel";
 pub(super) const INITRAMFS: &str = "/boot/initramfs";
@@ -93,7 +93,9 @@ pub(super) fn of(qemu: &Qemu, machine: &Machine, sent: &[Sent]) -> Vec<String> {
     let memory = format!("memory-backend-file,id=memory,size={size},mem-path={place},share={share}");
     add(&["-object", &memory]);
     if copy {
-        add(&["-incoming", "defer"]);
+        // It moved from nowhere. Linux may wait for ever when its interface goes down while it announces where it is (6.12,
+        // `virtnet_close`).
+        add(&["-incoming", "defer", "-global", "migration.announce-rounds=0"]);
     } else {
         add(&["-kernel", KERNEL, "-initrd", INITRAMFS, "-append", &command_line(qemu)]);
     }

@@ -13,13 +13,15 @@ use joey_api::vmm::Giving;
 use joey_process::{Ended, Process};
 use joey_rpc::client::Io;
 use serde_json::{Value, json};
+use tokio::io::DuplexStream;
 use tokio::sync::{Mutex, watch};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{LIMIT, arguments, port_of, qmp_of};
 use crate::jail::errors_of;
 use crate::qmp::Qmp;
 use crate::template::memory_file;
-use crate::{Given, HypervisorError, Vm, jail, layout};
+use crate::{Given, HypervisorError, Jailer, Vm, jail, layout};
 
 /// Between two looks at what takes milliseconds.
 const LOOK: Duration = Duration::from_millis(1);
@@ -39,8 +41,7 @@ struct Place {
 
 pub(super) struct QemuVm {
     place: std::sync::Mutex<Place>,
-    /// The program that makes jails.
-    starter: PathBuf,
+    starter: Jailer,
     pid: u32,
     process: std::sync::Arc<Process>,
     gone: watch::Receiver<Option<Option<Ended>>>,
@@ -50,11 +51,13 @@ pub(super) struct QemuVm {
     memory: Option<OwnedFd>,
     /// As long as it is open, the monitor keeps what it translated: the machine is ready for somebody.
     held: std::sync::Mutex<Option<OwnedFd>>,
+    /// What [`Vm::connect`] resolves with first.
+    calling: std::sync::Mutex<Option<AbortOnDropHandle<io::Result<DuplexStream>>>>,
 }
 
 impl QemuVm {
     /// Watches the process until it has ended, and reaps it where it is this process's child.
-    pub(super) fn new(starter: &Path, name: String, dir: PathBuf, process: Process, memory: Option<OwnedFd>) -> Self {
+    pub(super) fn new(starter: Jailer, name: String, dir: PathBuf, process: Process, memory: Option<OwnedFd>) -> Self {
         let (gone, seen) = watch::channel(None);
         let process = std::sync::Arc::new(process);
         let watched = process.clone();
@@ -62,9 +65,9 @@ impl QemuVm {
             watched.ended().await;
             gone.send_replace(Some(watched.reap()));
         });
-        let (place, starter) = (std::sync::Mutex::new(Place { name, dir }), starter.to_owned());
-        let held = std::sync::Mutex::default();
-        Self { place, starter, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory, held }
+        let place = std::sync::Mutex::new(Place { name, dir });
+        let (held, calling) = (std::sync::Mutex::default(), std::sync::Mutex::default());
+        Self { place, starter, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory, held, calling }
     }
 
     /// Nobody's, for as long as this is open.
@@ -104,16 +107,15 @@ impl QemuVm {
         }
     }
 
-    /// Asks the monitor; an answer that does not come is the monitor's failure.
     async fn ask(&self, operation: &'static str, command: &str, arguments: Value) -> Result<Value, HypervisorError> {
-        self.ask_with(operation, command, arguments, None).await
+        self.ask_all(operation, vec![(command, arguments)], None).await
     }
 
-    async fn ask_with(
+    /// Asks the monitor, and does not wait in between; an answer that does not come is the monitor's failure.
+    async fn ask_all(
         &self,
         operation: &'static str,
-        command: &str,
-        arguments: Value,
+        orders: Vec<(&str, Value)>,
         descriptor: Option<&OwnedFd>,
     ) -> Result<Value, HypervisorError> {
         let mut slot = self.qmp.lock().await;
@@ -124,7 +126,7 @@ impl QemuVm {
                 Some(qmp) => qmp,
                 None => Qmp::connect(&qmp_of(&self.dir())).await?,
             };
-            let answer = qmp.ask_with(command, arguments, descriptor.map(AsFd::as_fd)).await;
+            let answer = qmp.ask(orders, descriptor.map(AsFd::as_fd)).await;
             Ok::<_, io::Error>((qmp, answer))
         };
         let mut gone = self.gone.clone();
@@ -147,24 +149,19 @@ impl QemuVm {
         let Some(state) = state else {
             return self.ask("start", "query-status", json!({})).await.map(drop);
         };
-        self.share_memory().await?;
-        // It moved from nowhere. Linux may wait for ever when its interface goes down while it announces where it is (6.12,
-        // `virtnet_close`).
-        self.ask("copy the template", "migrate-set-parameters", json!({ "announce-rounds": 0 })).await?;
-        let uri = format!("fd:{state}");
-        self.ask("copy the template", "migrate-incoming", json!({ "uri": uri })).await?;
+        let operation = "copy the template";
+        let orders = vec![share_memory(), ("migrate-incoming", json!({ "uri": format!("fd:{state}") }))];
+        self.ask_all(operation, orders, None).await?;
         let running = async {
             loop {
-                let status = self.ask("copy the template", "query-status", json!({})).await?;
+                // As the one that it is a copy of did when it was saved, it runs by itself.
+                let status = self.ask(operation, "query-status", json!({})).await?;
                 match status.get("status").and_then(Value::as_str) {
                     Some("running") => return Ok(()),
                     Some("inmigrate") => tokio::time::sleep(LOOK).await,
-                    // As the one that it is a copy of was when it was saved.
-                    Some("paused") => self.ask("copy the template", "cont", json!({})).await.map(drop)?,
                     status => {
                         let message = format!("the machine is {}", status.unwrap_or("in no state"));
-                        let (machine, operation) = (self.name(), "copy the template");
-                        return Err(HypervisorError::Monitor { machine, operation, message });
+                        return Err(HypervisorError::Monitor { machine: self.name(), operation, message });
                     }
                 }
             }
@@ -173,17 +170,17 @@ impl QemuVm {
         tokio::time::timeout(LIMIT, running).await.map_err(silent)?
     }
 
-    /// The memory is not part of the state: it is there.
-    async fn share_memory(&self) -> Result<(), HypervisorError> {
-        let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
-        self.ask("share the memory", "migrate-set-capabilities", capabilities).await.map(drop)
+    /// Calls the agent, which hears it as soon as it is there.
+    pub(super) fn call(&self) {
+        let calling = AbortOnDropHandle::new(tokio::spawn(called(port_of(&self.dir()))));
+        self.calling.lock().unwrap_or_else(PoisonError::into_inner).replace(calling);
     }
 
     /// Gives the monitor a file that it cannot find by itself; what it is called there.
     async fn pass(&self, file: &Path, writable: bool) -> Result<String, HypervisorError> {
         let operation = INSERT;
         let file = File::options().read(true).write(writable).open(file).map_err(self.host(operation))?;
-        let answer = self.ask_with(operation, "add-fd", json!({}), Some(&file.into())).await?;
+        let answer = self.ask_all(operation, vec![("add-fd", json!({}))], Some(&file.into())).await?;
         let number = answer.get("fdset-id").and_then(Value::as_i64).unwrap_or(-1);
         Ok(format!("/dev/fdset/{number}"))
     }
@@ -198,10 +195,13 @@ impl QemuVm {
 
     async fn state_into(&self, state: &OwnedFd) -> Result<(), HypervisorError> {
         let operation = "save the template";
-        self.share_memory().await?;
-        self.ask(operation, "stop", json!({})).await?;
-        self.ask_with(operation, "getfd", json!({ "fdname": "state" }), Some(state)).await?;
-        self.ask(operation, "migrate", json!({ "uri": "fd:state" })).await?;
+        let orders = vec![
+            ("getfd", json!({ "fdname": "state" })),
+            share_memory(),
+            // It runs until it is saved, so that its copies run when they are there.
+            ("migrate", json!({ "uri": "fd:state" })),
+        ];
+        self.ask_all(operation, orders, Some(state)).await?;
         loop {
             let told = self.ask(operation, "query-migrate", json!({})).await?;
             match told.get("status").and_then(Value::as_str) {
@@ -217,11 +217,26 @@ impl QemuVm {
     }
 }
 
+/// The memory is not part of the state: it is there.
+fn share_memory() -> (&'static str, Value) {
+    let capabilities = json!([{ "capability": "x-ignore-shared", "state": true }]);
+    ("migrate-set-capabilities", json!({ "capabilities": capabilities }))
+}
+
+/// A connection with the agent, when it has answered.
+async fn called(port: PathBuf) -> io::Result<DuplexStream> {
+    joey_rpc::port::call(joey_rpc::connect_unix(&port).await?).await
+}
+
 #[async_trait]
 impl Vm for QemuVm {
     async fn connect(&self) -> io::Result<Box<dyn Io>> {
-        let stream = joey_rpc::connect_unix(&port_of(&self.dir())).await?;
-        Ok(Box::new(joey_rpc::port::call(stream).await?))
+        let calling = self.calling.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let connection = match calling {
+            Some(calling) => calling.await.map_err(io::Error::other)??,
+            None => called(port_of(&self.dir())).await?,
+        };
+        Ok(Box::new(connection))
     }
 
     async fn insert(&self, slot: u32, files: Vec<PathBuf>) -> Result<(), HypervisorError> {
@@ -256,7 +271,7 @@ impl Vm for QemuVm {
             let (cgroup, limits) = (given.cgroup, given.limits);
             let network = given.network.map(|network| (network.netns, network.mac));
             let order = Giving { pid: self.pid, cgroup, limits, longest_file, network };
-            jail::give(&self.starter, &order, &self.process).await.map_err(self.host("give the network"))
+            self.starter.give(order, &self.process).await.map_err(self.host("give the network"))
         };
         tokio::try_join!(own, outside)?;
         self.held().take();

@@ -215,7 +215,7 @@ fn inside(mut stream: UnixStream) {
 
 #[async_trait]
 impl Starter for Stage {
-    async fn start(&self, jail: &Jail, descriptors: &[BorrowedFd<'_>], errors: &Path) -> io::Result<Started> {
+    async fn start(&self, jail: Jail, descriptors: &[BorrowedFd<'_>], errors: &Path) -> io::Result<Started> {
         for bind in &jail.files {
             assert!(bind.from.exists() && bind.to.is_absolute(), "{bind:?}");
         }

@@ -16,6 +16,8 @@ use super::{RundConfig, clear, client, rehearse};
 
 /// How long a machine may take to boot.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long it may be at work after that: what it removed is gone by and by.
+const QUIET: Duration = Duration::from_secs(5);
 /// Copies that fail one after another, after which another template is made: one may have failed for want of a processor.
 const FAILED: u32 = 3;
 
@@ -210,6 +212,12 @@ impl Templates {
             booted.map_err(|_| "the machine does not boot".to_owned())?.map(drop).map_err(|error| error.to_string())?;
             if rehearses {
                 rehearse(&client(&vm, &name)).await?;
+            }
+            if !joey_hypervisor::quiet(vm.pid(), QUIET).await {
+                tracing::debug!(
+                    name,
+                    "a template is saved while it is at work, which each of its copies then goes on with"
+                );
             }
             self.hypervisor.save(vm).await.map_err(|error| error.to_string())
         };

@@ -1,10 +1,10 @@
 //! How a monitor comes by its machine's interface: the real jail, with a shell in the place of the monitor.
 
 use std::fs::{self, DirBuilder};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use joey_api::instance::Resources;
@@ -71,15 +71,10 @@ impl Ground {
             env: Vec::new(),
         };
         let started = jailer.start(jail, &[], &self.dir.join("errors")).await.unwrap();
-        let until = Instant::now() + Duration::from_secs(20);
-        loop {
-            if let Ok(seen) = fs::read_to_string(self.dir.join("run/seen")) {
-                return (started, seen);
-            }
-            let errors = fs::read_to_string(self.dir.join("errors")).unwrap_or_default();
-            assert!(Instant::now() < until, "it sees nothing: {errors}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let errors = || fs::read_to_string(self.dir.join("errors")).unwrap_or_default();
+        let look = || fs::read_to_string(self.dir.join("run/seen")).ok();
+        let seen = until(|| format!("it sees nothing: {}", errors()), look).await;
+        (started, seen)
     }
 }
 
@@ -145,13 +140,13 @@ fn waiting() -> Vec<u32> {
     all.iter().flat_map(|line| line.split_whitespace()).filter_map(|pid| pid.parse().ok()).filter(is_called).collect()
 }
 
-async fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+async fn until<T>(wrong: impl Fn() -> String, mut found: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + Duration::from_secs(20);
     loop {
         if let Some(found) = found() {
             return found;
         }
-        assert!(Instant::now() < end, "{what}");
+        assert!(Instant::now() < end, "{}", wrong());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -160,23 +155,34 @@ async fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
 async fn one_waits_for_the_next_order_and_ends_with_who_would_give_it() {
     let _alone = ALONE.lock().await;
     let Some(ground) = Ground::new("ahead") else { return };
-    until("others wait", || waiting().is_empty().then_some(())).await;
+    until(|| "others wait".to_owned(), || waiting().is_empty().then_some(())).await;
     let jailer = Jailer::new(PathBuf::from(env!("CARGO_BIN_EXE_joey-agent")));
     let (started, _) = ground.look_by(&jailer, Interface::Descriptor, true).await;
     end(&ground, &started).await;
     let mine = |before: &[u32]| waiting().into_iter().find(|pid| !before.contains(pid));
-    let first = until("none waits", || mine(&[])).await;
+    let first = until(|| "none waits".to_owned(), || mine(&[])).await;
     let (started, _) = ground.look_by(&jailer, Interface::Descriptor, true).await;
     end(&ground, &started).await;
     assert!(!waiting().contains(&first), "it had the order");
     // Without it another one is called.
-    let second = until("none waits", || mine(&[first])).await;
+    let second = until(|| "none waits".to_owned(), || mine(&[first])).await;
     assert!(Command::new("kill").args(["-KILL", &second.to_string()]).status().unwrap().success());
     let has_ended = || fs::read_to_string(format!("/proc/{second}/stat")).map_or(true, |stat| stat.contains(") Z "));
-    until("it does not end", || has_ended().then_some(())).await;
+    until(|| "it does not end".to_owned(), || has_ended().then_some(())).await;
     let (started, _) = ground.look_by(&jailer, Interface::Descriptor, true).await;
     end(&ground, &started).await;
-    let third = until("none waits", || mine(&[first, second])).await;
+    let third = until(|| "none waits".to_owned(), || mine(&[first, second])).await;
     drop(jailer);
-    until("it goes on waiting", || (!waiting().contains(&third)).then_some(())).await;
+    until(|| "it goes on waiting".to_owned(), || (!waiting().contains(&third)).then_some(())).await;
+}
+
+#[test]
+fn without_anybody_to_give_an_order_it_ends() {
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut waits = Command::new("timeout");
+    waits.args(["20", env!("CARGO_BIN_EXE_joey-agent"), "jail"]).stdin(OwnedFd::from(far)).stdout(Stdio::piped());
+    let waits = waits.spawn().unwrap();
+    drop(near);
+    let output = waits.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
 }

@@ -1,5 +1,6 @@
 //! Starting a monitor in its jail, through the program that makes it (`joey-agent jail`), and knowing it again: its user and its files.
 
+use std::fs::File;
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ use tokio::process::Child;
 
 /// How long making a jail may take. It takes milliseconds; this bounds a host in trouble.
 const LIMIT: Duration = Duration::from_secs(20);
+/// How long a start has the processors before the next one is prepared for.
+const AFTER: Duration = Duration::from_millis(300);
 /// Bytes of what is told when it fails.
 const WORDS: u64 = 4096;
 /// Bytes that are kept of what a monitor says for people.
@@ -89,7 +92,7 @@ impl Jailer {
 
     /// Has an order done, to which these descriptors belong; `errors` gets what is said for people. The socket that it went by.
     async fn order(&self, order: &Order, descriptors: &[BorrowedFd<'_>], errors: Option<&Path>) -> io::Result<OwnedFd> {
-        let message = serde_json::to_vec(order)?;
+        let (message, log) = (serde_json::to_vec(order)?, errors.map(log).transpose()?);
         let waiting = self.waiting().take();
         let mut called = match waiting {
             // It may have ended meanwhile.
@@ -100,8 +103,8 @@ impl Jailer {
                 called
             }
         };
-        if let Some(errors) = errors {
-            keep(called.said.into(), errors)?;
+        if let Some(log) = log {
+            keep(called.said.into(), log)?;
         }
         let words = async {
             let mut words = String::new();
@@ -120,10 +123,11 @@ impl Jailer {
         }
     }
 
-    /// Has one wait for the next order.
+    /// Has one wait for the next order, when the processors have done what the last one was about.
     pub(crate) fn call_ahead(&self) {
         let jailer = self.clone();
         tokio::spawn(async move {
+            tokio::time::sleep(AFTER).await;
             let is_there = jailer.waiting().is_some();
             // Where it cannot be called now, whoever has an order calls it.
             if !is_there && let Ok(called) = Called::new(&jailer.program) {
@@ -134,7 +138,7 @@ impl Jailer {
 
     /// Gives a monitor that runs what its machine gets from outside of it.
     pub(crate) async fn give(&self, giving: Giving, process: &Process) -> io::Result<()> {
-        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", giving.pid))?;
+        let namespace = File::open(format!("/proc/{}/ns/net", giving.pid))?;
         // The number was its own when the file was opened if it still is.
         if !process.is_there() {
             return Err(io::Error::other("the monitor has ended"));
@@ -148,7 +152,12 @@ impl Starter for Jailer {
     async fn start(&self, jail: Jail, descriptors: &[BorrowedFd<'_>], errors: &Path) -> io::Result<Started> {
         let (record, is_returned) =
             (jail.record.clone(), jail.interface == Interface::Returned && jail.netns.is_some());
-        let orders = self.order(&Order::Start(Box::new(jail)), descriptors, Some(errors)).await?;
+        let orders = self.order(&Order::Start(Box::new(jail)), descriptors, Some(errors)).await.inspect_err(|_| {
+            // Who was to start it may have ended right after that.
+            if let Ok(Some(process)) = Process::recorded(&record) {
+                process.kill();
+            }
+        })?;
         let process = Process::recorded(&record)?.ok_or_else(|| io::Error::other(last_words(errors)))?;
         let tap = match is_returned {
             true => received(orders.as_fd()).inspect_err(|_| process.kill())?,
@@ -186,10 +195,14 @@ fn received(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
     Ok(descriptor.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) }))
 }
 
-/// Keeps the first of what is said, and lets the rest go: who says it may be hostile. A monitor goes on when nobody listens any more.
-fn keep(said: OwnedFd, errors: &Path) -> io::Result<()> {
+/// Where what is said is kept.
+fn log(errors: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    let mut log = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(errors)?;
+    File::options().create(true).append(true).mode(0o600).open(errors)
+}
+
+/// Keeps the first of what is said, and lets the rest go: who says it may be hostile. A monitor goes on when nobody listens any more.
+fn keep(said: OwnedFd, mut log: File) -> io::Result<()> {
     let mut said = tokio::net::unix::pipe::Receiver::from_owned_fd(said)?;
     tokio::spawn(async move {
         let (mut buffer, mut left) = (vec![0; 1024], KEPT);

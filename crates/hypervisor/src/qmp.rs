@@ -36,7 +36,7 @@ impl Qmp {
     }
 
     /// Has the monitor execute these, one after the other and not waited for in between; the last one's answer. What it refuses is an
-    /// error in its words. A descriptor goes with the first of them.
+    /// error in its words. A descriptor goes with the first line, and is there until the next one comes.
     pub(crate) async fn ask(
         &mut self,
         orders: Vec<(&str, Value)>,

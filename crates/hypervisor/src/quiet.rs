@@ -16,9 +16,9 @@ pub async fn quiet(pid: u32, limit: Duration) -> bool {
         loop {
             tokio::time::sleep(WINDOW).await;
             let now = wanted(Path::new(&format!("/proc/{pid}/task")));
-            if let (Some(before), Some(now)) = (before, now)
-                && now.saturating_sub(before) < WINDOW / PART
-            {
+            // What has ended meanwhile took its part of the sum with it.
+            let passed = before.zip(now).and_then(|(before, now)| now.checked_sub(before));
+            if passed.is_some_and(|passed| passed < WINDOW / PART) {
                 return;
             }
             before = now;
@@ -28,11 +28,16 @@ pub async fn quiet(pid: u32, limit: Duration) -> bool {
 }
 
 /// How long the threads that there are have run, and waited for a processor (sched-stats.rst in the kernel's documentation); `None` where
-/// that is not known.
+/// that is not known, or while one of them runs or waits (proc(5), field 3 of stat): it waits for longer than is counted yet.
 fn wanted(threads: &Path) -> Option<Duration> {
     let mut sum = 0;
     for thread in std::fs::read_dir(threads).ok()? {
-        let told = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+        let thread = thread.ok()?.path();
+        let stat = std::fs::read_to_string(thread.join("stat")).ok()?;
+        let told = std::fs::read_to_string(thread.join("schedstat")).ok()?;
+        if stat.rsplit_once(") ")?.1.starts_with('R') {
+            return None;
+        }
         let mut numbers = told.split_whitespace().map(str::parse::<u64>);
         sum += numbers.next()?.ok()? + numbers.next()?.ok()?;
     }

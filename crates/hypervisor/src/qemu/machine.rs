@@ -136,7 +136,8 @@ impl QemuVm {
         };
         match asked {
             Ok(Ok((qmp, answer))) => {
-                *slot = Some(qmp);
+                // What failed may have left answers behind that nobody reads.
+                *slot = answer.is_ok().then_some(qmp);
                 answer.map_err(self.failed(operation))
             }
             Ok(Err(error)) => Err(self.failed(operation)(error)),
@@ -195,13 +196,10 @@ impl QemuVm {
 
     async fn state_into(&self, state: &OwnedFd) -> Result<(), HypervisorError> {
         let operation = "save the template";
-        let orders = vec![
-            ("getfd", json!({ "fdname": "state" })),
-            share_memory(),
-            // It runs until it is saved, so that its copies run when they are there.
-            ("migrate", json!({ "uri": "fd:state" })),
-        ];
+        let orders = vec![("getfd", json!({ "fdname": "state" })), share_memory()];
         self.ask_all(operation, orders, Some(state)).await?;
+        // It runs until it is saved, so that its copies run when they are there.
+        self.ask(operation, "migrate", json!({ "uri": "fd:state" })).await?;
         loop {
             let told = self.ask(operation, "query-migrate", json!({})).await?;
             match told.get("status").and_then(Value::as_str) {

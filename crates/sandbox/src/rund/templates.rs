@@ -17,7 +17,7 @@ use super::{RundConfig, clear, client, rehearse};
 /// How long a machine may take to boot.
 const LIMIT: Duration = Duration::from_secs(60);
 /// How long it may be at work after that: what it removed is gone by and by.
-const QUIET: Duration = Duration::from_secs(5);
+const QUIET: Duration = Duration::from_secs(15);
 /// Copies that fail one after another, after which another template is made: one may have failed for want of a processor.
 const FAILED: u32 = 3;
 
@@ -213,11 +213,12 @@ impl Templates {
             if rehearses {
                 rehearse(&client(&vm, &name)).await?;
             }
-            if !joey_hypervisor::quiet(vm.pid(), QUIET).await {
-                tracing::debug!(
-                    name,
-                    "a template is saved while it is at work, which each of its copies then goes on with"
-                );
+            let quiet = tokio::select! {
+                quiet = joey_hypervisor::quiet(vm.pid(), QUIET) => quiet,
+                _ = vm.ended() => return Err("the machine ended".to_owned()),
+            };
+            if !quiet {
+                tracing::info!(name, "a template is saved while it is at work, which each of its copies goes on with");
             }
             self.hypervisor.save(vm).await.map_err(|error| error.to_string())
         };

@@ -118,7 +118,7 @@ impl Jailer {
         self.call_ahead();
         match words.trim() {
             "" if status.success() => Ok(called.orders),
-            "" => Err(io::Error::other(format!("who makes jails ended: {status}"))),
+            "" => Err(io::Error::other(format!("the program that makes jails ended: {status}"))),
             words => Err(io::Error::other(words.to_owned())),
         }
     }

@@ -9,7 +9,7 @@ const WINDOW: Duration = Duration::from_millis(250);
 /// What part of that is nothing: one that idles, emulated, takes 1 % of a processor.
 const PART: u32 = 25;
 
-/// Resolves when the process has wanted no processor for a while, or after `limit`; false: it wanted one all the time.
+/// Resolves when the process has wanted no processor for a while, or after `limit`; false: it wanted one all the time, or that is not known.
 pub async fn quiet(pid: u32, limit: Duration) -> bool {
     let quiet = async {
         let mut before = wanted(Path::new(&format!("/proc/{pid}/task")));

@@ -39,6 +39,9 @@ struct Place {
     dir: PathBuf,
 }
 
+/// A call that the agent has not answered yet; it ends with this.
+type Calling = AbortOnDropHandle<io::Result<DuplexStream>>;
+
 pub(super) struct QemuVm {
     place: std::sync::Mutex<Place>,
     starter: Jailer,
@@ -52,7 +55,7 @@ pub(super) struct QemuVm {
     /// As long as it is open, the monitor keeps what it translated: the machine is ready for somebody.
     held: std::sync::Mutex<Option<OwnedFd>>,
     /// What [`Vm::connect`] resolves with first.
-    calling: std::sync::Mutex<Option<AbortOnDropHandle<io::Result<DuplexStream>>>>,
+    calling: std::sync::Mutex<Option<Calling>>,
 }
 
 impl QemuVm {
@@ -77,6 +80,10 @@ impl QemuVm {
 
     fn held(&self) -> MutexGuard<'_, Option<OwnedFd>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn calling(&self) -> MutexGuard<'_, Option<Calling>> {
+        self.calling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn place(&self) -> MutexGuard<'_, Place> {
@@ -174,7 +181,7 @@ impl QemuVm {
     /// Calls the agent, which hears it as soon as it is there.
     pub(super) fn call(&self) {
         let calling = AbortOnDropHandle::new(tokio::spawn(called(port_of(&self.dir()))));
-        self.calling.lock().unwrap_or_else(PoisonError::into_inner).replace(calling);
+        self.calling().replace(calling);
     }
 
     /// Gives the monitor a file that it cannot find by itself; what it is called there.
@@ -229,7 +236,7 @@ async fn called(port: PathBuf) -> io::Result<DuplexStream> {
 #[async_trait]
 impl Vm for QemuVm {
     async fn connect(&self) -> io::Result<Box<dyn Io>> {
-        let calling = self.calling.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let calling = self.calling().take();
         let connection = match calling {
             Some(calling) => calling.await.map_err(io::Error::other)??,
             None => called(port_of(&self.dir())).await?,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Start times, first answers and memory of each sandbox class on this machine, with the same image in one run; then a hundred machines at
 # once. Writes one JSON file to benches/results/ and prints the figures. COUNT sets how many Pods each class starts, two seconds apart.
-# Memory is that of Pods that have idled for 45 s and, the hundred, for a minute. Then COPIES machines that nobody kept ready, each the
-# first one of a new `joey up`, two seconds after that has answered.
+# Memory is that of Pods that have idled for 45 s and, the hundred, for a minute. Then COPIES machines that nobody kept ready: each is the
+# first one of a new `joey up`, two seconds after that has answered, so that its monitor has begun and nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/start-joey.sh
@@ -48,9 +48,10 @@ if [ -n "$guests" ]; then
         start_joey "$joey" "$work"
         sleep 2
         "$joey" run --data-dir "$work/joey" --class rund --name "copy$number" "$image" >/dev/null
-        # Milliseconds from the first process of the monitor's jail.
+        # Milliseconds until the agent answers; a machine that was kept ready is no copy, and left out.
         "$joey" describe --data-dir "$work/joey" -o json "copy$number" |
-            jq '.status.timings // {} | select(has("sandbox.copy") and has("sandbox.answer")) | (."sandbox.copy" + ."sandbox.answer") / 1000' >>"$work/answers"
+            jq '.status.timings // {} | select(has("sandbox.copy") and has("sandbox.give")) |
+                [."sandbox.copy", ."sandbox.files", ."sandbox.give", ."sandbox.answer"] | add / 1000' >>"$work/answers"
         "$joey" rm --data-dir "$work/joey" --grace 0 "copy$number" >/dev/null
     done
 fi

@@ -1,5 +1,5 @@
 //! Class `rund` on the whole system: Pods in virtual machines, as users see them. What a class must do in all is the conformance suite's
-//! (`crates/sandbox/tests/rund.rs`).
+//! (`crates/sandbox/tests/rund/main.rs`).
 
 use std::time::Instant;
 

@@ -12,6 +12,7 @@ use joey_instance::Engine;
 use joey_model::Fault;
 use joey_network::Networks;
 use joey_pool::Pool;
+use joey_sandbox::SandboxClass;
 use joey_store::Store;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
@@ -81,6 +82,7 @@ pub struct HostRole {
     pub images: Images,
     pub network: Arc<Networks>,
     pub machines: Machines,
+    classes: Vec<Arc<dyn SandboxClass>>,
 }
 
 impl HostRole {
@@ -110,11 +112,12 @@ impl HostRole {
         crashes(settings)?;
         let recovered = engine.recover().await?;
         tracing::info!(?recovered, "host is open");
-        Ok(Self { engine, images, network, machines: classes.machines })
+        Ok(Self { engine, images, network, machines: classes.machines, classes: classes.all })
     }
 
-    /// The pool over this host.
+    /// The pool over this host, which makes sandboxes from now on.
     pub async fn pool(&self, settings: &HostSettings, store: Arc<dyn Store>) -> Result<Arc<Pool>, Failure> {
+        self.classes.iter().for_each(|class| class.prepare());
         let host = LocalHost {
             engine: self.engine.clone(),
             images: self.images.clone(),

@@ -101,6 +101,9 @@ pub struct Machine {
     pub network: Option<Network>,
     /// Whether it is to be a template: it boots, and what it has is in the place of what its copies will have.
     pub to_be_saved: bool,
+    /// Whether it waits with what it copies until it is to go on ([`Vm::go_on`]): its monitor has begun and takes memory for itself alone.
+    /// Where machines can be given what makes them an instance's ([`Hypervisor::gives`]).
+    pub waits: bool,
     /// Bytes of the longest disk that it is given while it runs ([`Vm::give`]); none where it has what it is for from the start.
     pub longest_disk: u64,
 }
@@ -121,6 +124,7 @@ impl Machine {
             layers: BTreeMap::new(),
             network: None,
             to_be_saved: false,
+            waits: false,
             longest_disk: 0,
         }
     }
@@ -175,14 +179,13 @@ pub trait Hypervisor: Send + Sync {
         false
     }
 
-    /// Starts a machine; returns when it runs. Whether what is in it answers is the caller's to find out. On an error nothing is left.
+    /// Starts a machine; returns when it runs, or waits where it is to. Whether what is in it answers is the caller's to find out. On an
+    /// error nothing is left.
     async fn start(&self, machine: Machine) -> Result<Arc<dyn Vm>, HypervisorError>;
 
-    /// Makes a template of a machine that was to be saved and has booted, and ends it.
-    async fn save(&self, machine: Arc<dyn Vm>) -> Result<Template, HypervisorError> {
+    /// Makes a template of a machine that was to be saved and has booted, and is frozen after that.
+    async fn save(&self, machine: &dyn Vm) -> Result<Template, HypervisorError> {
         let (memory, state) = machine.freeze().await?;
-        machine.kill();
-        machine.ended().await;
         Template::new(memory, state).map_err(|source| HypervisorError::Host {
             machine: "template".to_owned(),
             operation: "seal the memory",
@@ -226,6 +229,15 @@ pub trait Vm: Send + Sync {
     /// The monitor's process.
     fn pid(&self) -> u32;
 
-    /// The memory of a machine that is to be a template, and the state of its devices.
+    /// A copy of the memory of a machine that is to be a template, and the state of its devices; it runs no more until it is to go on.
     async fn freeze(&self) -> Result<(OwnedFd, Vec<u8>), HypervisorError>;
+
+    /// Has a machine run that waits or was frozen, where its monitor can ([`Hypervisor::gives`]).
+    async fn go_on(&self) -> Result<(), HypervisorError> {
+        Err(HypervisorError::Monitor {
+            machine: "template".to_owned(),
+            operation: "go on",
+            message: "what was saved ends".to_owned(),
+        })
+    }
 }

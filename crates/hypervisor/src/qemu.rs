@@ -248,8 +248,8 @@ impl Hypervisor for Qemu {
         if machine.is_to_be_given() {
             vm.hold(held.into());
         }
-        vm.call();
-        let started = vm.begin(arguments::number(Sent::State, &names)).await;
+        vm.is_to_copy(arguments::number(Sent::State, &names));
+        let started = if machine.waits { vm.answers().await } else { vm.begin().await };
         if started.is_err() {
             vm.kill();
             vm.ended().await;

@@ -3,8 +3,10 @@
 //! ```text
 //! DIR/memory   as long as the machine's memory, with holes
 //! DIR/state    of the devices
-//! DIR/key      what it was made from, and in a second line the SHA-256 of the other two; written last
+//! DIR/key      what it was made from, and in a second line the SHA-256 of the other two
 //! ```
+//!
+//! It has another name (`.unfinished`) until all of it is there.
 //!
 //! Copies get the memory as a sealed file: nobody, and no monitor that was taken over, can change what the others begin with.
 
@@ -18,6 +20,8 @@ use sha2::{Digest, Sha256};
 
 /// Bytes of a page of memory.
 const PAGE: usize = 4096;
+/// How the name of a directory ends in which not all is there yet.
+const UNFINISHED: &str = "unfinished";
 
 /// A machine's memory and state.
 #[derive(Debug)]
@@ -27,7 +31,7 @@ pub struct Template {
 }
 
 impl Template {
-    /// Takes the memory of a machine that has ended.
+    /// Takes memory that nobody writes to any more.
     pub(crate) fn new(memory: OwnedFd, state: Vec<u8>) -> io::Result<Self> {
         seal(memory.as_fd())?;
         Ok(Self { memory, state })
@@ -50,21 +54,27 @@ impl Template {
         &self.state
     }
 
-    /// Keeps it in a directory for later processes.
+    /// Keeps it in a directory for later processes, in the place of what that holds.
     pub fn store(&self, dir: &Path, key: &str) -> io::Result<()> {
-        remove(dir)?;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let new = |name: &str| File::options().write(true).create_new(true).mode(0o600).open(dir.join(name));
-        // Opened anew: the position of the one at hand is shared.
-        let memory = File::open(format!("/proc/self/fd/{}", self.memory.as_raw_fd()))?;
+        let unfinished = dir.with_extension(UNFINISHED);
+        remove(&unfinished)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&unfinished)?;
+        let new = |name: &str| File::options().write(true).create_new(true).mode(0o600).open(unfinished.join(name));
+        let memory = self.opened_anew()?;
         joey_disk::copy(&memory, &new("memory")?)?;
         new("state")?.write_all(&self.state)?;
-        for name in ["memory", "state"] {
-            File::open(dir.join(name))?.sync_all()?;
+        new("key")?.write_all(format!("{key}\n{}", self.digest()?).as_bytes())?;
+        for name in ["memory", "state", "key"] {
+            File::open(unfinished.join(name))?.sync_all()?;
         }
-        let mut last = new("key")?;
-        last.write_all(format!("{key}\n{}", self.digest()?).as_bytes())?;
-        last.sync_all()
+        remove(dir)?;
+        fs::rename(unfinished, dir)
+    }
+
+    /// Removes what was being stored below this directory when its process ended.
+    pub fn clear_unfinished(dir: &Path) -> io::Result<()> {
+        let entries = fs::read_dir(dir)?.flatten().map(|entry| entry.path());
+        entries.filter(|path| path.extension().is_some_and(|end| end == UNFINISHED)).try_for_each(|path| remove(&path))
     }
 
     /// Whether something was stored under this key.
@@ -77,10 +87,7 @@ impl Template {
         let Some(digest) = stored_digest(dir, key)? else { return Ok(None) };
         let mut state = Vec::new();
         File::open(dir.join("state"))?.read_to_end(&mut state)?;
-        let stored = File::open(dir.join("memory"))?;
-        let memory = File::from(memory(stored.metadata()?.len())?);
-        joey_disk::copy(&stored, &memory)?;
-        let found = Self::new(memory.into(), state)?;
+        let found = Self::new(copy(&File::open(dir.join("memory"))?)?, state)?;
         let whole = found.digest()? == digest;
         if !whole {
             tracing::warn!(dir = %dir.display(), "a template that was kept is damaged, and another one is made");
@@ -88,9 +95,14 @@ impl Template {
         Ok(Some(found).filter(|_| whole))
     }
 
+    /// The memory, with a position of its own.
+    fn opened_anew(&self) -> io::Result<File> {
+        File::open(format!("/proc/self/fd/{}", self.memory.as_raw_fd()))
+    }
+
     /// Of the state, and of what there is in the memory, page by page.
     fn digest(&self) -> io::Result<String> {
-        let memory = File::from(self.memory.try_clone()?);
+        let memory = self.opened_anew()?;
         let (mut hash, mut page) = (Sha256::new_with_prefix(&self.state), [0; PAGE]);
         for extent in joey_disk::extents(&memory)? {
             for at in extent.step_by(PAGE) {
@@ -131,6 +143,13 @@ pub(crate) fn memory(bytes: u64) -> io::Result<OwnedFd> {
     let file = File::from(fd);
     file.set_len(bytes)?;
     Ok(file.into())
+}
+
+/// The same as in this file of memory, and with its holes.
+pub(crate) fn copy(memory_of: &File) -> io::Result<OwnedFd> {
+    let copy = File::from(memory(memory_of.metadata()?.len())?);
+    joey_disk::copy(memory_of, &copy)?;
+    Ok(copy.into())
 }
 
 /// Memory out of a file that a monitor wrote it into, with holes where there is nothing.

@@ -102,6 +102,10 @@ pub trait SandboxClass: Send + Sync {
         None
     }
 
+    /// Sandboxes are going to be made: has ready what earlier ones tell that the next ones want. Without it nothing is begun that was not
+    /// asked for.
+    fn prepare(&self) {}
+
     /// Makes the sandbox; returns when its agent answers. The containers start by themselves. On an error nothing is left.
     async fn create(&self, request: CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError>;
 

@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{LIMIT, arguments, port_of, qmp_of};
 use crate::jail::errors_of;
 use crate::qmp::Qmp;
-use crate::template::memory_file;
+use crate::template::{self, memory_file};
 use crate::{Given, HypervisorError, Jailer, Vm, jail, layout};
 
 /// Between two looks at what takes milliseconds.
@@ -56,6 +56,8 @@ pub(super) struct QemuVm {
     held: std::sync::Mutex<Option<OwnedFd>>,
     /// What [`Vm::connect`] resolves with first.
     calling: std::sync::Mutex<Option<Calling>>,
+    /// The number of the state of its template, until it has copied that.
+    state: std::sync::Mutex<Option<i32>>,
 }
 
 impl QemuVm {
@@ -69,8 +71,9 @@ impl QemuVm {
             gone.send_replace(Some(watched.reap()));
         });
         let place = std::sync::Mutex::new(Place { name, dir });
-        let (held, calling) = (std::sync::Mutex::default(), std::sync::Mutex::default());
-        Self { place, starter, pid: process.pid(), process, gone: seen, qmp: Mutex::new(None), memory, held, calling }
+        let pid = process.pid();
+        let (held, calling, state) = Default::default();
+        Self { place, starter, pid, process, gone: seen, qmp: Mutex::new(None), memory, held, calling, state }
     }
 
     /// Nobody's, for as long as this is open.
@@ -84,6 +87,10 @@ impl QemuVm {
 
     fn calling(&self) -> MutexGuard<'_, Option<Calling>> {
         self.calling.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self) -> MutexGuard<'_, Option<i32>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn place(&self) -> MutexGuard<'_, Place> {
@@ -152,8 +159,16 @@ impl QemuVm {
         }
     }
 
-    /// Has a machine that was just started run; `state` is the number of that of its template.
-    pub(super) async fn begin(&self, state: Option<i32>) -> Result<(), HypervisorError> {
+    /// What it copies when it begins: the number of the state of its template.
+    pub(super) fn is_to_copy(&self, state: Option<i32>) {
+        *self.state() = state;
+    }
+
+    /// Has a machine that was just started run. The agent is called before that, and hears it as soon as it is there.
+    pub(super) async fn begin(&self) -> Result<(), HypervisorError> {
+        let calling = AbortOnDropHandle::new(tokio::spawn(called(port_of(&self.dir()))));
+        self.calling().replace(calling);
+        let state = self.state().take();
         let Some(state) = state else {
             return self.ask("start", "query-status", json!({})).await.map(drop);
         };
@@ -163,12 +178,11 @@ impl QemuVm {
         let running = async {
             loop {
                 // As the one that it is a copy of did when it was saved, it runs by itself.
-                let status = self.ask(operation, "query-status", json!({})).await?;
-                match status.get("status").and_then(Value::as_str) {
-                    Some("running") => return Ok(()),
-                    Some("inmigrate") => tokio::time::sleep(LOOK).await,
+                match self.status(operation).await?.as_str() {
+                    "running" => return Ok(()),
+                    "inmigrate" => tokio::time::sleep(LOOK).await,
                     status => {
-                        let message = format!("the machine is {}", status.unwrap_or("in no state"));
+                        let message = format!("the machine is {status}");
                         return Err(HypervisorError::Monitor { machine: self.name(), operation, message });
                     }
                 }
@@ -176,12 +190,6 @@ impl QemuVm {
         };
         let silent = |_| HypervisorError::Silent { machine: self.name() };
         tokio::time::timeout(LIMIT, running).await.map_err(silent)?
-    }
-
-    /// Calls the agent, which hears it as soon as it is there.
-    pub(super) fn call(&self) {
-        let calling = AbortOnDropHandle::new(tokio::spawn(called(port_of(&self.dir()))));
-        self.calling().replace(calling);
     }
 
     /// Gives the monitor a file that it cannot find by itself; what it is called there.
@@ -210,7 +218,7 @@ impl QemuVm {
         loop {
             let told = self.ask(operation, "query-migrate", json!({})).await?;
             match told.get("status").and_then(Value::as_str) {
-                Some("completed") => return Ok(()),
+                Some("completed") => break,
                 Some("failed" | "cancelled") => {
                     let message = told.get("error-desc").and_then(Value::as_str).unwrap_or("it does not say why");
                     let (machine, message) = (self.name(), message.to_owned());
@@ -219,6 +227,17 @@ impl QemuVm {
                 _ => tokio::time::sleep(LOOK).await,
             }
         }
+        // It says so before it has come to the end of that, and does not go on until it has.
+        while self.status(operation).await? != "postmigrate" {
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// How the monitor is with its machine: `running`, `inmigrate`.
+    async fn status(&self, operation: &'static str) -> Result<String, HypervisorError> {
+        let told = self.ask(operation, "query-status", json!({})).await?;
+        Ok(told.get("status").and_then(Value::as_str).unwrap_or("in no state").to_owned())
     }
 }
 
@@ -303,11 +322,21 @@ impl Vm for QemuVm {
     async fn freeze(&self) -> Result<(OwnedFd, Vec<u8>), HypervisorError> {
         let host = self.host("save the template");
         let memory = self.memory.as_ref().ok_or_else(|| host(io::Error::other("it is a copy itself")))?;
-        let memory = memory.try_clone().map_err(&host)?;
+        let memory = File::from(memory.try_clone().map_err(&host)?);
         let state = memory_file(c"joey-state", 0).map_err(&host)?;
         self.state_into(&state).await?;
         let (mut file, mut bytes) = (File::from(state), Vec::new());
-        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(host)?;
+        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(&host)?;
+        let copied = tokio::task::spawn_blocking(move || template::copy(&memory));
+        let memory = copied.await.map_err(io::Error::other).flatten().map_err(host)?;
         Ok((memory, bytes))
+    }
+
+    async fn go_on(&self) -> Result<(), HypervisorError> {
+        let waits = self.state().is_some();
+        match waits {
+            true => self.begin().await,
+            false => self.ask("go on", "cont", json!({})).await.map(drop),
+        }
     }
 }

@@ -89,8 +89,8 @@ async fn ends(vm: &dyn Vm) {
 async fn template(hypervisor: &dyn Hypervisor, bench: &Bench) -> Arc<Template> {
     let vm = hypervisor.start(bench.bare("template")).await.unwrap();
     speaks(&*vm).await;
-    let template = hypervisor.save(vm.clone()).await.unwrap();
-    tokio::time::timeout(BOUND, vm.ended()).await.expect("it has ended");
+    let template = hypervisor.save(&*vm).await.unwrap();
+    ends(&*vm).await;
     let place = bench.dir.path().join("stored");
     template.store(&place, "key").unwrap();
     Arc::new(Template::load(&place, "key").unwrap().expect("it is whole"))

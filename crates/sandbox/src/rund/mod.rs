@@ -157,6 +157,10 @@ impl SandboxClass for Rund {
         Some(LAYERS)
     }
 
+    fn prepare(&self) {
+        self.pool.prepare();
+    }
+
     async fn create(&self, request: CreateRequest) -> Result<Arc<dyn Sandbox>, SandboxError> {
         let guest = (self.config.guest)();
         let guest = &guest.map_err(|message| SandboxError::Agent { instance: request.instance.clone(), message })?;
@@ -180,7 +184,7 @@ impl SandboxClass for Rund {
         let mut last = self.silent(&request.instance, "no machine could be made for it").error;
         for source in sources.into_iter().flatten() {
             let (limit, failed) = (source.limit(), source.failed());
-            let copied_of = if let Source::Copy(template) = &source { Some(template.clone()) } else { None };
+            let copied_of = source.template();
             if matches!(source, Source::Boot) && turn.is_none() {
                 turn = self.booting.acquire().await.ok();
             }
@@ -342,10 +346,22 @@ impl Rund {
         let instance = &request.instance;
         let host = |operation| move |source| SandboxError::Host { instance: instance.clone(), operation, source };
         let machine = |source| SandboxError::Machine { instance: instance.clone(), source };
+        let uncopied = |source| {
+            let copied = (!matches!(source, HypervisorError::Host { .. })).then_some(Copied::Failed);
+            Failure { copied, error: machine(source) }
+        };
         let (room, slots) = (self.config.hypervisor.room(), &contents.slots);
         let phase = source.phase();
         let (vm, client) = match source {
             Source::Warm(warm) => {
+                if warm.template.is_some() {
+                    // What it is given is made ready while it runs to where it answers.
+                    if let Err(source) = warm.go_on().await {
+                        warm.end().await;
+                        return Err(uncopied(source));
+                    }
+                    phases.done("copy");
+                }
                 let given = match self.given(request, &warm, slots).await {
                     Ok(given) => given,
                     Err(source) => {
@@ -363,13 +379,7 @@ impl Rund {
                 let template = if let Source::Copy(template) = source { Some(template) } else { None };
                 let made = self.machine(request, boot, template, slots).await.map_err(host("prepare the machine"))?;
                 phases.done("files");
-                let vm = self.config.hypervisor.start(made).await.map_err(|source| Failure {
-                    copied: match source {
-                        HypervisorError::Host { .. } => None,
-                        HypervisorError::Monitor { .. } | HypervisorError::Silent { .. } => Some(Copied::Failed),
-                    },
-                    error: machine(source),
-                })?;
+                let vm = self.config.hypervisor.start(made).await.map_err(uncopied)?;
                 let client = client(&vm, instance.as_str());
                 (vm, client)
             }

@@ -1,11 +1,13 @@
-//! Machines that are ready for instances to come: copies that have rehearsed a start, as many as were wanted at one time lately.
+//! Machines that are ready for instances to come: copies that have rehearsed a start, as many as were wanted at one time lately. And one
+//! whose monitor has begun and waits with what it copies: it costs little, and spares the next copy half of its way.
 //!
 //! ```text
-//! copy ─► rehearsal ─► ready ─► taken: its directory becomes the instance's, which it is from then on
-//!                        └────► given back, when nobody wanted as many for a while or memory gets short
+//! begun ─► copy ─► rehearsal ─► ready ─► taken: its directory becomes the instance's, which it is from then on
+//!   └────────────────────────────────────┘ │
+//!                                          └► given back, when nobody wanted as many for a while or memory gets short
 //! ```
 //!
-//! Those that are ready end with the process that made them, or with the next one ([`Pool::clear_left`]).
+//! Those that are kept end with the process that made them, or with the next one ([`Pool::begin`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -16,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use joey_api::instance::Resources;
-use joey_hypervisor::{Boot, Hypervisor, Machine, Shape, Template, Vm};
+use joey_hypervisor::{Boot, Hypervisor, HypervisorError, Machine, Shape, Template, Vm};
 use joey_rpc::Client;
 use tokio::sync::{Notify, watch};
 
@@ -26,6 +28,8 @@ use super::{CurrentGuest, RundConfig, THREADS, clear, rehearse};
 
 /// How long a use counts.
 const KEPT: Duration = Duration::from_secs(600);
+/// How long one that has begun waits for somebody.
+const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Uses within this are of one time.
 const BURST: Duration = Duration::from_secs(10);
 /// Ready ones of one shape, at most; and uses that are remembered.
@@ -39,11 +43,11 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// After one that could not be made.
 const AGAIN: Duration = Duration::from_secs(30);
 /// Between two looks whether there is a template.
-const UNDERWAY: Duration = Duration::from_secs(1);
+const UNDERWAY: Duration = Duration::from_millis(500);
 /// Between two looks at the host's memory while any are ready.
 const LOOK: Duration = Duration::from_secs(15);
 
-/// A machine that is ready.
+/// A machine that is ready, or has begun.
 pub(super) struct Warm {
     pub vm: Arc<dyn Vm>,
     /// The talk with its agent, which goes on.
@@ -53,6 +57,8 @@ pub(super) struct Warm {
     pub cgroup: String,
     /// What it booted.
     pub boot: String,
+    /// What it is to copy before it runs, where it has only begun.
+    pub template: Option<Arc<Template>>,
     taken: bool,
 }
 
@@ -63,20 +69,48 @@ impl Warm {
         (self.vm.clone(), self.client.clone())
     }
 
+    /// It ended, or booted what is not booted any more.
+    fn is_spent(&self, boot: Option<&Boot>) -> bool {
+        self.vm.ended().now_or_never().is_some() || boot.is_none_or(|boot| boot.id != self.boot)
+    }
+
+    /// Has one that has begun be a copy of its template.
+    pub(super) async fn go_on(&self) -> Result<(), HypervisorError> {
+        self.vm.go_on().await
+    }
+
+    /// Makes one that has begun a ready one.
+    async fn rehearsed(mut self) -> Result<Self, String> {
+        self.go_on().await.map_err(|error| error.to_string())?;
+        self.template = None;
+        rehearse(&self.client).await.map(|()| self)
+    }
+
     /// Ends it, and removes what it has.
-    pub(super) async fn end(self) {
-        let (dir, cgroup) = (self.dir.clone(), self.cgroup.clone());
-        drop(self);
-        if let Err(error) = clear(&dir, &cgroup).await {
-            tracing::warn!(dir = %dir.display(), error, "a machine that nobody wants could not be ended");
-        }
+    pub(super) async fn end(mut self) {
+        self.vm.kill();
+        ended(self.dir.clone(), self.cgroup.clone()).await;
+        // Not before: this may be broken off.
+        self.taken = true;
+    }
+}
+
+/// Removes what a machine has that was killed.
+async fn ended(dir: PathBuf, cgroup: String) {
+    if let Err(error) = clear(&dir, &cgroup).await {
+        tracing::warn!(dir = %dir.display(), error, "a machine that nobody wants could not be ended");
     }
 }
 
 impl Drop for Warm {
     fn drop(&mut self) {
-        if !self.taken {
-            self.vm.kill();
+        if self.taken {
+            return;
+        }
+        self.vm.kill();
+        // Who took it may have been broken off. Where this process ends, the next one clears away.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(ended(self.dir.clone(), self.cgroup.clone()));
         }
     }
 }
@@ -84,6 +118,7 @@ impl Drop for Warm {
 #[derive(Default)]
 struct Stock {
     ready: Vec<Warm>,
+    begun: Option<Warm>,
     used: VecDeque<Instant>,
     /// When the next attempt to make one may be.
     not_before: Option<Instant>,
@@ -102,8 +137,24 @@ impl Stock {
     }
 }
 
+#[derive(Default)]
+struct Stocks {
+    of: HashMap<Shape, Stock>,
+    /// What was used last.
+    last: Option<(Shape, Instant)>,
+}
+
+impl Stocks {
+    /// The stock of what is used now.
+    fn used(&mut self, shape: Shape) -> &mut Stock {
+        self.last = Some((shape, Instant::now()));
+        self.of.entry(shape).or_default()
+    }
+}
+
 /// What is to be done next.
 enum Step {
+    Begin(Shape),
     Make(Shape),
     End(Warm),
     Wait(Duration),
@@ -116,7 +167,7 @@ pub(super) struct Pool {
     dir: PathBuf,
     templates: Arc<Templates>,
     disks: Arc<Disks>,
-    stocks: Mutex<HashMap<Shape, Stock>>,
+    stocks: Mutex<Stocks>,
     changed: Arc<Notify>,
     starting: watch::Sender<usize>,
 }
@@ -161,7 +212,18 @@ impl Pool {
         Ok(())
     }
 
-    fn stocks(&self) -> MutexGuard<'_, HashMap<Shape, Stock>> {
+    /// Has one begin of the shape that was used last, also by an earlier process.
+    pub(super) fn prepare(&self) {
+        if self.hypervisor.gives()
+            && let Some(boot) = self.boot()
+            && let Some(shape) = self.templates.used_last(&boot, DAY)
+        {
+            self.stocks().used(shape);
+            self.changed.notify_one();
+        }
+    }
+
+    fn stocks(&self) -> MutexGuard<'_, Stocks> {
         self.stocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -177,88 +239,124 @@ impl Pool {
             return None;
         }
         let mut stocks = self.stocks();
-        let stock = stocks.entry(shape).or_default();
+        let stock = stocks.used(shape);
         if stock.used.len() == REMEMBERED {
             stock.used.pop_front();
         }
         stock.used.push_back(Instant::now());
         let fit = stock.ready.iter().rposition(|warm| warm.boot == boot.id);
         let taken = fit.map(|at| stock.ready.remove(at));
+        let taken = taken.or_else(|| stock.begun.take_if(|warm| warm.boot == boot.id));
         drop(stocks);
         self.changed.notify_one();
+        let templates = self.templates.clone();
+        drop(tokio::task::spawn_blocking(move || templates.used(shape)));
         taken
     }
 
+    fn boot(&self) -> Option<Boot> {
+        (self.guest)().ok().map(|guest| guest.boot)
+    }
+
     fn next(&self) -> Step {
-        let (now, boot) = (Instant::now(), (self.guest)().ok().map(|guest| guest.boot.id));
+        let (now, boot) = (Instant::now(), self.boot());
         let mut stocks = self.stocks();
-        let ready: usize = stocks.values().map(|stock| stock.ready.len()).sum();
-        let (may, mut wait) = (may_be_ready(ready), if stocks.is_empty() { KEPT } else { LOOK });
-        for (shape, stock) in stocks.iter_mut() {
-            let wanted = stock.wanted(now);
+        let kept: usize = stocks.of.values().map(|stock| stock.ready.len() + usize::from(stock.begun.is_some())).sum();
+        let (may, mut wait) = (may_be_kept(kept), if stocks.of.is_empty() { KEPT } else { LOOK });
+        let last = stocks.last.filter(|(_, used)| now.duration_since(*used) < DAY).map(|(shape, _)| shape);
+        // What has none is not booted for that.
+        let has_template = |shape| boot.as_ref().is_some_and(|boot| self.templates.has(shape, boot));
+        for (shape, stock) in &mut stocks.of {
+            let (wanted, is_last) = (stock.wanted(now), last == Some(*shape));
             // One that ended, or booted what is not booted any more, is cleared away like one that nobody wants.
-            let spent = |warm: &Warm| warm.vm.ended().now_or_never().is_some() || Some(&warm.boot) != boot.as_ref();
-            if let Some(at) = stock.ready.iter().position(spent) {
+            let is_spent = |warm: &Warm| warm.is_spent(boot.as_ref());
+            if let Some(at) = stock.ready.iter().position(is_spent) {
                 return Step::End(stock.ready.swap_remove(at));
             }
-            if (stock.ready.len() > wanted || ready > may)
+            if (stock.ready.len() > wanted || kept > may)
                 && let Some(warm) = stock.ready.pop()
             {
                 return Step::End(warm);
             }
-            let later = stock.not_before.filter(|at| *at > now);
-            if stock.ready.len() < wanted && ready < may {
-                match later {
-                    None => return Step::Make(*shape),
-                    Some(at) => wait = wait.min(at.duration_since(now)),
-                }
+            // It would also hold the memory of a template that has another one in its place.
+            let is_behind =
+                |warm: &Warm| !warm.template.as_ref().is_some_and(|own| self.templates.is_current(*shape, own));
+            if let Some(warm) = stock.begun.take_if(|warm| !is_last || kept > may || is_spent(warm) || is_behind(warm))
+            {
+                return Step::End(warm);
+            }
+            let step = match kept < may {
+                true if stock.ready.len() < wanted => Some(Step::Make(*shape)),
+                true if is_last && stock.begun.is_none() && has_template(*shape) => Some(Step::Begin(*shape)),
+                _ => None,
+            };
+            match (step, stock.not_before.filter(|at| *at > now)) {
+                (Some(step), None) => return step,
+                (Some(_), Some(at)) => wait = wait.min(at.duration_since(now)),
+                (None, _) => {}
             }
         }
-        stocks.retain(|_, stock| !stock.ready.is_empty() || !stock.used.is_empty());
+        stocks.of.retain(|shape, stock| !stock.ready.is_empty() || !stock.used.is_empty() || last == Some(*shape));
         Step::Wait(wait)
     }
 
-    async fn make(&self, shape: Shape) {
-        // It takes a processor: made for the next instance, not at the expense of those that are being started.
+    /// Makes one more machine of this shape, ready or begun.
+    async fn make(&self, shape: Shape, ready: bool) {
+        self.idle().await;
+        let made = self.copy(shape, ready).await;
+        let mut stocks = self.stocks();
+        let Stocks { of, last } = &mut *stocks;
+        let stock = of.entry(shape).or_default();
+        let wait = match made {
+            Ok(Some(warm)) => {
+                match ready {
+                    true => stock.ready.push(warm),
+                    false => stock.begun = Some(warm),
+                }
+                None
+            }
+            Ok(None) => Some(UNDERWAY),
+            Err(error) => {
+                tracing::warn!(?shape, %error, "no machine is kept ready");
+                // One that was wanted lately is tried again, but nothing is tried all day long.
+                last.take_if(|(last, _)| !ready && *last == shape);
+                Some(AGAIN)
+            }
+        };
+        stock.not_before = wait.map(|wait| Instant::now() + wait);
+    }
+
+    /// It takes a processor: made for the next instance, not at the expense of those that are being started.
+    async fn idle(&self) {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let idle = |most: usize| async move { drop(self.starting.subscribe().wait_for(|count| *count <= most).await) };
         let _ = tokio::time::timeout(PATIENCE, idle(0)).await;
         idle(cores - 1).await;
-        let boot = (self.guest)().ok().map(|guest| guest.boot);
-        let Some((template, boot)) = boot.and_then(|boot| Some((self.templates.get(shape, &boot)?, boot))) else {
-            self.stocks().entry(shape).or_default().not_before = Some(Instant::now() + UNDERWAY);
-            return;
-        };
-        let made = self.copy(shape, template, boot).await;
-        let mut stocks = self.stocks();
-        let stock = stocks.entry(shape).or_default();
-        match made {
-            Ok(warm) => {
-                stock.not_before = None;
-                stock.ready.push(warm);
-            }
-            Err(error) => {
-                tracing::warn!(?shape, %error, "no machine is kept ready");
-                stock.not_before = Some(Instant::now() + AGAIN);
-            }
-        }
     }
 
-    async fn copy(&self, shape: Shape, template: Arc<Template>, boot: Boot) -> Result<Warm, String> {
+    /// None: its template is on its way.
+    async fn copy(&self, shape: Shape, ready: bool) -> Result<Option<Warm>, String> {
+        let boot = self.boot().ok_or("there is nothing to boot")?;
+        let Some(template) = self.templates.get(shape, &boot) else { return Ok(None) };
         let mut bits = [0; 8];
         let random =
             std::fs::File::open("/dev/urandom").and_then(|mut file| io::Read::read_exact(&mut file, &mut bits));
         random.map_err(|error| error.to_string())?;
         let name = format!("warm-{:016x}", u64::from_ne_bytes(bits));
         let (dir, cgroup) = (self.dir.join(&name), format!("{}/{name}", self.cgroup_root));
-        let made = self.start(shape, template, boot, (&name, &dir, &cgroup)).await;
+        let made = async {
+            let warm = self.begun(shape, template, boot, (&name, &dir, &cgroup)).await?;
+            if ready { warm.rehearsed().await } else { Ok(warm) }
+        };
+        let made = made.await;
         if made.is_err() {
             clear(&dir, &cgroup).await?;
         }
-        made
+        made.map(Some)
     }
 
-    async fn start(
+    /// One whose monitor has begun.
+    async fn begun(
         &self,
         shape: Shape,
         template: Arc<Template>,
@@ -272,25 +370,30 @@ impl Pool {
         let vmm = super::vmm_of(cgroup);
         let machine = Machine {
             limits: Resources { memory_bytes: Some(memory), pids: Some(THREADS), ..Resources::default() },
-            template: Some(template),
+            template: Some(template.clone()),
             disk: Some(disk),
+            waits: true,
             longest_disk: USUAL,
             ..Machine::new(name.to_owned(), dir.to_owned(), vmm, shape, boot.clone())
         };
         let vm = self.hypervisor.start(machine).await.map_err(|error| error.to_string())?;
         let client = super::client(&vm, name);
         let (dir, cgroup) = (dir.to_owned(), cgroup.to_owned());
-        let warm = Warm { vm, client, dir, cgroup, boot: boot.id, taken: false };
-        rehearse(&warm.client).await.map(|()| warm)
+        Ok(Warm { vm, client, dir, cgroup, boot: boot.id, template: Some(template), taken: false })
     }
 }
 
-/// How many may be ready on this host, of which so many are.
-fn may_be_ready(ready: usize) -> usize {
+/// How many may be kept on this host, of which so many are.
+fn may_be_kept(kept: usize) -> usize {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let free = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10;
-    let count = (free / PART / COST).saturating_add(ready as u64 / PART);
+    may_be_kept_of(free, kept)
+}
+
+/// With what they have taken already: one that was made is not too many because it was made.
+fn may_be_kept_of(free: u64, kept: usize) -> usize {
+    let count = free.saturating_add(COST.saturating_mul(kept as u64)) / PART / COST;
     usize::try_from(count).unwrap_or(usize::MAX)
 }
 
@@ -300,7 +403,11 @@ async fn keep(pool: Weak<Pool>, changed: Arc<Notify>) {
             let Some(pool) = pool.upgrade() else { return };
             match pool.next() {
                 Step::Make(shape) => {
-                    pool.make(shape).await;
+                    pool.make(shape, true).await;
+                    continue;
+                }
+                Step::Begin(shape) => {
+                    pool.make(shape, false).await;
                     continue;
                 }
                 Step::End(warm) => {
@@ -317,6 +424,17 @@ async fn keep(pool: Weak<Pool>, changed: Arc<Notify>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_was_made_is_not_too_many_because_it_was_made() {
+        assert_eq!(may_be_kept_of(COST * PART - 1, 0), 0);
+        for free in [COST * PART, COST * PART + 1, COST * PART * 5 / 2] {
+            let may = may_be_kept_of(free, 0);
+            let left = |made: usize| free - COST * made as u64;
+            assert!((1..=may).all(|made| may_be_kept_of(left(made), made) == may), "{free}");
+        }
+        assert_eq!(may_be_kept_of(COST, 3), 0, "memory is short");
+    }
 
     #[test]
     fn as_many_are_wanted_as_were_used_at_one_time() {

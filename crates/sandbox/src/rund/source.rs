@@ -30,6 +30,15 @@ impl Source {
         }
     }
 
+    /// The template that it is a copy of from now on.
+    pub(super) fn template(&self) -> Option<Arc<Template>> {
+        match self {
+            Self::Warm(warm) => warm.template.clone(),
+            Self::Copy(template) => Some(template.clone()),
+            Self::Boot => None,
+        }
+    }
+
     pub(super) fn limit(&self) -> Duration {
         match self {
             Self::Warm(_) | Self::Copy(_) => COPY_LIMIT,

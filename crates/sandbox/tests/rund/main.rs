@@ -17,10 +17,11 @@ use joey_hypervisor::{Acceleration, Boot, Jailer};
 use joey_sandbox::conformance::{self, exec, running, state_where};
 use joey_sandbox::{AgentClient, CreateRequest, Guest, Layer, RundConfig, Sandbox, SandboxClass, rund};
 
-#[path = "../../agent/tests/ground/mod.rs"]
+#[path = "../../../agent/tests/ground/mod.rs"]
 mod ground;
 use ground::{Ground, Stuff, stuff};
 
+mod kept;
 mod measure;
 use measure::{own_memory, same_as_in_template, translated};
 
@@ -103,66 +104,8 @@ fn is_a(sandbox: &dyn Sandbox, ways: &[&str]) -> bool {
     sandbox.phases().iter().any(|(name, _)| ways.contains(&name.as_str()))
 }
 
-/// The monitors of machines that are ready, or are being made for that.
-fn ready(ground: &Ground) -> Vec<i32> {
-    let warm = std::fs::read_dir(ground.0.dir.join("machines/warm")).unwrap().flatten();
-    warm.filter_map(|entry| std::fs::read_to_string(entry.path().join("vmm.pid")).ok()?.split(' ').next()?.parse().ok())
-        .collect()
-}
-
 fn cgroup_of(pid: u32) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap()
-}
-
-#[tokio::test]
-async fn one_that_is_ready_is_taken() {
-    let _turn = TURN.lock().await;
-    let Some(ground) = ground("ready").await else { return };
-    let bench = &ground.0;
-    let end = Instant::now() + TEMPLATE;
-    let (request, sandbox) = loop {
-        let mut request = bench.request(1, "sleep 1000");
-        request.disk_bytes = Some(100 << 20);
-        request.config.containers[0].resources.cpu_milli = Some(500);
-        let sandbox = bench.create(&request).await;
-        if is_a(&*sandbox, &["give"]) {
-            break (request, sandbox);
-        }
-        bench.destroy(&request).await;
-        assert!(Instant::now() < end, "none was ever ready");
-    };
-    let agent = AgentClient::new(sandbox.agent().clone());
-    running(&agent).await;
-    // What it was made without, it has got: disk and limits; and what it rehearsed is gone.
-    let (disk, _) = exec(&agent, &["stat", "-f", "-c", "%b %S", "/"]).await;
-    let bytes: u64 = disk.split_whitespace().map(|number| number.parse::<u64>().unwrap()).product();
-    assert!((100 << 20..=130 << 20).contains(&bytes), "{disk}");
-    let (seen, _) = exec(&agent, &["sh", "-c", "ls /; hostname; cat /proc/mounts"]).await;
-    assert!(!seen.contains("rehears"), "{seen}");
-    let pid = sandbox.pid().unwrap();
-    let own = cgroup_of(pid);
-    assert!(own.contains("/warm-"), "{own}");
-    let place = own.lines().find_map(|line| line.split(':').nth(2).filter(|name| name.contains("/warm-"))).unwrap();
-    let quota = [format!("/sys/fs/cgroup/cpu{place}/cpu.cfs_quota_us"), format!("/sys/fs/cgroup{place}/cpu.max")];
-    let quota = quota.iter().find_map(|path| std::fs::read_to_string(path).ok()).expect("a limit of the processor");
-    assert!(quota.starts_with("50000"), "{quota}");
-    // Another class on the same directory, as after a kill of the process before: what is an instance's stays, the others end.
-    let others = ready(&ground);
-    let _again = class(&ground.0.dir, &bench.cgroup_root, ground::agent()).await.expect("what machines need is there");
-    for other in others {
-        let command = std::fs::read(format!("/proc/{other}/cmdline")).unwrap_or_default();
-        assert!(!command.starts_with(b"qemu warm-"), "machine {other} is left");
-    }
-    running(&agent).await;
-    bench.destroy(&request).await;
-    let gone = async {
-        while Path::new(&format!("/proc/{pid}")).exists() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(5), gone).await.expect("it has ended");
-    assert!(!Path::new("/sys/fs/cgroup/memory").join(place.trim_start_matches('/')).exists(), "{place} is left");
-    assert!(!Path::new("/sys/fs/cgroup").join(place.trim_start_matches('/')).exists(), "{place} is left");
 }
 
 /// An instance that runs and does nothing, and the talk with its agent.
@@ -172,75 +115,6 @@ async fn sleeping(bench: &conformance::Bench, number: u64) -> (CreateRequest, Ar
     let agent = AgentClient::new(sandbox.agent().clone());
     running(&agent).await;
     (request, sandbox, agent)
-}
-
-#[tokio::test]
-async fn one_that_ended_while_it_was_ready_is_none() {
-    let _turn = TURN.lock().await;
-    let Some(ground) = ground("spent").await else { return };
-    warm(&ground).await;
-    let bench = &ground.0;
-    let end = Instant::now() + TEMPLATE;
-    let killed = loop {
-        // Its socket is there from the start; its directory is listed before it is ready, which makes no difference here.
-        if let Some(pid) = ready(&ground).first() {
-            break *pid;
-        }
-        assert!(Instant::now() < end, "none was ever ready");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    };
-    // SAFETY: integers; the process is the test's own machine.
-    assert_eq!(unsafe { libc::kill(killed, libc::SIGKILL) }, 0);
-    for number in 1..4 {
-        let (request, sandbox, _) = sleeping(bench, number).await;
-        assert_ne!(sandbox.pid(), u32::try_from(killed).ok());
-        bench.destroy(&request).await;
-    }
-}
-
-/// The monitors of machines that are ready, once there are any and none of them translates anything more.
-async fn settled(ground: &Ground) -> Vec<i32> {
-    let mut before = Vec::new();
-    let settled = async {
-        loop {
-            let now: Vec<_> = ready(ground).into_iter().map(|pid| (pid, translated(pid.unsigned_abs()))).collect();
-            if !now.is_empty() && now == before && now.iter().all(|(_, bytes)| *bytes > 16 << 20) {
-                return now.into_iter().map(|(pid, _)| pid).collect();
-            }
-            before = now;
-            tokio::time::sleep(Duration::from_millis(300)).await;
-        }
-    };
-    tokio::time::timeout(TEMPLATE, settled).await.expect("machines are kept ready")
-}
-
-#[tokio::test]
-async fn one_that_hangs_when_it_is_taken_is_made_up_for_and_that_is_said() {
-    let _turn = TURN.lock().await;
-    let Some(ground) = ground("stuck").await else { return };
-    warm(&ground).await;
-    let bench = &ground.0;
-    let end = Instant::now() + TEMPLATE;
-    for number in 1.. {
-        // All that are there: which one is taken is the pool's affair.
-        let stopped = settled(&ground).await;
-        // SAFETY: integers; the processes are the test's own machines.
-        stopped.iter().for_each(|pid| assert_eq!(unsafe { libc::kill(*pid, libc::SIGSTOP) }, 0));
-        let (request, sandbox, _) = sleeping(bench, number).await;
-        let (said, pid) = (sandbox.remark(), sandbox.pid().unwrap());
-        bench.destroy(&request).await;
-        // Those that were not taken yet end as ready ones do.
-        for pid in stopped.iter() {
-            // SAFETY: as above; some have ended.
-            let _ = unsafe { libc::kill(*pid, libc::SIGCONT) };
-        }
-        if let Some(said) = said {
-            assert!(said.contains("kept ready could not be taken"), "{said}");
-            assert!(!stopped.contains(&i32::try_from(pid).unwrap()));
-            return;
-        }
-        assert!(Instant::now() < end, "none was taken");
-    }
 }
 
 #[tokio::test]
@@ -354,7 +228,7 @@ async fn one_that_idles_gives_back_what_was_translated_and_one_that_is_ready_doe
     assert_eq!(exec(&agent, &["sh", "-c", "echo $((6 * 7))"]).await.0, "42\n");
     bench.destroy(&request).await;
     // One that became ready before that has idled for longer than it takes.
-    let idle = ready(&ground).into_iter().map(|pid| translated(pid.unsigned_abs())).max();
+    let idle = kept::ready(&ground).into_iter().map(|pid| translated(pid.unsigned_abs())).max();
     assert!(idle.is_some_and(|bytes| bytes > 16 << 20), "{idle:?}");
 }
 

@@ -354,7 +354,7 @@ impl Rund {
         let phase = source.phase();
         let (vm, client) = match source {
             Source::Warm(warm) => {
-                if warm.template.is_some() {
+                if warm.uncopied().is_some() {
                     // What it is given is made ready while it runs to where it answers.
                     if let Err(source) = warm.go_on().await {
                         warm.end().await;

@@ -57,8 +57,9 @@ pub(super) struct Warm {
     pub cgroup: String,
     /// What it booted.
     pub boot: String,
-    /// What it is to copy before it runs, where it has only begun.
-    pub template: Option<Arc<Template>>,
+    /// What it is a copy of, or is to copy before it runs.
+    template: Arc<Template>,
+    is_ready: bool,
     taken: bool,
 }
 
@@ -74,6 +75,11 @@ impl Warm {
         self.vm.ended().now_or_never().is_some() || boot.is_none_or(|boot| boot.id != self.boot)
     }
 
+    /// What it has still to copy, where it has only begun.
+    pub(super) fn uncopied(&self) -> Option<&Arc<Template>> {
+        (!self.is_ready).then_some(&self.template)
+    }
+
     /// Has one that has begun be a copy of its template.
     pub(super) async fn go_on(&self) -> Result<(), HypervisorError> {
         self.vm.go_on().await
@@ -82,7 +88,7 @@ impl Warm {
     /// Makes one that has begun a ready one.
     async fn rehearsed(mut self) -> Result<Self, String> {
         self.go_on().await.map_err(|error| error.to_string())?;
-        self.template = None;
+        self.is_ready = true;
         rehearse(&self.client).await.map(|()| self)
     }
 
@@ -264,12 +270,15 @@ impl Pool {
         let kept: usize = stocks.of.values().map(|stock| stock.ready.len() + usize::from(stock.begun.is_some())).sum();
         let (may, mut wait) = (may_be_kept(kept), if stocks.of.is_empty() { KEPT } else { LOOK });
         let last = stocks.last.filter(|(_, used)| now.duration_since(*used) < DAY).map(|(shape, _)| shape);
-        // What has none is not booted for that.
-        let has_template = |shape| boot.as_ref().is_some_and(|boot| self.templates.has(shape, boot));
+        // What has none is not booted for one to begin.
+        let is_kept = |shape| boot.as_ref().is_some_and(|boot| self.templates.is_kept(shape, boot));
         for (shape, stock) in &mut stocks.of {
             let (wanted, is_last) = (stock.wanted(now), last == Some(*shape));
             // One that ended, or booted what is not booted any more, is cleared away like one that nobody wants.
-            let is_spent = |warm: &Warm| warm.is_spent(boot.as_ref());
+            // So is one of a template that has another one in its place: it holds the memory of that.
+            let current = boot.as_ref().and_then(|boot| self.templates.current(*shape, boot));
+            let is_current = |warm: &Warm| current.as_ref().map(|current| Arc::ptr_eq(current, &warm.template));
+            let is_spent = |warm: &Warm| warm.is_spent(boot.as_ref()) || is_current(warm) == Some(false);
             if let Some(at) = stock.ready.iter().position(is_spent) {
                 return Step::End(stock.ready.swap_remove(at));
             }
@@ -278,16 +287,15 @@ impl Pool {
             {
                 return Step::End(warm);
             }
-            // It would also hold the memory of a template that has another one in its place.
-            let is_behind =
-                |warm: &Warm| !warm.template.as_ref().is_some_and(|own| self.templates.is_current(*shape, own));
-            if let Some(warm) = stock.begun.take_if(|warm| !is_last || kept > may || is_spent(warm) || is_behind(warm))
-            {
+            let is_unwanted = |warm: &mut Warm| !is_last || kept > may || is_spent(warm) || is_current(warm).is_none();
+            if let Some(warm) = stock.begun.take_if(is_unwanted) {
                 return Step::End(warm);
             }
             let step = match kept < may {
                 true if stock.ready.len() < wanted => Some(Step::Make(*shape)),
-                true if is_last && stock.begun.is_none() && has_template(*shape) => Some(Step::Begin(*shape)),
+                true if is_last && stock.begun.is_none() && (current.is_some() || is_kept(*shape)) => {
+                    Some(Step::Begin(*shape))
+                }
                 _ => None,
             };
             match (step, stock.not_before.filter(|at| *at > now)) {
@@ -379,7 +387,7 @@ impl Pool {
         let vm = self.hypervisor.start(machine).await.map_err(|error| error.to_string())?;
         let client = super::client(&vm, name);
         let (dir, cgroup) = (dir.to_owned(), cgroup.to_owned());
-        Ok(Warm { vm, client, dir, cgroup, boot: boot.id, template: Some(template), taken: false })
+        Ok(Warm { vm, client, dir, cgroup, boot: boot.id, template, is_ready: false, taken: false })
     }
 }
 

@@ -33,7 +33,7 @@ impl Source {
     /// The template that it is a copy of from now on.
     pub(super) fn template(&self) -> Option<Arc<Template>> {
         match self {
-            Self::Warm(warm) => warm.template.clone(),
+            Self::Warm(warm) => warm.uncopied().cloned(),
             Self::Copy(template) => Some(template.clone()),
             Self::Boot => None,
         }

@@ -186,14 +186,9 @@ impl Templates {
         }
     }
 
-    /// Whether copies are made of this one.
-    pub(super) fn is_current(&self, shape: Shape, template: &Arc<Template>) -> bool {
-        self.known().ready.iter().any(|((other, _), current)| *other == shape && Arc::ptr_eq(current, template))
-    }
-
-    /// Whether there is one, or one is kept on the disk.
-    pub(super) fn has(&self, shape: Shape, boot: &Boot) -> bool {
-        self.known().ready.contains_key(&(shape, boot.id.clone())) || self.is_kept(shape, boot)
+    /// The one that copies are made of, where it is there.
+    pub(super) fn current(&self, shape: Shape, boot: &Boot) -> Option<Arc<Template>> {
+        self.known().ready.get(&(shape, boot.id.clone())).cloned()
     }
 
     /// Whether one is kept on the disk, as far as that can be told without reading it.

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use joey_tests::arena::{Arena, Class};
 use joey_tests::{Joey, holds, pause, seconds, wait_until};
@@ -15,6 +16,8 @@ use sha2::{Digest, Sha256};
 
 /// Pods after each other until one of them was to be a copy: a machine that is booted, or was kept ready, is none.
 const TRIES: usize = 5;
+/// How long it may take until a template is kept whose machine has rested.
+const RESTED: Duration = seconds(150);
 
 /// An arena in which a template was made and kept.
 fn with_template() -> Option<(Arena, String, PathBuf)> {
@@ -22,12 +25,9 @@ fn with_template() -> Option<(Arena, String, PathBuf)> {
     let image = arena.image("copies", &[], json!({}));
     arena.run_pod("first", &image, &[]);
     let templates = arena.joey.data().join("machines/templates");
-    let template = wait_until("a template is kept", seconds(90), || {
+    let template = wait_until("a template is kept", RESTED, || {
         let all = std::fs::read_dir(&templates).into_iter().flatten().flatten().map(|entry| entry.path());
-        let mut whole = all.filter(|path| path.extension().is_none());
-        // The one that its machine has rested for is not replaced while a test looks at it.
-        let has_rested = |key: &str| key.lines().next().is_some_and(|made_of| !made_of.ends_with(" young"));
-        let kept = whole.find(|path| std::fs::read_to_string(path.join("key")).is_ok_and(|key| has_rested(&key)));
+        let kept = all.filter(|path| path.extension().is_none()).find(|path| has_rested(path));
         kept.ok_or_else(|| arena.joey.output().lines().last().unwrap_or_default().to_owned())
     });
     arena.joey.delete_pod("first");
@@ -81,10 +81,16 @@ fn damage(path: &Path) {
     file.write_all_at(&bytes[..count], 0).expect("it can be written");
 }
 
-/// Another template is kept in the place of this one, when it has rested.
+/// Whether the machine that the template in this place was made of had rested: it stays as it is then.
+fn has_rested(template: &Path) -> bool {
+    let key = std::fs::read_to_string(template.join("key")).unwrap_or_default();
+    key.lines().next().is_some_and(|made_of| made_of.ends_with(" rested"))
+}
+
+/// Another template is kept in the place of this one, and its machine had rested.
 fn until_another_one_is_kept(template: &Path, is_another: impl Fn() -> std::io::Result<bool>) {
-    wait_until("another template is kept", seconds(90), || {
-        let kept = template.join("key").exists() && is_another().is_ok_and(|is_another| is_another);
+    wait_until("another template is kept", RESTED, || {
+        let kept = has_rested(template) && is_another().is_ok_and(|is_another| is_another);
         holds(kept, "it is the same, or none")
     });
 }

@@ -58,17 +58,19 @@ impl Template {
     pub fn store(&self, dir: &Path, key: &str) -> io::Result<()> {
         let unfinished = dir.with_extension(UNFINISHED);
         remove(&unfinished)?;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&unfinished)?;
-        let new = |name: &str| File::options().write(true).create_new(true).mode(0o600).open(unfinished.join(name));
-        let memory = self.opened_anew()?;
-        joey_disk::copy(&memory, &new("memory")?)?;
-        new("state")?.write_all(&self.state)?;
-        new("key")?.write_all(format!("{key}\n{}", self.digest()?).as_bytes())?;
-        for name in ["memory", "state", "key"] {
-            File::open(unfinished.join(name))?.sync_all()?;
-        }
+        // On a disk that is full, what is there of it is in the way.
+        self.write(&unfinished, key).inspect_err(|_| drop(remove(&unfinished)))?;
         remove(dir)?;
         fs::rename(unfinished, dir)
+    }
+
+    fn write(&self, dir: &Path, key: &str) -> io::Result<()> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        let new = |name: &str| File::options().write(true).create_new(true).mode(0o600).open(dir.join(name));
+        joey_disk::copy(&self.opened_anew()?, &new("memory")?)?;
+        new("state")?.write_all(&self.state)?;
+        new("key")?.write_all(format!("{key}\n{}", self.digest()?).as_bytes())?;
+        ["memory", "state", "key"].iter().try_for_each(|name| File::open(dir.join(name))?.sync_all())
     }
 
     /// Removes what was being stored below this directory when its process ended.

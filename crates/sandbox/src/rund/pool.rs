@@ -267,9 +267,16 @@ impl Pool {
     fn next(&self) -> Step {
         let (now, boot) = (Instant::now(), self.boot());
         let mut stocks = self.stocks();
-        let kept: usize = stocks.of.values().map(|stock| stock.ready.len() + usize::from(stock.begun.is_some())).sum();
+        let ready: usize = stocks.of.values().map(|stock| stock.ready.len()).sum();
+        let kept = ready + stocks.of.values().filter(|stock| stock.begun.is_some()).count();
         let (may, mut wait) = (may_be_kept(kept), if stocks.of.is_empty() { KEPT } else { LOOK });
         let last = stocks.last.filter(|(_, used)| now.duration_since(*used) < DAY).map(|(shape, _)| shape);
+        // It spares less than one that is ready.
+        if kept > may
+            && let Some(warm) = stocks.of.values_mut().find_map(|stock| stock.begun.take())
+        {
+            return Step::End(warm);
+        }
         // What has none is not booted for one to begin.
         let is_kept = |shape| boot.as_ref().is_some_and(|boot| self.templates.is_kept(shape, boot));
         for (shape, stock) in &mut stocks.of {
@@ -282,21 +289,21 @@ impl Pool {
             if let Some(at) = stock.ready.iter().position(is_spent) {
                 return Step::End(stock.ready.swap_remove(at));
             }
-            if (stock.ready.len() > wanted || kept > may)
+            if (stock.ready.len() > wanted || ready > may)
                 && let Some(warm) = stock.ready.pop()
             {
                 return Step::End(warm);
             }
-            let is_unwanted = |warm: &mut Warm| !is_last || kept > may || is_spent(warm) || is_current(warm).is_none();
+            let is_unwanted = |warm: &mut Warm| !is_last || is_spent(warm) || is_current(warm).is_none();
             if let Some(warm) = stock.begun.take_if(is_unwanted) {
                 return Step::End(warm);
             }
-            let step = match kept < may {
-                true if stock.ready.len() < wanted => Some(Step::Make(*shape)),
-                true if is_last && stock.begun.is_none() && (current.is_some() || is_kept(*shape)) => {
-                    Some(Step::Begin(*shape))
-                }
-                _ => None,
+            let step = if stock.ready.len() < wanted && ready < may {
+                Some(Step::Make(*shape))
+            } else if is_last && stock.begun.is_none() && kept < may && (current.is_some() || is_kept(*shape)) {
+                Some(Step::Begin(*shape))
+            } else {
+                None
             };
             match (step, stock.not_before.filter(|at| *at > now)) {
                 (Some(step), None) => return step,

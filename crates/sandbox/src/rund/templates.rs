@@ -193,7 +193,7 @@ impl Templates {
 
     /// Whether one is kept on the disk, as far as that can be told without reading it.
     pub(super) fn is_kept(&self, shape: Shape, boot: &Boot) -> bool {
-        let keys = [self.key(boot), self.young_key(boot)];
+        let keys = [self.key(boot), self.rested_key(boot)];
         keys.iter().any(|key| Template::is_stored(&self.place(shape), key))
     }
 
@@ -201,9 +201,9 @@ impl Templates {
         format!("{} {}", self.hypervisor.version(), boot.id)
     }
 
-    /// Of one whose machine had not rested.
-    fn young_key(&self, boot: &Boot) -> String {
-        format!("{} young", self.key(boot))
+    /// Of one whose machine had rested.
+    fn rested_key(&self, boot: &Boot) -> String {
+        format!("{} rested", self.key(boot))
     }
 
     /// Takes in what became of a copy of this template. One that none can be made of is let go of: another one is made when it is asked
@@ -235,8 +235,15 @@ impl Templates {
         let place = self.making_of(shape);
         // Of one that was given up; it is tried again before the next one is made.
         let _ = place.clear().await;
-        let (stored, keys) = (self.place(shape), [self.key(boot), self.young_key(boot)]);
-        let load = move || keys.map(|key| Template::load(&stored, &key).ok().flatten());
+        let (stored, keys) = (self.place(shape), [self.rested_key(boot), self.key(boot)]);
+        let load = move || {
+            let found = keys.map(|key| Template::load(&stored, &key).ok().flatten());
+            if found.iter().all(Option::is_none) {
+                // What nothing can be made of is not taken for something.
+                let _ = joey_hypervisor::remove_template(&stored);
+            }
+            found
+        };
         let [rested, young] = tokio::task::spawn_blocking(load).await.unwrap_or_default();
         if let Some(rested) = rested {
             return Ok((Arc::new(rested), None));
@@ -246,8 +253,8 @@ impl Templates {
         }
         let _turn = self.making.lock().await;
         let (template, machine) = self.make(shape, boot, &place).await?;
-        let key = if machine.is_some() { self.young_key(boot) } else { self.key(boot) };
         let template = Arc::new(template);
+        let key = if machine.is_some() { self.key(boot) } else { self.rested_key(boot) };
         self.keep(shape, key, template.clone()).await;
         Ok((template, machine.map(Next::Rests)))
     }
@@ -309,6 +316,8 @@ impl Templates {
                     machine
                 }
                 Next::Boots => {
+                    // A daemon that has begun has instances to look after.
+                    tokio::time::sleep(REST).await;
                     let _turn = self.making.lock().await;
                     let (_, machine) = self.make(shape, &boot, &place).await?;
                     let machine = machine.ok_or("its monitor does not go on")?;
@@ -327,18 +336,16 @@ impl Templates {
             Ok(template) => {
                 let template = Arc::new(template);
                 self.known().take_in(shape, &boot, template.clone());
-                self.keep(shape, self.key(&boot), template).await;
+                self.keep(shape, self.rested_key(&boot), template).await;
             }
             Err(error) => tracing::warn!(?shape, error, "a template was not saved again, and stays as it was"),
         }
     }
 
-    /// Keeps it for the next daemon; what is not kept is made again by that.
+    /// Keeps it for the next daemon. Where that fails, what was kept before stays.
     async fn keep(&self, shape: Shape, key: String, template: Arc<Template>) {
         let place = self.place(shape);
-        let kept = tokio::task::spawn_blocking(move || {
-            template.store(&place, &key).inspect_err(|_| drop(joey_hypervisor::remove_template(&place)))
-        });
+        let kept = tokio::task::spawn_blocking(move || template.store(&place, &key));
         if let Err(error) = kept.await.map_err(io::Error::other).flatten() {
             tracing::warn!(?shape, %error, "a template is not kept");
         }

@@ -172,7 +172,7 @@ async fn template_maker(templates: &Path) -> i32 {
 fn has_rested(templates: &Path) -> bool {
     let whole = entries(templates).into_iter().filter(|dir| dir.extension().is_none());
     let keys = whole.filter_map(|dir| std::fs::read_to_string(dir.join("key")).ok());
-    let keys: Vec<bool> = keys.map(|key| !key.lines().next().unwrap_or_default().ends_with(" young")).collect();
+    let keys: Vec<bool> = keys.map(|key| key.lines().next().unwrap_or_default().ends_with(" rested")).collect();
     keys == [true] && !entries(templates).iter().any(|dir| recorded(dir).is_some())
 }
 
@@ -182,6 +182,16 @@ async fn begun(ground: &Ground, other: Option<i32>) -> i32 {
     let found = soon("one has begun", || ready(ground).into_iter().find(waits)).await;
     assert!(joey_hypervisor::quiet(found.unsigned_abs(), TEMPLATE).await, "it waits");
     found
+}
+
+/// Waits until the template's machine has rested, and machines that were kept ready before that are made anew.
+pub async fn rested(ground: &Ground) {
+    let templates = ground.0.dir.join("machines/templates");
+    let before = ready(ground);
+    soon("it has rested", || has_rested(&templates).then_some(())).await;
+    let anew = || before.iter().all(|pid| !ready(ground).contains(pid)).then_some(());
+    soon("they are made anew", anew).await;
+    settled(ground).await;
 }
 
 fn send(pid: i32, signal: i32) {
@@ -197,7 +207,10 @@ async fn a_template_is_saved_again_when_its_machine_has_rested() {
     warm(&ground).await;
     let templates = bench.dir.join("machines/templates");
     assert!(!has_rested(&templates), "the first one is there long before that");
-    soon("it has rested", || has_rested(&templates).then_some(())).await;
+    rested(&ground).await;
+    let (request, sandbox, _) = sleeping(bench, 9).await;
+    assert!(is_a(&*sandbox, &["give"]) && !is_a(&*sandbox, &["copy"]), "{:?}", sandbox.phases());
+    bench.destroy(&request).await;
     let again = class(&bench.dir, &bench.cgroup_root, ground::agent()).await.expect("what machines need is there");
     for number in 1..4 {
         let mut request = bench.request(number, "sleep 1000");

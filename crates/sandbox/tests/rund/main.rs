@@ -202,6 +202,8 @@ async fn one_that_idles_gives_back_what_was_translated_and_one_that_is_ready_doe
     let Some(ground) = ground("lean").await else { return };
     let bench = &ground.0;
     warm(&ground).await;
+    // Those that are ready stay the same from then on.
+    kept::rested(&ground).await;
     let (request, sandbox, agent) = sleeping(bench, 1).await;
     let pid = sandbox.pid().unwrap();
     let (translated_at_first, own) = (translated(pid), own_memory(pid));
